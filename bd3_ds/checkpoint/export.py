@@ -1,0 +1,123 @@
+"""Exports: one directory with all that scoring and sampling need, whole or absent.
+
+exports/step-00000300/   model.safetensors (EMA weights, fp32) · config.yaml · tokenizer/ · export.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bd3_ds.config.load import load_resolved, to_yaml
+from bd3_ds.config.schema import RunConfig
+from bd3_ds.model.build import network_of
+from bd3_ds.model.dit import DiT
+from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.files import new_directory, read_json, write_json, write_text
+
+FORMAT = 1
+EXPORTS = "exports"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export on disk: its directory, the optimizer step it was taken at, and the run that made it.
+
+    `run.model.vocab_size` and `run.model.mask_id` are always set here.
+    """
+
+    path: Path
+    step: int
+    run: RunConfig
+
+    @property
+    def name(self) -> str:
+        """The directory's own name, such as step-00000300."""
+        return self.path.name
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Directory for `load_tokenizer`, or None for a converted model that came without one."""
+        directory = self.path / "tokenizer"
+        return directory if directory.is_dir() else None
+
+
+def export_name(step: int) -> str:
+    """Names sort as steps do."""
+    return f"step-{step:08d}"
+
+
+def write_export(path: Path, weights: dict[str, Tensor], run: RunConfig, tokenizer: Path | None, step: int) -> Path:
+    """Write an export and commit it by a rename; an export of the same name is replaced."""
+    from safetensors.torch import save_file
+
+    with new_directory(path, replace=True) as aside:
+        save_file({name: tensor.float().contiguous() for name, tensor in weights.items()}, aside / WEIGHTS)
+        write_text(aside / "config.yaml", to_yaml(run))
+        if tokenizer is not None:
+            shutil.copytree(tokenizer, aside / "tokenizer")
+        write_json(aside / "export.json", {"format": FORMAT, "step": step})
+    return path
+
+
+def list_exports(run_dir: Path) -> list[Path]:
+    """Committed exports of a run, oldest first."""
+    return sorted(path for path in (run_dir / EXPORTS).glob("*") if _is_export(path) and not path.name.startswith("."))
+
+
+def find_export(place: str) -> Export:
+    """The export at `place`, or the newest one of the run at `place`; raises UserError where there is none."""
+    path = Path(place)
+    if not path.is_dir():
+        raise UserError(f"export {place} not found; give a directory under RUN_DIR/exports, or RUN_DIR for its newest")
+    if not _is_export(path):
+        found = list_exports(path)
+        if not found:
+            raise UserError(f"{place} is neither an export nor a run with one (no export.json, no exports/step-*)")
+        path = found[-1]
+    meta = read_json(path / "export.json", "export.json")
+    if meta.get("format") != FORMAT:
+        raise UserError(f"{path} has export format {meta.get('format')}; this version reads format {FORMAT}")
+    return Export(path, int(meta["step"]), load_resolved(path / "config.yaml"))
+
+
+def load_weights(export: Export) -> dict[str, Tensor]:
+    """The export's tensors on the CPU; raises UserError where the file is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(export.path / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{export.path / WEIGHTS} is damaged or missing ({error}); export again") from None
+
+
+def load_model(export: Export, device: torch.device) -> DiT:
+    """The export's network in evaluation mode, dropout off, on `device`; raises UserError if the weights do not fit."""
+    run = export.run
+    model = DiT(dataclasses.replace(network_of(run.model, run.objective.name), dropout=0.0))
+    fit_weights(model, load_weights(export), str(export.path))
+    return model.to(device).eval()
+
+
+def fit_weights(model: DiT, weights: dict[str, Tensor], origin: str) -> None:
+    """Load `weights` into `model`, every one and no other; the UserError names the first that does not fit."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(expected.keys() | given.keys()):
+        if expected.get(name) != given.get(name):
+            raise UserError(
+                f"weights in {origin} do not fit the model: {name} is {given.get(name, 'absent')} there, "
+                f"{expected.get(name, 'absent')} here; check model.* and objective.name"
+            )
+    model.load_state_dict(weights)
+
+
+def _is_export(path: Path) -> bool:
+    return (path / "export.json").is_file()

@@ -1,0 +1,174 @@
+"""What a value must be, beyond its type. All problems are collected, so that one run of `check` shows them all."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from bd3_ds.config.schema import BD3, OBJECTIVES, RunConfig, block_size
+from bd3_ds.runtime.errors import UserError, did_you_mean
+
+SCHEDULES = ("log_linear",)
+ATTENTION = ("auto", "dense", "sdpa", "flex")
+PRECISION = ("bf16", "fp32")
+RECOMPUTE = ("none", "full")
+DECAY = ("constant", "cosine")
+ESTIMATORS = ("exact", "stratified", "mc")
+EXACT_LIMIT = 8
+
+
+def check_run(run: RunConfig, world_size: int) -> None:
+    """Raise UserError with every impossible value or combination for a run on `world_size` ranks."""
+    problems = [
+        *_choices(run),
+        *_ranges(run),
+    ]
+    problems = problems or [*_shapes(run), *_batch(run, world_size), *_places(run)]
+    if problems:
+        raise UserError(*problems)
+
+
+def accumulation_steps(run: RunConfig, world_size: int) -> int:
+    """Micro-batches per rank and optimizer step; `check_run` has made sure that it is whole."""
+    return run.train.global_batch // (run.train.micro_batch * world_size)
+
+
+def check_estimator(name: str, size: int, option: str) -> list[str]:
+    """Problems with an estimator for block size `size`, as `option` named it."""
+    if name not in ESTIMATORS:
+        return [f"{option}={name} is unknown; {did_you_mean(name, ESTIMATORS)}"]
+    if name == "exact" and size > EXACT_LIMIT:
+        return [
+            f"{option}=exact needs 2^L' - 1 noisy views and takes block sizes up to {EXACT_LIMIT}, not {size}; "
+            "use stratified"
+        ]
+    return []
+
+
+def _choices(run: RunConfig) -> list[str]:
+    problems = []
+    for key, value, known in (
+        ("objective.name", run.objective.name, OBJECTIVES),
+        ("objective.schedule.name", run.objective.schedule.name, SCHEDULES),
+        ("model.attention", run.model.attention, ATTENTION),
+        ("train.precision", run.train.precision, PRECISION),
+        ("train.activation_checkpointing", run.train.activation_checkpointing, RECOMPUTE),
+        ("optim.decay", run.optim.decay, DECAY),
+        ("eval.estimator", run.eval.estimator, ESTIMATORS),
+    ):
+        if value not in known:
+            problems.append(f"{key}={value} is unknown; {did_you_mean(value, known)}")
+    return problems
+
+
+def _ranges(run: RunConfig) -> list[str]:
+    model, optim, train, schedule = run.model, run.optim, run.train, run.objective.schedule
+    positive = {
+        "model.hidden_size": model.hidden_size,
+        "model.layers": model.layers,
+        "model.heads": model.heads,
+        "model.mlp_ratio": model.mlp_ratio,
+        "model.cond_size": model.cond_size,
+        "model.rope_base": model.rope_base,
+        "data.canonical_nodes": run.data.canonical_nodes,
+        "optim.lr": optim.lr,
+        "optim.eps": optim.eps,
+        "optim.clip": optim.clip,
+        "train.total_steps": train.total_steps,
+        "train.global_batch": train.global_batch,
+        "train.micro_batch": train.micro_batch,
+        "train.log_every": train.log_every,
+        "train.checkpoint_every": train.checkpoint_every,
+        "train.keep_checkpoints": train.keep_checkpoints,
+        "train.export_every": train.export_every,
+        "eval.views": run.eval.views,
+        "eval.batch": run.eval.batch,
+    }
+    optional = {
+        "objective.block_size": run.objective.block_size,
+        "eval.max_chunks": run.eval.max_chunks,
+        "eval.sample_length": run.eval.sample_length,
+        "model.vocab_size": model.vocab_size,
+    }
+    positive |= {key: value for key, value in optional.items() if value is not None}
+    problems = [
+        f"{key}={value} must be above 0" for key, value in positive.items() if not value > 0 or not math.isfinite(value)
+    ]
+    not_negative = {
+        "seed": run.seed,
+        "data.shuffle_seed": run.data.shuffle_seed,
+        "data.workers": run.data.workers,
+        "optim.weight_decay": optim.weight_decay,
+        "optim.warmup_steps": optim.warmup_steps,
+        "optim.min_lr": optim.min_lr,
+        "eval.samples": run.eval.samples,
+    }
+    problems += [f"{key}={value} must not be negative" for key, value in not_negative.items() if not value >= 0]
+    below_one = {
+        "model.dropout": model.dropout,
+        "optim.beta1": optim.beta1,
+        "optim.beta2": optim.beta2,
+        "optim.ema_decay": optim.ema_decay,
+    }
+    problems += [f"{key}={value} must lie in [0, 1)" for key, value in below_one.items() if not 0 <= value < 1]
+    if not 0 < schedule.t_min < schedule.t_max <= 1:
+        problems.append(
+            f"objective.schedule.t_min={schedule.t_min} and t_max={schedule.t_max} must satisfy 0 < t_min < t_max <= 1"
+        )
+    if run.data.length < 2:
+        problems.append(f"data.length={run.data.length} must be at least 2: the first token is given, the rest scored")
+    return problems
+
+
+def _shapes(run: RunConfig) -> list[str]:
+    model, length, size = run.model, run.data.length, run.objective.block_size
+    problems = []
+    if model.hidden_size % model.heads:
+        problems.append(f"model.hidden_size={model.hidden_size} must be a multiple of model.heads={model.heads}")
+    elif (model.hidden_size // model.heads) % 2:
+        problems.append(
+            f"model.hidden_size / model.heads = {model.hidden_size // model.heads} must be even: rotary positions turn pairs"
+        )
+    if size is not None and run.objective.name != BD3 and size != block_size(run):
+        problems.append(
+            f"objective.block_size={size} belongs to objective.name=bd3, not {run.objective.name}; leave it out"
+        )
+    elif length % block_size(run):
+        divisors = [d for d in range(1, length + 1) if length % d == 0]
+        near = min(divisors, key=lambda d: abs(d - block_size(run)))
+        problems.append(
+            f"objective.block_size={size} must divide data.length={length}; the nearest that does is {near}"
+        )
+    else:
+        problems += check_estimator(run.eval.estimator, block_size(run), "eval.estimator")
+    if run.eval.sample_length and run.eval.sample_length % block_size(run):
+        problems.append(
+            f"eval.sample_length={run.eval.sample_length} must be a multiple of the block size {block_size(run)}"
+        )
+    return problems
+
+
+def _batch(run: RunConfig, world_size: int) -> list[str]:
+    train = run.train
+    part = train.micro_batch * world_size
+    if train.global_batch % part == 0:
+        return []
+    return [
+        f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch={train.micro_batch} x "
+        f"{world_size} ranks = {part}; the nearest that is: {max(part, round(train.global_batch / part) * part)}"
+    ]
+
+
+def _places(run: RunConfig) -> list[str]:
+    problems = []
+    if run.optim.decay == "cosine" and run.optim.warmup_steps >= run.train.total_steps:
+        problems.append(
+            f"optim.warmup_steps={run.optim.warmup_steps} must be below train.total_steps={run.train.total_steps} "
+            "for a cosine decay"
+        )
+    if run.optim.min_lr > run.optim.lr:
+        problems.append(f"optim.min_lr={run.optim.min_lr} must not exceed optim.lr={run.optim.lr}")
+    start = run.train.init_from
+    if start is not None and not Path(start).is_dir():
+        problems.append(f"train.init_from={start} is not a directory; give an export or a run that has one")
+    return problems

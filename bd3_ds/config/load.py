@@ -1,0 +1,179 @@
+"""From files and key=value words to one frozen RunConfig; every problem found is reported, not the first alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from bd3_ds.config.schema import RunConfig
+from bd3_ds.runtime.errors import UserError, did_you_mean
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
+    """base.yaml, then the recipe's includes, the recipe itself and the overrides; raises UserError with all problems."""
+    path = Path(recipe)
+    tree = _empty(RunConfig)
+    problems = [*_merge_file(tree, CONFIGS / "base.yaml"), *_merge_file(tree, path), *_merge_words(tree, overrides)]
+    missing = [] if problems else sorted(OmegaConf.missing_keys(tree))
+    problems += [f"{key} has no value; give it in {path} or as {key}=…" for key in missing]
+    if problems:
+        raise UserError(*problems)
+    return _freeze(tree)
+
+
+def load_resolved(path: Path) -> RunConfig:
+    """A complete configuration as `save_resolved` wrote it."""
+    tree = _empty(RunConfig)
+    problems = _merge_file(tree, path)
+    problems += [f"{path}: {key} is missing" for key in sorted(OmegaConf.missing_keys(tree))]
+    if problems:
+        raise UserError(*problems)
+    return _freeze(tree)
+
+
+def to_yaml(run: RunConfig) -> str:
+    """The resolved configuration as YAML that `load_resolved` reads back."""
+    return str(OmegaConf.to_yaml(OmegaConf.structured(run)))
+
+
+def flat(run: RunConfig) -> dict[str, Any]:
+    """Dotted key -> value, sets of evaluation packs as one value."""
+    return dict(_leaves(OmegaConf.structured(run), RunConfig))
+
+
+def _empty(cls: Any) -> DictConfig:
+    """A writable tree of a dataclass and its sections, all leaves missing."""
+    tree = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(tree, False)
+    for name, annotation in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(annotation):
+            tree[name] = _empty(annotation)
+    assert isinstance(tree, DictConfig)
+    return tree
+
+
+def _freeze(tree: DictConfig) -> RunConfig:
+    run = OmegaConf.to_object(tree)
+    assert isinstance(run, RunConfig)
+    return run
+
+
+def _merge_file(tree: DictConfig, path: Path) -> list[str]:
+    content = _read_yaml(path)
+    includes = content.pop("include", [])
+    if not OmegaConf.is_list(includes) and includes:
+        return [f"include in {path} must be a list such as [model/tiny]"]
+    problems = []
+    for name in includes:
+        part = CONFIGS / f"{name}.yaml"
+        if not part.is_file():
+            known = [p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.glob("*/*.yaml")]
+            problems.append(f"include '{name}' in {path} is unknown; {did_you_mean(str(name), known)}")
+            continue
+        problems += _merge_file(tree, part)
+    return problems + _merge_tree(tree, content, str(path))
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        content = OmegaConf.load(path)
+    except FileNotFoundError:
+        recipes = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        recipes = recipes or [f"configs/recipes/{p.name}" for p in (CONFIGS / "recipes").glob("*.yaml")]
+        raise UserError(f"recipe {path} not found; {did_you_mean(str(path), recipes)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} cannot be read: {error}") from None
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path} must hold 'key: value' lines, not a {type(content).__name__}")
+    return content
+
+
+def _merge_words(tree: DictConfig, words: list[str]) -> list[str]:
+    problems = []
+    seen: set[str] = set()
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if not equals or not key:
+            problems.append(f"'{word}' is not an override; write key=value, such as optim.lr=1e-4")
+            continue
+        if key in seen:
+            problems.append(f"{key} is given twice on the command line; keep one")
+            continue
+        seen.add(key)
+        try:
+            content = OmegaConf.from_dotlist([word])
+        except (YAMLError, OmegaConfBaseException) as error:
+            problems.append(f"'{word}' cannot be read: {' '.join(str(error).split())}")
+            continue
+        problems += _merge_tree(tree, content, "the command line")
+    return problems
+
+
+def _merge_tree(tree: DictConfig, content: DictConfig, origin: str) -> list[str]:
+    problems = []
+    known = dict(_types(RunConfig))
+    sections = {key.rpartition(".")[0] for key in known} - {""}
+    for key, value in _leaves(content, RunConfig):
+        if key in sections:
+            problems.append(f"{key} in {origin} is a section; set the keys in it, such as {_example(key, known)}")
+        elif key not in known:
+            problems.append(f"unknown key {key} in {origin}; {did_you_mean(key, known)}")
+        else:
+            try:
+                OmegaConf.update(tree, key, value, merge=False)
+            except OmegaConfBaseException:
+                problems.append(f"{key}={value} in {origin} must be {_describe(known[key])}")
+    return problems
+
+
+def _example(section: str, known: dict[str, Any]) -> str:
+    return next(key for key in known if key.startswith(section + "."))
+
+
+def _types(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key -> annotation, for every leaf of a tree of dataclasses."""
+    for name, annotation in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(annotation):
+            yield from _types(annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, annotation
+
+
+def _leaves(node: DictConfig, cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key -> value as far as the schema is nested; a mapping where the schema has none stays whole."""
+    hints = typing.get_type_hints(cls) if cls else {}
+    for name in node:
+        key = f"{prefix}{name}"
+        value = None if OmegaConf.is_missing(node, name) else node[name]
+        annotation = hints.get(str(name))
+        nested = dataclasses.is_dataclass(annotation)
+        if isinstance(value, DictConfig) and (nested or annotation is None):
+            yield from _leaves(value, annotation, key + ".")
+        elif OmegaConf.is_missing(node, name):
+            continue
+        else:
+            yield key, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _describe(annotation: Any) -> str:
+    names = {
+        int: "a whole number such as 1_000",
+        float: "a number such as 3e-4",
+        bool: "true or false",
+        str: "a word",
+    }
+    optional = [part for part in typing.get_args(annotation) if part is not type(None)]
+    if type(None) in typing.get_args(annotation):
+        return f"{names[optional[0]]}, or null"
+    return names.get(annotation, "'name: directory' pairs")

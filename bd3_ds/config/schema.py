@@ -1,0 +1,111 @@
+"""The shape of a run's configuration: names and types. Defaults and meanings stand in `configs/base.yaml`, once.
+
+Every field is required here; OmegaConf fills the tree from base.yaml, the recipe and the command line, in that order,
+and refuses what is not in this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Dict, Optional  # OmegaConf reads annotations at run time and wants the classes of `typing`
+
+AR, MDLM, SEDD, BD3 = "ar", "mdlm", "sedd", "bd3"
+OBJECTIVES = (AR, MDLM, SEDD, BD3)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    hidden_size: int
+    layers: int
+    heads: int
+    mlp_ratio: int
+    cond_size: int
+    dropout: float
+    rope_base: float
+    attention: str
+    vocab_size: Optional[int]
+    mask_id: Optional[int]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str
+    length: int
+    shuffle: bool
+    shuffle_seed: int
+    canonical_nodes: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    name: str
+    t_min: float
+    t_max: float
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    name: str
+    block_size: Optional[int]
+    schedule: ScheduleConfig
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    warmup_steps: int
+    decay: str
+    min_lr: float
+    clip: float
+    ema_decay: float
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    total_steps: int
+    global_batch: int
+    micro_batch: int
+    precision: str
+    activation_checkpointing: str
+    init_from: Optional[str]
+    log_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    export_every: int
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    sets: Dict[str, str]
+    estimator: str
+    views: int
+    batch: int
+    max_chunks: Optional[int]
+    samples: int
+    sample_length: Optional[int]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    run_dir: str
+    seed: int
+    model: ModelConfig
+    data: DataConfig
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    train: TrainConfig
+    eval: EvalConfig
+
+
+def block_size(run: RunConfig) -> int:
+    """L', the tokens denoised together: 1 for AR, all L for MDLM and SEDD, the configured one for BD3 (null: L)."""
+    if run.objective.name == AR:
+        return 1
+    if run.objective.name in (MDLM, SEDD):
+        return run.data.length
+    return run.objective.block_size or run.data.length

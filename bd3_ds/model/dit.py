@@ -1,0 +1,139 @@
+"""The diffusion transformer (Peebles & Xie 2023, as in Sahoo et al. 2024) and, with `causal`, its autoregressive twin.
+
+Written as if there were one device. Three ways in:
+  forward   a training pass: noisy tokens beside clean ones, or one of the two alone
+  encode    clean tokens into a KVCache
+  decode    noisy tokens against a KVCache (or, causal, next tokens)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bd3_ds.model.kv_cache import KVCache
+from bd3_ds.model.layers import Head, Layer, TimeEmbedding
+from bd3_ds.model.masks import pass_mask
+from bd3_ds.model.rope import rotary_angles
+
+
+@dataclass(frozen=True)
+class Network:
+    """All that decides the network's parameters and their use; `causal` is AR: no conditioning, block size 1."""
+
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    mlp_ratio: int
+    cond_size: int
+    causal: bool
+    dropout: float = 0.0
+    rope_base: float = 10_000.0
+    attention: str = "auto"
+
+
+class DiT(nn.Module):
+    """See the module's docstring; shapes at each method. Returned logits are raw network output."""
+
+    def __init__(self, network: Network):
+        super().__init__()
+        self.network = network
+        cond_size = None if network.causal else network.cond_size
+        self.embed = nn.Embedding(network.vocab_size, network.hidden_size)
+        self.time = TimeEmbedding(network.cond_size) if cond_size else None
+        self.layers = nn.ModuleList(
+            Layer(
+                index,
+                network.hidden_size,
+                network.heads,
+                network.mlp_ratio,
+                cond_size,
+                network.dropout,
+                network.attention,
+            )
+            for index in range(network.layers)
+        )
+        self.head = Head(network.hidden_size, network.vocab_size, cond_size)
+
+    def forward(
+        self,
+        x_t: Tensor,
+        x0: Tensor | None = None,
+        *,
+        block_size: int,
+        sigma: Tensor | None = None,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, L, V] of the noisy tokens x_t [B, L], seen with the clean tokens x0 [B, L] of earlier blocks.
+
+        Causal networks take the clean tokens as x_t and no x0; a single block (block_size = L) needs no x0 either.
+        sigma [B] is the noise level where the network is conditioned on it, else None (zero). With `at` [B, L] boolean
+        the head runs at its N true places alone and [N, V] comes back, in the order of `at.nonzero()`.
+        """
+        clean = x0 if x0 is not None and block_size < x_t.shape[1] and not self.network.causal else None
+        return self._run(x_t, clean, block_size=block_size, sigma=sigma, at=at)
+
+    def encode(self, x0: Tensor, cache: KVCache, *, block_size: int) -> KVCache:
+        """Append the clean tokens x0 [B, T], whole blocks, to `cache`; no logits."""
+        self._run(None, x0, block_size=block_size, cache=cache)
+        return cache
+
+    def decode(
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        *,
+        start: int,
+        block_size: int,
+        sigma: Tensor | None = None,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of `tokens` [B, T] at text positions start, start + 1, …, seen with the cached clean text.
+
+        Noisy tokens leave the cache as it is; a causal network's tokens are clean and join it.
+        """
+        return self._run(tokens, None, block_size=block_size, sigma=sigma, at=at, cache=cache, start=start)
+
+    def _run(
+        self,
+        first: Tensor | None,
+        clean: Tensor | None,
+        *,
+        block_size: int,
+        sigma: Tensor | None = None,
+        at: Tensor | None = None,
+        cache: KVCache | None = None,
+        start: int | None = None,
+    ) -> Tensor:
+        """One pass over `first` (noisy; clean if causal) and `clean` tokens; logits of `first`."""
+        past = len(cache) if cache is not None else 0
+        if self.network.causal:
+            first, clean, block_size = None, first, 1
+        noisy_count = 0 if first is None else first.shape[1]
+        clean_count = 0 if clean is None else clean.shape[1]
+        tokens = torch.cat([part for part in (first, clean) if part is not None], dim=1)  # [B, T]
+        begin = past if start is None else start
+
+        mask = pass_mask(noisy_count, clean_count, begin, past, block_size, False, tokens.device)
+        final = pass_mask(noisy_count, clean_count, begin, past, block_size, noisy_count > 0, tokens.device)
+        position = mask.queries.position
+        cos, sin = rotary_angles(position, self.network.hidden_size // self.network.heads, self.network.rope_base)
+        cond = self._condition(sigma, tokens.device)
+        grow = cache is not None and noisy_count == 0
+
+        x = self.embed(tokens)  # [B, T, D]
+        for layer in list(self.layers)[:-1]:
+            x = layer(x, cond, cos, sin, mask, cache, grow)
+        x = self.layers[-1](x, cond, cos, sin, final, cache, grow)  # [B, Q, D], noisy tokens alone where there are any
+        if noisy_count == 0 and not self.network.causal:
+            return x
+        return self.head(x, cond, at)
+
+    def _condition(self, sigma: Tensor | None, device: torch.device) -> Tensor | None:
+        if self.time is None:
+            return None
+        sigma = torch.zeros(1, device=device) if sigma is None else sigma
+        return torch.nn.functional.silu(self.time(sigma))  # [B or 1, C]

@@ -1,0 +1,44 @@
+"""Whose fault it is: the user's mistakes end with exit code 2 and one sentence, ours with a traceback and 1."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """Something that the user can mend; the message names the option, the value and what would do.
+
+    Several problems found together are given as several messages and printed one a line.
+    """
+
+    def __init__(self, *messages: str):
+        super().__init__("\n".join(messages))
+        self.messages = messages
+
+
+def did_you_mean(value: str, known: Iterable[str]) -> str:
+    """A half-sentence that helps after an unknown name: the nearest known one, or all of them."""
+    options = sorted(known)
+    close = difflib.get_close_matches(value, options, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return "known: " + ", ".join(options)
+
+
+def run_command(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    """Run a command's main function and turn a UserError into its sentence and exit code 2.
+
+    Under a launcher every rank meets the same mistake; only global rank 0 prints it.
+    """
+    try:
+        return main(argv) or 0
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            for message in error.messages:
+                print(f"error: {message}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR

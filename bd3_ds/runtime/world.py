@@ -1,0 +1,76 @@
+"""Who this process is among its peers, and the few collectives that are used outside the engine."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class World:
+    """One process of a run: its global rank, the number of ranks, and the device it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes records and speaks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add `tensor` over all ranks, in place."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+
+def prepare_environment() -> None:
+    """Fill in what a launcher leaves out, before anything that reads it is imported.
+
+    DeepSpeed's launcher sets LOCAL_SIZE; streaming reads LOCAL_WORLD_SIZE. Without a launcher the process is a world of one.
+    """
+    env = os.environ
+    env.setdefault("RANK", "0")
+    env.setdefault("WORLD_SIZE", "1")
+    env.setdefault("LOCAL_RANK", "0")
+    env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in env:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            env["MASTER_PORT"] = str(probe.getsockname()[1])
+
+
+def join_world() -> World:
+    """Join the process group (NCCL on GPUs, Gloo on CPUs) through DeepSpeed and say who we are."""
+    import deepspeed
+
+    prepare_environment()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    return World(
+        rank=int(os.environ["RANK"]),
+        size=int(os.environ["WORLD_SIZE"]),
+        local_rank=local_rank,
+        local_size=int(os.environ["LOCAL_WORLD_SIZE"]),
+        device=device,
+    )

@@ -1,0 +1,122 @@
+"""The bound against brute force, closed forms and itself."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from bd3_ds.diffusion import likelihood
+from bd3_ds.evaluation.denoisers import causal_logits, conditioned
+from bd3_ds.model.build import initialise
+from bd3_ds.model.dit import DiT, Network
+
+VOCAB, MASK = 11, 10
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A network with random weights everywhere, so that nothing cancels."""
+    net = DiT(Network(VOCAB, 16, 2, 2, 2, 8, False, attention="dense")).double().eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(0, 0.4)
+    return net
+
+
+@pytest.fixture(scope="module")
+def text():
+    return torch.randint(0, MASK, (3, 16), generator=torch.Generator().manual_seed(1))
+
+
+def brute_force(model, x0, size):
+    """Sum over blocks and over all subsets, one network pass each, straight from the definition."""
+    total = torch.zeros(len(x0), dtype=torch.float64)
+    for block in range(x0.shape[1] // size):
+        places = [i for i in range(block * size, (block + 1) * size) if i > 0]
+        for m in range(1, len(places) + 1):
+            for chosen in itertools.combinations(places, m):
+                x_t = x0.clone()
+                x_t[:, list(chosen)] = MASK
+                logits = model(x_t, x0, block_size=size)
+                logits[..., MASK] = -torch.inf
+                cost = -logits.log_softmax(-1).gather(-1, x0[..., None])[..., 0][:, list(chosen)].sum(1)
+                total += cost / m / math.comb(len(places), m)
+    return total
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_exact_is_brute_force(model, text, size):
+    bound = likelihood.exact(conditioned(model, size), text, size, MASK, at_once=7)
+    torch.testing.assert_close(bound.nelbo.sum(1), brute_force(model, text, size), rtol=1e-5, atol=1e-5)
+    assert bound.stderr.max() == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("estimator", [likelihood.stratified, likelihood.monte_carlo])
+def test_sampled_estimators_agree_with_exact(model, text, size, estimator):
+    truth = likelihood.exact(conditioned(model, size), text, size, MASK).nelbo.sum()
+    bound = estimator(conditioned(model, size), text, size, MASK, views=400, seed=3)
+    error = bound.variance.sum().sqrt()
+    assert abs(bound.nelbo.sum() - truth) < 4 * error + 2e-3 * truth  # mc leaves out rates below 1e-3
+    assert error < 0.05 * truth
+
+
+@torch.no_grad()
+def test_stratified_has_the_smaller_error(model, text):
+    stratified = likelihood.stratified(conditioned(model, 8), text, 8, MASK, views=64, seed=0)
+    mc = likelihood.monte_carlo(conditioned(model, 8), text, 8, MASK, views=64, seed=0)
+    assert stratified.variance.sum() < 0.5 * mc.variance.sum()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
+def test_uniform_denoiser_gives_log_v(size, text):
+    def uniform(x0):
+        return lambda x_t, at: torch.zeros(int(at.sum()), VOCAB)
+
+    scored = text.shape[0] * (text.shape[1] - 1)
+    values = [likelihood.stratified(uniform, text, size, MASK, views=3, seed=0).nelbo.sum()]
+    if size <= 8:
+        values.append(likelihood.exact(uniform, text, size, MASK).nelbo.sum())
+    for value in values:
+        assert value.item() / scored == pytest.approx(math.log(VOCAB - 1), rel=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_perfect_denoiser_gives_zero(size, text):
+    def perfect(x0):
+        def logits(x_t, at):
+            return torch.nn.functional.one_hot(x0[:, None].expand_as(at)[at], VOCAB) * 1e4
+
+        return logits
+
+    for estimator in (likelihood.stratified, likelihood.monte_carlo):
+        assert estimator(perfect, text, size, MASK, views=2, seed=0).nelbo.sum() == 0
+
+
+@torch.no_grad()
+def test_two_passes_equal_one(model, text):
+    """The training pass (noisy beside clean) and the cached pass (clean first) are the same function."""
+    x_t = torch.where(torch.rand(text.shape, generator=torch.Generator().manual_seed(2)) < 0.5, MASK, text)
+    for size in (1, 2, 4, 8, 16):
+        together = model(x_t, text, block_size=size)
+        apart = conditioned(model, size)(text)(x_t[:, None], torch.ones_like(x_t, dtype=torch.bool)[:, None])
+        torch.testing.assert_close(apart.view_as(together), together, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_autoregressive_is_the_chain_rule(text):
+    net = DiT(Network(VOCAB, 16, 2, 2, 2, 8, True, attention="sdpa")).eval()
+    initialise(net, 0)
+    torch.nn.init.normal_(net.head.linear.weight)
+    bound = likelihood.autoregressive(causal_logits(net, text), text, MASK)
+    for i in range(1, text.shape[1]):
+        logits = net(text[:, :i], block_size=1)[:, -1]
+        logits[:, MASK] = -torch.inf
+        expected = -logits.log_softmax(-1).gather(-1, text[:, i : i + 1])[:, 0]
+        torch.testing.assert_close(bound.nelbo[:, i], expected, rtol=1e-4, atol=1e-5)
