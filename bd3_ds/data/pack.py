@@ -1,0 +1,239 @@
+"""A pack: text frozen as token chunks of one length, in MDS shards with a manifest and its tokenizer.
+
+    index.json, shard.*.mds.zstd   the chunks, readable by mosaicml-streaming
+    manifest.json                  what they are: `Manifest`
+    tokenizer/                     what `load_tokenizer` needs to read them
+
+A chunk has two columns: `tokens` (uint16 or uint32 by vocabulary size) and `doc_starts` (bytes: the uint32 offsets in
+the chunk at which a document begins; streaming's array columns cannot be empty, and this one often is).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.files import read_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from bd3_ds.data.tokenizer import Tokenizer
+
+FORMAT = "bd3-ds pack 1"
+MANIFEST = "manifest.json"
+INDEX = "index.json"
+TOKENIZER_DIR = "tokenizer"
+_HELP = "make one with `python -m data_prep.prepare --source ... --tokenizer ... --length ... --out DIR`"
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """Which tokenizer made the tokens, without its path."""
+
+    fingerprint: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    mask_id: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> TokenizerInfo:
+        """The facts of a loaded tokenizer."""
+        return cls(**{field.name: getattr(tokenizer, field.name) for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a pack holds.
+
+    `tokens` counts the encoded text with the EOS between documents, `dropped_tokens` the part of it that filled no
+    whole chunk at the end; the BOS and EOS of the frame `bos-eos` are in neither. `bytes` is UTF-8 bytes of the text
+    as it was encoded, after the detokenizer. `pack_hash` is the SHA-256 of all chunks in order as little-endian
+    uint32, whatever the shards. `settings` are the options that made the pack, compared when it is asked for again.
+    """
+
+    format: str
+    name: str
+    source: str
+    tokenizer: TokenizerInfo
+    length: int
+    frame: str
+    detokenizer: str
+    documents: int
+    tokens: int
+    bytes: int
+    dropped_tokens: int
+    chunks: int
+    dtype: str
+    pack_hash: str
+    settings: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `manifest.json` holds them."""
+        return asdict(self)
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """The manifest of the pack in `directory`; raises UserError if there is no pack of this format there."""
+    if "://" in str(directory):
+        raise UserError(f"data pack '{directory}' is remote; copy it to a local directory and name that")
+    path = Path(directory)
+    if not path.is_dir():
+        raise UserError(f"data pack not found: '{directory}'; {_HELP}")
+    if not (path / MANIFEST).is_file():
+        raise UserError(f"'{directory}' is not a data pack (it has no {MANIFEST}); {_HELP}")
+    value = read_json(path / MANIFEST, "data pack manifest")
+    found = value.get("format") if isinstance(value, dict) else None
+    if found != FORMAT:
+        raise UserError(f"'{directory}' has the format {found!r}, not '{FORMAT}'; {_HELP}")
+    try:
+        return Manifest(**value | {"tokenizer": TokenizerInfo(**value["tokenizer"])})
+    except (TypeError, KeyError) as error:
+        raise UserError(f"data pack manifest {path / MANIFEST} is damaged ({error}); {_HELP}") from None
+
+
+def read_index(directory: str | Path) -> list[dict[str, Any]]:
+    """The shards of a pack as its index lists them; every shard file is there with its size, or UserError names it."""
+    path = Path(directory)
+    index = read_json(path / INDEX, "data pack index")
+    try:
+        shards = list(index["shards"])
+        for shard in shards:
+            stored = stored_file(shard)
+            file = path / stored["basename"]
+            size = file.stat().st_size if file.is_file() else None
+            if size is None:
+                raise _damaged(path, file, "is missing")
+            if size != stored["bytes"]:
+                raise _damaged(path, file, f"has {size} bytes instead of {stored['bytes']}")
+    except (TypeError, KeyError) as error:
+        raise UserError(f"data pack index {path / INDEX} is damaged ({error}); make the pack again") from None
+    return shards
+
+
+def stored_file(shard: dict[str, Any]) -> dict[str, Any]:
+    """The index entry of the file that a shard is stored in: the compressed one where there is one."""
+    return shard["zip_data"] or shard["raw_data"]
+
+
+class PackHash:
+    """SHA-256 over chunks of tokens, independent of how they are stored."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Append chunks; tokens [L] or [N, L]."""
+        self._digest.update(tokens.astype("<u4").tobytes())
+
+    def hexdigest(self) -> str:
+        """The hash of all chunks so far."""
+        return self._digest.hexdigest()
+
+
+class Pack:
+    """Random access to the chunks of a pack; one shard at a time is unpacked and checked against its hash.
+
+    Raises UserError naming the shard where one is damaged. `tokenizer` loads the pack's own tokenizer.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.manifest = read_manifest(directory)
+        self.index = read_index(directory)
+        samples = sum(shard["samples"] for shard in self.index)
+        if samples != self.manifest.chunks:
+            raise UserError(
+                f"data pack '{directory}' is damaged: its index has {samples} chunks, its manifest "
+                f"{self.manifest.chunks}; make the pack again"
+            )
+        from bd3_ds.data.streaming_import import import_streaming
+
+        self._dataset = import_streaming().LocalDataset(local=str(directory))
+        self._shard: Callable[[int], bytes] = lru_cache(maxsize=2)(self._read_shard)
+
+    def __len__(self) -> int:
+        return self.manifest.chunks
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        from bd3_ds.data.tokenizer import load_tokenizer
+
+        return load_tokenizer(str(self.directory / TOKENIZER_DIR))
+
+    def tokens(self, i: int) -> np.ndarray:
+        """Chunk i, int64 [L]."""
+        return self._sample(i)["tokens"].astype("int64")
+
+    def doc_starts(self, i: int) -> np.ndarray:
+        """The offsets in chunk i at which a document begins, int64 [number of them]."""
+        import numpy as np
+
+        return np.frombuffer(self._sample(i)["doc_starts"], "<u4").astype("int64")
+
+    def all_tokens(self, limit: int | None = None) -> np.ndarray:
+        """The first `limit` chunks, or all, int64 [N, L]."""
+        import numpy as np
+
+        count = len(self) if limit is None else min(limit, len(self))
+        out = np.empty((count, self.manifest.length), np.int64)
+        for i in range(count):
+            out[i] = self._sample(i)["tokens"]
+        return out
+
+    def _sample(self, i: int) -> dict[str, Any]:
+        import numpy as np
+
+        if not 0 <= i < len(self):
+            raise IndexError(f"chunk {i} of {len(self)}")
+        shard, row = self._dataset.spanner[i]
+        data = self._shard(int(shard))
+        begin, end = np.frombuffer(data, np.uint32, count=2, offset=4 * (1 + row))
+        return self._dataset.shards[shard].decode_sample(data[begin:end])
+
+    def _read_shard(self, shard: int) -> bytes:
+        from streaming.base.compression import decompress
+        from streaming.base.hashing import get_hash
+
+        entry = self.index[shard]
+        stored = stored_file(entry)
+        file = self.directory / stored["basename"]
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise _damaged(self.directory, file, f"cannot be read ({error.strerror})") from None
+        if any(get_hash(name, data) != value for name, value in stored["hashes"].items()):
+            raise _damaged(self.directory, file, "does not match its hash")
+        return decompress(entry["compression"], data) if entry["zip_data"] else data
+
+
+def open_pack(directory: str | Path) -> Pack:
+    """Open a pack for reading; checks the presence and size of every shard, but not yet the hashes."""
+    return Pack(directory)
+
+
+def check_same_tokenizer(first: Manifest, *others: Manifest) -> None:
+    """Raise UserError unless all packs were made with the same tokenizer."""
+    for other in others:
+        if other.tokenizer != first.tokenizer:
+            raise UserError(
+                f"the data packs '{first.name}' and '{other.name}' were made with different tokenizers "
+                f"({_describe(first.tokenizer)} and {_describe(other.tokenizer)}); prepare both with one --tokenizer"
+            )
+
+
+def _describe(tokenizer: TokenizerInfo) -> str:
+    return f"{tokenizer.vocab_size} tokens, {tokenizer.fingerprint[:12]}"
+
+
+def _damaged(directory: Path, file: Path, what: str) -> UserError:
+    return UserError(
+        f"data pack '{directory}' is damaged: shard {file.name} {what}; `python -m data_prep.verify {directory}` "
+        "checks all shards; make the pack again with data_prep.prepare --overwrite, or copy that shard anew"
+    )

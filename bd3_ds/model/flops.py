@@ -1,0 +1,32 @@
+"""Floating-point operations that a training step asks for, counted from shapes; nothing that the mask hides is counted."""
+
+from __future__ import annotations
+
+from bd3_ds.config.schema import AR
+from bd3_ds.model.dit import Network
+
+
+def training_flops_per_sequence(network: Network, objective: str, length: int, block_size: int) -> float:
+    """Forward and backward (3 x forward) on one sequence of `length` clean tokens; recomputation is not counted.
+
+    A product of [m, k] and [k, n] costs 2 m k n. The head runs where a loss is due: everywhere for AR, at half of the
+    tokens for masked diffusion (the mean masking rate of the log-linear schedule).
+    """
+    width = network.hidden_size
+    attention_weights, mlp_weights = 4 * width**2, 2 * network.mlp_ratio * width**2
+    per_token = 2 * (attention_weights + mlp_weights)
+    if objective == AR:
+        tokens, pairs = length, length * (length + 1) // 2
+        body = network.layers * (tokens * per_token + 4 * width * pairs)
+        scored = length - 1.0
+    else:
+        blocks = length // block_size
+        clean = length if blocks > 1 else 0
+        earlier = block_size**2 * blocks * (blocks - 1) // 2  # clean tokens of earlier blocks, over all queries
+        own = block_size**2 * blocks
+        one_layer = (length + clean) * per_token + 4 * width * ((earlier + own) * (2 if clean else 1))
+        # The last layer's clean tokens give keys and values, nothing more.
+        spared = clean * (per_token - 2 * 2 * width**2) + (4 * width * (earlier + own) if clean else 0)
+        body = network.layers * one_layer - spared
+        scored = (length - 1) / 2
+    return 3.0 * (body + scored * 2 * width * network.vocab_size)

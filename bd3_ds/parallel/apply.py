@@ -1,0 +1,22 @@
+"""The only door through which a network learns that it is trained at scale; the network itself knows one device."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch.utils.checkpoint import checkpoint
+
+from bd3_ds.config.schema import TrainConfig
+from bd3_ds.model.dit import DiT
+
+
+def recompute_layers(model: DiT, train: TrainConfig) -> DiT:
+    """Keep each layer's input alone and compute its inside again in the backward pass, if the run says so.
+
+    Reentrant, because ZeRO-3 frees a layer's weights between forward and backward, and the non-reentrant form compares
+    the freed weights' shapes with the gathered ones.
+    """
+    if train.activation_checkpointing == "full":
+        for layer in model.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=True)  # type: ignore[method-assign]
+    return model

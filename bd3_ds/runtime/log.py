@@ -1,0 +1,58 @@
+"""One voice for a run: lines on the console, points in TensorBoard, one JSON line a step. The main rank alone speaks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bd3_ds.runtime import records
+
+TRAIN_RECORDS = "records/train.jsonl"
+FINISHED = "records/finished.json"
+
+
+class RunLog:
+    """Writes into a run directory; on other ranks every call does nothing."""
+
+    def __init__(self, run_dir: Path, speaks: bool, first_step: int):
+        self._path = run_dir / TRAIN_RECORDS
+        self._pending: list[dict[str, Any]] = []
+        self._writer: Any = None
+        self._speaks = speaks
+        if speaks:
+            from torch.utils.tensorboard import SummaryWriter
+
+            records.truncate_after(self._path, first_step)
+            # Points that the last run wrote after its last checkpoint are about to be written again.
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+
+    def say(self, text: str) -> None:
+        """A line on the console."""
+        if self._speaks:
+            print(text, file=sys.stderr, flush=True)
+
+    def record(self, line: dict[str, Any]) -> None:
+        """Keep one line of records/train.jsonl until `flush`."""
+        if self._speaks:
+            self._pending.append(line)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Points in TensorBoard."""
+        if self._writer is not None:
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
+
+    def flush(self) -> None:
+        """Put all that is kept on disk."""
+        if self._speaks:
+            records.append(self._path, *self._pending)
+            self._pending.clear()
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and end."""
+        if self._speaks:
+            self.flush()
+            self._writer.close()

@@ -1,0 +1,123 @@
+"""From a checked configuration to a run ready to step: fresh, or exactly where the last one stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bd3_ds.checkpoint.export import export_name, find_export, fit_weights, load_weights, write_export
+from bd3_ds.checkpoint.store import newest_checkpoint, save_checkpoint
+from bd3_ds.config.load import to_yaml
+from bd3_ds.config.schema import RunConfig, block_size
+from bd3_ds.data.loader import Loader, Share
+from bd3_ds.model.build import initialise, network_of
+from bd3_ds.model.dit import DiT
+from bd3_ds.model.flops import training_flops_per_sequence
+from bd3_ds.parallel.apply import recompute_layers
+from bd3_ds.runtime.files import write_text
+from bd3_ds.runtime.log import RunLog
+from bd3_ds.runtime.world import World
+from bd3_ds.train.ema import Ema
+from bd3_ds.train.engine import Engine
+from bd3_ds.train.meter import Meter, peak_flops
+from bd3_ds.train.state import TrainState
+from bd3_ds.train.step import Stepper
+
+
+@dataclass
+class Trainer:
+    """The parts of a run that the loop moves."""
+
+    run: RunConfig
+    world: World
+    engine: Engine
+    ema: Ema
+    stepper: Stepper
+    loader: Loader
+    log: RunLog
+    meter: Meter
+    state: TrainState
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run writes."""
+        return Path(self.run.run_dir)
+
+    def save(self) -> None:
+        """Write and commit a checkpoint of this moment."""
+
+        def write_shards(directory: Path, tag: str) -> None:
+            self.engine.save(directory, tag)
+            self.ema.save(directory / tag / ema_file(self.world.rank))
+
+        self.log.flush()
+        state = {**self.state.to_dict(), "loader": self.loader.state(self.state.samples)}
+        tag = export_name(self.state.step)
+        keep = self.run.train.keep_checkpoints
+        save_checkpoint(self.run_dir / "checkpoints", tag, state, write_shards, self.world, keep)
+
+    def export(self) -> None:
+        """Write the averaged weights with configuration and tokenizer, for evaluation and sampling."""
+        weights = self.ema.gather(self.world)
+        if self.world.is_main:
+            name = export_name(self.state.step)
+            tokenizer = Path(self.run.data.train) / "tokenizer"
+            write_export(self.run_dir / "exports" / name, weights, self.run, tokenizer, self.state.step)
+        self.world.barrier()
+
+
+def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
+    """Network, engine, data and log of a run, and its last checkpoint where there is one."""
+    run_dir = Path(run.run_dir)
+    if world.is_main:
+        write_text(run_dir / "run.yaml", to_yaml(run))
+    model = DiT(network_of(run.model, run.objective.name))
+    initialise(model, run.seed)
+    if run.train.init_from is not None:
+        start = find_export(run.train.init_from)
+        fit_weights(model, load_weights(start), str(start.path))
+    recompute_layers(model, run.train)
+    engine = Engine(model, run, ds_json, world)
+    ema = Ema(engine, run.optim.ema_decay)
+
+    said: list[str] = []
+    checkpoint = newest_checkpoint(run_dir / "checkpoints", world, said.append)
+    state = TrainState()
+    if checkpoint is not None:
+        engine.load(checkpoint.path.parent, checkpoint.path.name)
+        ema.load(checkpoint.path / ema_file(world.rank))
+        saved = checkpoint.state
+        state = TrainState(saved["step"], saved["samples"], saved["tokens"])
+
+    log = RunLog(run_dir, world.is_main, state.step)
+    for line in said:
+        log.say(line)
+    if state.step:
+        log.say(f"continuing {run.run_dir} after step {state.step}")
+    elif run.train.init_from is not None:
+        log.say(f"starting from the weights of {start.path}")
+
+    assert run.model.mask_id is not None
+    share = Share(world.rank, world.size, world.local_size, run.train.micro_batch, run.train.global_batch)
+    sequence = training_flops_per_sequence(model.network, run.objective.name, run.data.length, block_size(run))
+    peak = torch.tensor(peak_flops(world.device, run.train.precision), device=world.device, dtype=torch.float64)
+    meter = Meter(run.train.global_batch * run.data.length, run.train.global_batch * sequence, float(world.sum(peak)))
+    return Trainer(
+        run=run,
+        world=world,
+        engine=engine,
+        ema=ema,
+        stepper=Stepper(run, world, engine, ema, run.model.mask_id),
+        loader=Loader(run.data, share, state.samples),
+        log=log,
+        meter=meter,
+        state=state,
+    )
+
+
+def ema_file(rank: int) -> str:
+    """Name of a rank's part of the averaged weights inside a checkpoint."""
+    return f"ema-rank-{rank:05d}.safetensors"

@@ -1,0 +1,64 @@
+"""The exponential moving average of the weights, held in shards: each rank averages the master weights that it owns.
+
+Memory per rank is 4 bytes x parameters / world size under ZeRO >= 1, never a whole copy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bd3_ds.runtime.world import World
+from bd3_ds.train.engine import Engine
+
+
+class Ema:
+    """Average of the engine's fp32 master weights, with the warm-up min(decay, (1 + n) / (10 + n)) over updates n."""
+
+    def __init__(self, engine: Engine, decay: float):
+        self.decay = decay
+        self.updates = 0
+        self._engine = engine
+        self._parts = [(f.name, f.start, f.values.clone()) for f in engine.fragments()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the present weights; after every optimizer step."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        averages = [average for _, _, average in self._parts]
+        values = [fragment.values for fragment in self._engine.fragments()]
+        torch._foreach_lerp_(averages, values, 1 - decay)
+
+    def gather(self, world: World) -> dict[str, Tensor]:
+        """The whole averaged weights on the main rank, on the CPU; other ranks get an empty dictionary."""
+        parts = {name: (start, average) for name, start, average in self._parts}
+        whole = {}
+        for name, shape in self._engine.shapes.items():
+            tensor = torch.zeros(shape.numel(), device=world.device)
+            if name in parts:
+                start, average = parts[name]
+                tensor[start : start + average.numel()] = average
+            world.sum(tensor)
+            if world.is_main:
+                whole[name] = tensor.view(shape).cpu()
+        return whole
+
+    def save(self, path: Path) -> None:
+        """This rank's part as one safetensors file."""
+        from safetensors.torch import save_file
+
+        tensors = {f"{name}:{start}": average.cpu() for name, start, average in self._parts}
+        tensors["updates"] = torch.tensor(self.updates)
+        save_file(tensors, path)
+
+    def load(self, path: Path) -> None:
+        """Read what `save` wrote on the same rank of a world of the same size."""
+        from safetensors.torch import load_file
+
+        tensors = load_file(path)
+        self.updates = int(tensors.pop("updates"))
+        for name, start, average in self._parts:
+            average.copy_(tensors[f"{name}:{start}"])

@@ -1,0 +1,105 @@
+"""The training loop. Start reading here; each line's detail is one file away."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from bd3_ds.config.schema import RunConfig
+from bd3_ds.diffusion.objective import BINS
+from bd3_ds.runtime.files import write_json
+from bd3_ds.runtime.log import FINISHED
+from bd3_ds.runtime.world import World
+from bd3_ds.train.build import Trainer, build
+from bd3_ds.train.guards import Guards
+from bd3_ds.train.meter import peak_memory_gb
+from bd3_ds.train.state import TrainState
+from bd3_ds.train.step import StepResult
+
+
+def train(run: RunConfig, ds_json: dict[str, Any], world: World) -> TrainState:
+    """Train to run.train.total_steps, or until asked to stop; returns where it stopped, all of it on disk."""
+    trainer = build(run, ds_json, world)
+    finished = trainer.run_dir / FINISHED
+    if world.is_main:
+        finished.unlink(missing_ok=True)
+    batches = iter(trainer.loader)
+    with Guards() as guard, progress_bar(trainer) as bar:
+        while trainer.state.step < run.train.total_steps:
+            result = trainer.stepper.step(batches, trainer.state.step, guard.asked)
+            guard.check(result)
+            trainer.state = trainer.state.advance(run.train.global_batch, run.data.length)
+            report(trainer, result, bar)
+            last = trainer.state.step == run.train.total_steps
+            if due(run.train.export_every, trainer.state.step) or last:
+                trainer.export()
+            if due(run.train.checkpoint_every, trainer.state.step) or last or guard.wants_stop:
+                trainer.save()
+            if guard.wants_stop:
+                trainer.log.say(f"asked to stop: saved after step {trainer.state.step}; the same command continues")
+                break
+    trainer.log.close()
+    if world.is_main and trainer.state.step >= run.train.total_steps:
+        write_json(finished, {"step": trainer.state.step})
+    return trainer.state
+
+
+def due(every: int, step: int) -> bool:
+    """Whether something that happens every `every` steps happens after `step`."""
+    return step % every == 0
+
+
+def report(trainer: Trainer, result: StepResult, bar: Any) -> None:
+    """One record a step; every log_every steps a point in TensorBoard and the numbers on the progress bar."""
+    state, run = trainer.state, trainer.run
+    trainer.meter.add(result.seconds, result.waited)
+    trainer.log.record(
+        {
+            "step": state.step,
+            "samples": state.samples,
+            "tokens": state.tokens,
+            "loss": result.loss,
+            "nelbo": result.nelbo,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "seconds": result.seconds,
+        }
+    )
+    bar.update(1)
+    if not (due(run.train.log_every, state.step) or state.step == run.train.total_steps):
+        return
+    rates = trainer.meter.read()
+    bins = {
+        f"loss_by_masking_rate/{i / BINS:.1f}-{(i + 1) / BINS:.1f}": nats
+        for i, nats in enumerate(result.nats_by_rate)
+        if not math.isnan(nats)
+    }
+    scalars = {
+        "train/loss": result.loss,
+        "train/nelbo": result.nelbo,
+        "train/ppl": math.exp(min(result.nelbo, 700.0)),
+        "train/grad_norm": result.grad_norm,
+        "train/lr": result.lr,
+        "perf/memory_gb": peak_memory_gb(trainer.world.device),
+        **rates,
+        **bins,
+    }
+    trainer.log.scalars(scalars, state.step)
+    trainer.log.flush()
+    bar.set_postfix_str(f"nelbo {result.nelbo:.3f}, {rates['perf/tokens_per_s']:,.0f} tokens/s", refresh=False)
+
+
+def progress_bar(trainer: Trainer) -> Any:
+    """Steps done, time left; silent on other ranks and calm where the console is a file."""
+    return tqdm(
+        total=trainer.run.train.total_steps,
+        initial=trainer.state.step,
+        desc=trainer.run_dir.name,
+        unit="step",
+        disable=not trainer.world.is_main,
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        dynamic_ncols=True,
+    )

@@ -1,0 +1,80 @@
+"""How fast the run goes: tokens per second, model FLOPs utilisation, memory, waiting for data."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import torch
+
+# Dense bf16 matrix rate of one device in FLOP/s, as its maker states it.
+PEAK_BF16 = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "A6000": 155e12,
+    "A10": 125e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """The device's matrix rate in FLOP/s: stated by the maker for known GPUs in bf16, else measured on a 1024^3 product."""
+    if device.type == "cuda" and precision == "bf16":
+        name = torch.cuda.get_device_name(device)
+        for model, rate in PEAK_BF16.items():
+            if model in name:
+                return rate
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.ones(1024, 1024, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Largest memory so far in GiB: allocated on the GPU, or resident in RAM for a CPU run."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Meter:
+    """Rates over the steps since the last `read`."""
+
+    def __init__(self, tokens_per_step: int, flops_per_step: float, peak: float):
+        """`peak` is the FLOP/s of all ranks together."""
+        self._tokens = tokens_per_step
+        self._flops = flops_per_step
+        self._peak = peak
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps = 0
+        self._waited = 0.0
+        self._seconds = 0.0
+
+    def add(self, seconds: float, waited: float) -> None:
+        """One optimizer step took `seconds`, of which `waited` were spent waiting for data."""
+        self._steps += 1
+        self._seconds += seconds
+        self._waited += waited
+
+    def read(self) -> dict[str, float]:
+        """TensorBoard scalars under perf/, and a fresh start."""
+        seconds = max(self._seconds, 1e-9)
+        values = {
+            "perf/tokens_per_s": self._steps * self._tokens / seconds,
+            "perf/mfu": self._steps * self._flops / seconds / self._peak,
+            "perf/data_wait": self._waited / seconds,
+        }
+        self._reset()
+        return values

@@ -1,0 +1,38 @@
+"""`deepspeed run.py train RECIPE [--deepspeed_config JSON] [key=value …]`"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from bd3_ds.config.ds_json import DEFAULT, load_ds_json
+from bd3_ds.config.load import load_recipe
+from bd3_ds.runtime.cli import Parser
+from bd3_ds.train.preflight import preflight
+
+
+def main(argv: list[str]) -> int:
+    """Check everything, then join the other ranks and train."""
+    parser = Parser(prog="run.py train", description="Train a recipe; continues where it stopped.")
+    parser.add_argument("recipe", help="YAML file, such as configs/recipes/docs_pretrain.yaml")
+    parser.add_argument("--deepspeed_config", type=Path, default=DEFAULT, help="memory and communication (ds_configs/)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration on top of the recipe")
+    arguments = parser.parse_intermixed_args(argv)
+
+    ds_json = load_ds_json(arguments.deepspeed_config)
+    run = preflight(load_recipe(arguments.recipe, arguments.overrides), int(os.environ.get("WORLD_SIZE", "1")))
+
+    import torch
+
+    from bd3_ds.runtime.world import join_world
+    from bd3_ds.train.hardware import check_hardware
+    from bd3_ds.train.loop import train
+
+    check_hardware(run)
+    world = join_world()
+    try:
+        train(run, ds_json, world)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0

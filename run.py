@@ -1,0 +1,39 @@
+"""The entry of the project: `deepspeed run.py train RECIPE …`, `python run.py MODE …`; every mode explains itself with --help.
+
+The mode names a module; it is imported only then, and it imports torch only after the arguments have been checked.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from bd3_ds.runtime.errors import UserError, did_you_mean, run_command
+
+MODES = {
+    "train": "bd3_ds.train.train_command",
+    "check": "bd3_ds.train.check_command",
+    "evaluate": "bd3_ds.evaluation.evaluate_command",
+    "eval-worker": "bd3_ds.evaluation.worker",
+    "sample": "bd3_ds.evaluation.sample_command",
+    "report": "bd3_ds.report.report_command",
+    "convert": "bd3_ds.evaluation.convert_command",
+}
+
+
+def main(argv: list[str]) -> int | None:
+    """Hand over to the mode's own main function."""
+    # DeepSpeed's launcher adds --local_rank=N; the number is in the environment as well.
+    argv = [word for word in argv if not word.startswith("--local_rank")]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: run.py MODE …\nmodes: {', '.join(MODES)}\n`run.py MODE --help` explains each")
+        return 0 if argv else 2
+    mode, *rest = argv
+    if mode not in MODES:
+        raise UserError(f"unknown mode '{mode}'; {did_you_mean(mode, MODES)}")
+    command: int | None = importlib.import_module(MODES[mode]).main(rest)
+    return command
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,0 +1,202 @@
+"""Perplexities of exports: estimators against each other and closed forms, records, and users' mistakes."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny import LENGTH, tiny_export, tiny_pack, tiny_run, tiny_tokenizer
+
+from bd3_ds.checkpoint.export import find_export, load_model, load_weights, write_export
+from bd3_ds.data.pack import open_pack
+from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
+from bd3_ds.evaluation import evaluate_command
+from bd3_ds.evaluation.perplexity import evaluate_pack
+from bd3_ds.evaluation.unigram import unigram_perplexity
+from bd3_ds.runtime.errors import UserError, run_command
+
+CPU = torch.device("cpu")
+VOCAB, MASK = 11, 10
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with the packs train and valid, in which every test's runs are made."""
+    directory = tmp_path_factory.mktemp("evaluation")
+    tiny_run(directory)
+    return directory
+
+
+def export_of(place, name, **overrides):
+    run = tiny_run(place, run_dir=place / name, **overrides)
+    return find_export(str(tiny_export(run)))
+
+
+def evaluate(export, place, **changes):
+    options = {"estimator": "stratified", "views": 4, "batch": 16, "device": CPU} | changes
+    return evaluate_pack(load_model(export, CPU), export, place / "valid", "valid", **options)
+
+
+def test_sampled_estimators_agree_with_exact(place):
+    export = export_of(place, "bd3")
+    exact = evaluate(export, place, estimator="exact")
+    assert exact["stderr"] == 0 and exact["forwards"] == 8 * (15 + 1)
+    for estimator in ("stratified", "mc"):
+        sampled = evaluate(export, place, estimator=estimator, views=64)
+        assert 0 < sampled["stderr"] < 0.1 * exact["nelbo"]
+        assert abs(sampled["nelbo"] - exact["nelbo"]) < 4 * sampled["stderr"] + 2e-3 * exact["nelbo"]
+
+
+def test_record(place):
+    export = export_of(place, "bd3")
+    record = evaluate(export, place, max_chunks=5)
+    assert {key: record[key] for key in ("export", "step", "set", "estimator", "tokens", "chunks", "views")} == {
+        "export": "step-00000002",
+        "step": 2,
+        "set": "valid",
+        "estimator": "stratified",
+        "tokens": 5 * (LENGTH - 1),
+        "chunks": 5,
+        "views": 4,
+    }
+    assert record["ppl"] == math.exp(record["nelbo"])
+    assert record["pack_hash"] == open_pack(place / "valid").manifest.pack_hash
+    assert record["forwards"] == 5 * (4 + 1) and record["seconds"] > 0
+
+
+def test_batching_does_not_matter(place):
+    export = export_of(place, "bd3")
+    for estimator in ("exact", "stratified", "mc"):
+        values = [evaluate(export, place, estimator=estimator, batch=batch)["nelbo"] for batch in (1, 8, 100)]
+        assert values == pytest.approx([values[0]] * 3, rel=1e-6)
+
+
+def test_autoregressive_is_its_cross_entropy(place):
+    export = export_of(place, "ar", objective__name="ar", objective__block_size=None)
+    record = evaluate(export, place, estimator="mc")
+    x0 = torch.from_numpy(open_pack(place / "valid").all_tokens())
+    logits = load_model(export, CPU)(x0, block_size=1).detach()
+    logits[..., export.run.model.mask_id] = -torch.inf
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), x0[:, 1:].flatten())
+    assert record["estimator"] == "exact" and record["stderr"] == 0 and record["views"] is None
+    assert record["nelbo"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_full_diffusion_takes_sampled_estimators_alone(place):
+    export = export_of(place, "mdlm", objective__name="mdlm", objective__block_size=None)
+    assert evaluate(export, place)["forwards"] == 8 * 4
+    one_view = evaluate(export, place, views=1)
+    assert 0 < one_view["stderr"] < one_view["nelbo"]
+    with pytest.raises(UserError, match="use stratified"):
+        evaluate(export, place, estimator="exact")
+
+
+def test_sedd_is_monte_carlo(place):
+    export = export_of(place, "sedd", objective__name="sedd", objective__block_size=None)
+    record = evaluate(export, place, views=8)
+    assert record["estimator"] == "mc" and math.isfinite(record["nelbo"]) and record["stderr"] > 0
+
+
+def uniform_scores(x_t, sigma, at):
+    return torch.zeros(int(at.sum()), VOCAB)
+
+
+def test_uniform_scores_cost_log_v_a_token():
+    """With all ratios equal, the score entropy of a masked token is log(V - 1) at every time."""
+    x0 = torch.randint(0, MASK, (4, 32), generator=torch.Generator().manual_seed(0))
+    bound = score_entropy_bound(uniform_scores, x0, MASK, views=512, seed=1)
+    error = bound.stderr.square().sum().sqrt()
+    assert abs(bound.nelbo.sum() - 4 * 31 * math.log(VOCAB - 1)) < 4 * error
+    assert bound.nelbo[:, 0].abs().max() == 0 and bound.forwards == 4 * 512
+    assert error < 0.02 * bound.nelbo.sum()
+
+
+def test_true_scores_cost_nothing():
+    x0 = torch.randint(0, MASK, (2, 32), generator=torch.Generator().manual_seed(0))
+
+    def scores(x_t, sigma, at):
+        logits = torch.full((int(at.sum()), VOCAB), -1e4)
+        return logits.scatter(1, x0.repeat_interleave(4, dim=0)[at][:, None], math.log(VOCAB - 1))
+
+    assert score_entropy_bound(scores, x0, MASK, views=4, seed=0).nelbo.abs().max() < 1e-2
+
+
+def test_stderr_of_sedd_is_the_spread_over_seeds():
+    x0 = torch.zeros(1, 32, dtype=torch.long)
+    draws = [score_entropy_bound(uniform_scores, x0, MASK, views=8, seed=seed) for seed in range(300)]
+    spread = torch.stack([bound.nelbo.sum() for bound in draws]).std()
+    stated = torch.stack([bound.variance.sum() for bound in draws]).mean().sqrt()
+    assert 0.7 * spread < stated < 2 * spread
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_unigram_perplexity(place, limit):
+    vocabulary = open_pack(place / "train").manifest.tokenizer.vocab_size
+    seen = np.bincount(open_pack(place / "train").all_tokens()[:, 1:].ravel(), minlength=vocabulary) + 1.0
+    text = open_pack(place / "valid").all_tokens(limit)[:, 1:].ravel()
+    share = seen / seen[:-1].sum()  # [MASK], the last token, is never scored
+    expected = math.exp(-np.log(share[text]).mean())
+    assert unigram_perplexity(place / "train", place / "valid", limit) == pytest.approx(expected, rel=1e-12)
+
+
+def test_command(place, capsys):
+    export = export_of(place, "bd3")
+    tiny_pack(place / "packs" / "other", LENGTH, 4, seed=2)
+    file = place / "out" / "records.json"
+    words = ["--sets", f"valid,again={place / 'valid'},other", "--packs", str(place / "packs"), "--json", str(file)]
+    assert evaluate_command.main([str(place / "bd3"), *words, "--estimator", "exact"]) == 0
+    records = json.loads(file.read_text())
+    assert [record["set"] for record in records] == ["valid", "again", "other"]
+    assert records[0]["nelbo"] == records[1]["nelbo"] == evaluate(export, place, estimator="exact")["nelbo"]
+    table = capsys.readouterr().out
+    assert f"{records[2]['ppl']:.2f}" in table and records[2]["pack_hash"][:8] in table
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--sets", "vald"], "did you mean 'valid'?"),
+        (["--sets", "vald"], "data_prep.prepare --source vald --tokenizer"),
+        (["--sets", "valid,valid"], "twice"),
+        (["--sets", "=x"], "NAME=DIR"),
+        (["--sets", "valid=nowhere"], "not found: 'nowhere'"),
+        (["--estimator", "stratfied"], "did you mean 'stratified'?"),
+        (["--views", "0"], "above 0"),
+        (["--batch", "many"], "above 0"),
+        (["--device", "tpu"], "invalid choice"),
+        (["--set", "valid"], "unrecognized arguments"),
+        (["--sets", "long={place}/long"], "32 tokens"),
+        (["--sets", "foreign={place}/foreign"], "tokens with [MASK]"),
+        (["--sets", "same_size={place}/same_size"], "another tokenizer"),
+    ],
+)
+def test_mistakes_are_one_sentence(place, capsys, words, sentence):
+    export = export_of(place, "bd3")
+    if not (place / "long").exists():
+        tiny_pack(place / "long", 32, 2)
+        tiny_pack(place / "foreign", LENGTH, 2, tokenizer=tiny_tokenizer(90))
+        tiny_pack(place / "same_size", LENGTH, 2)
+        manifest = place / "same_size" / "manifest.json"
+        manifest.write_text(manifest.read_text().replace(tiny_tokenizer().fingerprint, "0" * 64))
+    words = [word.replace("{place}", str(place)) for word in words]
+    assert run_command(evaluate_command.main, [str(export.path), *words]) == 2
+    err = capsys.readouterr().err
+    assert sentence in err and err.startswith("error: ") and "Traceback" not in err and err.count("\n") == 1
+
+
+def test_export_that_diverged(place, capsys):
+    export = export_of(place, "diverged")
+    weights = load_weights(export)
+    weights["head.linear.weight"][0, 0] = math.nan
+    write_export(export.path, weights, export.run, export.tokenizer, export.step)
+    assert run_command(evaluate_command.main, [str(export.path)]) == 2
+    assert "not finite (head.linear.weight)" in capsys.readouterr().err
+
+
+def test_export_without_sets(place, capsys):
+    run = tiny_run(place, run_dir=place / "bare")
+    tiny_export(dataclasses.replace(run, eval=dataclasses.replace(run.eval, sets={})))
+    assert run_command(evaluate_command.main, [str(place / "bare")]) == 2
+    assert "--sets NAME=DIR" in capsys.readouterr().err

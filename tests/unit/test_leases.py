@@ -1,0 +1,109 @@
+"""Leases: one holder at a time, whoever dies or races."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+
+from bd3_ds.evaluation.leases import claim
+
+RACERS, ROUNDS = 4, 30
+
+
+def test_one_holder_until_released(tmp_path):
+    lease = claim(tmp_path, "a")
+    assert lease is not None and lease.held()
+    assert claim(tmp_path, "a") is None
+    other = claim(tmp_path, "b")
+    assert other is not None
+    lease.release()
+    lease.release()
+    assert not lease.held()
+    with claim(tmp_path, "a") as again:
+        assert again.held() and other.held()
+    other.release()
+
+
+def test_names_that_begin_alike_are_apart(tmp_path):
+    with claim(tmp_path, "step-1"), claim(tmp_path, "step-1.5") as other:
+        assert other is not None
+    with claim(tmp_path, "step-1[0]"):
+        assert claim(tmp_path, "step-1[0]") is None
+
+
+def test_dead_holder_on_this_machine(tmp_path):
+    code = "import sys, os; from pathlib import Path; from bd3_ds.evaluation.leases import claim;"
+    code += "claim(Path(sys.argv[1]), 'a'); os.kill(os.getpid(), 9)"
+    dead = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=os.getcwd())
+    assert dead.returncode == -9 and (tmp_path / "a.1").exists()
+    with claim(tmp_path, "a") as lease:
+        assert lease.held()
+
+
+def write_holder(path, **changes):
+    """A lease of a process on another machine."""
+    path.write_text(json.dumps({"host": "elsewhere", "pid_space": "", "pid": 1, "started": 0.0} | changes))
+
+
+def test_holder_elsewhere_lives_as_long_as_its_heart_beats(tmp_path):
+    write_holder(tmp_path / "a.1")
+    assert claim(tmp_path, "a", stale_after=5) is None
+    old = time.time() - 60
+    os.utime(tmp_path / "a.1", (old, old))
+    with claim(tmp_path, "a", stale_after=5) as lease:
+        assert lease.held() and lease.path.name == "a.2"
+
+
+def test_heartbeat_keeps_a_lease(tmp_path):
+    with claim(tmp_path, "a", stale_after=0.4) as lease:
+        old = time.time() - 60
+        os.utime(lease.path, (old, old))
+        time.sleep(0.5)
+        assert time.time() - lease.path.stat().st_mtime < 10
+
+
+def test_holder_that_was_taken_for_dead_learns_of_it(tmp_path):
+    with claim(tmp_path, "a") as lease:
+        write_holder(tmp_path / "a.2")
+        assert not lease.held()
+
+
+def test_lease_cut_off_in_its_first_line(tmp_path):
+    (tmp_path / "a.1").write_text("")
+    assert claim(tmp_path, "a", stale_after=5) is None
+    os.utime(tmp_path / "a.1", (0, 0))
+    with claim(tmp_path, "a", stale_after=5) as lease:
+        assert lease.held()
+
+
+def race(directory, start, end, wins):
+    for number in range(ROUNDS):
+        start.wait(30)
+        lease = claim(directory, f"round-{number}", stale_after=30)
+        end.wait(30)
+        if lease is not None:
+            with wins.get_lock():
+                wins[number] += 1
+            lease.release()
+
+
+def test_race_has_one_winner(tmp_path):
+    """Every third round is for a fresh name, a stale lease, a released one."""
+    for number in range(ROUNDS):
+        path = tmp_path / f"round-{number}.1"
+        if number % 3 == 1:
+            write_holder(path)
+            os.utime(path, (0, 0))
+        elif number % 3 == 2:
+            write_holder(path, released=True)
+    context = multiprocessing.get_context("spawn")
+    start, end, wins = context.Barrier(RACERS), context.Barrier(RACERS), context.Array("i", ROUNDS)
+    racers = [context.Process(target=race, args=(tmp_path, start, end, wins)) for _ in range(RACERS)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join(60)
+    assert [racer.exitcode for racer in racers] == [0] * RACERS
+    assert list(wins) == [1] * ROUNDS

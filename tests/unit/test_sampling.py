@@ -1,0 +1,227 @@
+"""Samplers against the distributions that they claim to draw from, with and without their cache."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from bd3_ds.diffusion.score_entropy import sigma_of
+from bd3_ds.diffusion.subs import subs_log_probs
+from bd3_ds.model.dit import DiT, Network
+from bd3_ds.sampling.draw import draw_tokens, token_probabilities
+from bd3_ds.sampling.sampler import sample_autoregressive, sample_blocks
+from bd3_ds.sampling.stopping import low_entropy, truncate_at_eos, unigram_entropy
+
+VOCAB, MASK, BOS = 5, 4, 0
+LENGTH = 4
+TEXTS = torch.tensor(list(itertools.product(range(MASK), repeat=LENGTH - 1)))  # [64, 3]
+
+
+def network(causal=False, vocab=VOCAB, seed=3, kind=DiT):
+    """Random weights everywhere, sized so that distributions are neither uniform nor certain."""
+    model = kind(Network(vocab, 16, 2, 2, 2, 8, causal)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = {"embed": 3.0, "head": 0.3}.get(name.partition(".")[0], 0.4)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model
+
+
+def draw(model, num=3, length=12, block_size=4, prompt=(BOS,), seed=7, **options):
+    mask = model.network.vocab_size - 1
+    common = {"num": num, "length": length, "mask_id": mask, "prompt": torch.as_tensor(prompt), "seed": seed}
+    if model.network.causal:
+        return sample_autoregressive(model, **common, **options)
+    return sample_blocks(model, block_size=block_size, **common, **options)
+
+
+def assert_drawn_from(tokens, expected):
+    """A chi-square test of tokens [N, 4] against probabilities [64] of the texts behind BOS."""
+    torch.testing.assert_close(expected.sum(), torch.tensor(1.0, dtype=torch.float64))
+    index = (tokens[:, 1:] * torch.tensor([MASK**2, MASK, 1])).sum(1)
+    counts = torch.bincount(index, minlength=len(TEXTS)).double()
+    wanted = expected * len(tokens)
+    # Cells that expect few are put together, as the test's approximation asks for.
+    small = wanted < 5
+    counts = torch.cat([counts[~small], counts[small].sum()[None]])
+    wanted = torch.cat([wanted[~small], wanted[small].sum()[None].clamp(min=1e-9)])
+    freedom = len(wanted) - 1
+    assert freedom > 10
+    statistic = ((counts - wanted) ** 2 / wanted).sum()
+    assert statistic < freedom + 4 * math.sqrt(2 * freedom)
+
+
+@torch.no_grad()
+def masked_probability(model, text, hidden, place, block_size, sigma=None):
+    """p(token at `place`) of clean texts [N, 4] with `hidden` places masked, one pass each, no cache: [N] fp64."""
+    x_t = text.clone()
+    x_t[:, hidden] = MASK
+    logits = model(x_t, text, block_size=block_size, sigma=sigma)[:, place]
+    return subs_log_probs(logits, MASK).double().gather(-1, text[:, place : place + 1])[:, 0].exp()
+
+
+def test_block_diffusion_averages_over_the_orders_of_a_block():
+    model = network()
+    text = torch.cat([torch.full((64, 1), BOS), TEXTS], dim=1)
+    first = masked_probability(model, text, [1], 1, 2)
+    forward = masked_probability(model, text, [2, 3], 2, 2) * masked_probability(model, text, [3], 3, 2)
+    backward = masked_probability(model, text, [2, 3], 3, 2) * masked_probability(model, text, [2], 2, 2)
+    assert (forward - backward).abs().max() > 0.02  # else the order would not be tested
+    assert_drawn_from(draw(model, 4000, LENGTH, 2).tokens, first * (forward + backward) / 2)
+
+
+def test_one_block_averages_over_all_orders():
+    model = network()
+    text = torch.cat([torch.full((64, 1), BOS), TEXTS], dim=1)
+    expected = torch.zeros(64, dtype=torch.float64)
+    for order in itertools.permutations([1, 2, 3]):
+        probability = torch.ones(64, dtype=torch.float64)
+        for step, place in enumerate(order):
+            probability *= masked_probability(model, text, list(order[step:]), place, LENGTH)
+        expected += probability / 6
+    assert_drawn_from(draw(model, 4000, LENGTH, LENGTH).tokens, expected)
+
+
+def test_sedd_is_conditioned_on_the_time_of_each_step():
+    """Texts of two free tokens: the orders averaged, and the times integrated over the midpoints of a grid."""
+    model = network()
+    prompt = [BOS, 1]
+    points = (torch.arange(40, dtype=torch.float64) + 0.5) / 40
+    u1, u2 = torch.meshgrid(points, points, indexing="ij")
+    early = u1.sqrt().flatten()
+    late = early * u2.flatten()
+    expected = torch.zeros(64, dtype=torch.float64)
+    for a, b in itertools.product(range(MASK), repeat=2):
+        text = torch.tensor([[*prompt, a, b]]).expand(len(early), -1)
+
+        def probability(hidden, place, t, text=text):
+            return masked_probability(model, text, hidden, place, LENGTH, sigma_of(t))
+
+        forward = probability([2, 3], 2, early) * probability([3], 3, late)
+        backward = probability([2, 3], 3, early) * probability([2], 2, late)
+        expected[MASK**2 + MASK * a + b] = ((forward + backward) / 2).mean()
+    tokens = draw(model, 4000, LENGTH, LENGTH, prompt, sigma_from_rate=True).tokens
+    counts = torch.bincount((tokens[:, 1:] * torch.tensor([16, 4, 1])).sum(1), minlength=64).double()
+    wanted = 4000 * expected
+    cells = wanted > 5
+    assert counts.sum() == counts[16:32].sum() and cells.sum() > 6
+    statistic = ((counts - wanted)[cells] ** 2 / wanted[cells]).sum()
+    assert statistic < cells.sum() + 4 * math.sqrt(2 * cells.sum())
+
+
+def test_autoregressive_is_the_chain_rule():
+    model = network(causal=True)
+    text = torch.cat([torch.full((64, 1), BOS), TEXTS], dim=1)
+    with torch.no_grad():
+        log_p = subs_log_probs(model(text, block_size=1), MASK).double()
+    expected = log_p[:, :-1].gather(-1, text[:, 1:, None])[..., 0].sum(1).exp()
+    assert_drawn_from(draw(model, 4000, LENGTH).tokens, expected)
+
+
+class Uncached(DiT):
+    """Remembers the clean text and runs all of it beside the noisy block, instead of using what the cache holds."""
+
+    def encode(self, x0, cache, *, block_size):
+        self.text = x0 if len(cache) == 0 else torch.cat([self.text, x0], dim=1)
+        return super().encode(x0, cache, block_size=block_size)
+
+    def decode(self, tokens, cache, *, start, block_size, sigma=None, at=None):
+        if self.network.causal:
+            self.text = tokens if len(cache) == 0 else torch.cat([self.text, tokens], dim=1)
+            super().decode(tokens, cache, start=start, block_size=1)  # the sampler reads the cache's length
+            return self.forward(self.text, block_size=1)[:, start:][at]
+        text = tokens if start == 0 else torch.cat([self.text, tokens], dim=1)
+        return self.forward(text, text, block_size=block_size, sigma=sigma)[:, start:][at]
+
+
+@pytest.mark.parametrize("causal, block_size", [(False, 1), (False, 2), (False, 4), (False, 12), (True, 1)])
+@pytest.mark.parametrize("prompt", [(BOS,), (BOS, 3, 5, 2, 8, 1)])
+def test_the_cache_changes_nothing(causal, block_size, prompt):
+    cached = draw(network(causal, 11), block_size=block_size, prompt=prompt)
+    uncached = draw(network(causal, 11, kind=Uncached), block_size=block_size, prompt=prompt)
+    assert torch.equal(cached.tokens, uncached.tokens)
+    assert not (cached.tokens == 10).any()
+
+
+@pytest.mark.parametrize("causal, block_size", [(False, 1), (False, 4), (False, 12), (True, 1)])
+def test_given_tokens_stay(causal, block_size):
+    """Rows whose prompts differ in length, with a hole in one."""
+    model = network(causal, 11)
+    prompt = torch.tensor([[0, 3, 5, 2, 8, 1], [0, 3, 10, 10, 10, 10], [0, 3, 10, 2, 10, 1]])
+    samples = draw(model, prompt=prompt, block_size=block_size)
+    given = prompt != 10
+    assert torch.equal(samples.tokens[:, :6][given], prompt[given])
+    assert not (samples.tokens == 10).any()
+    assert samples.nfe.tolist() == [6, 10, 8]
+    for row in range(3):
+        alone = draw(model, num=1, prompt=prompt[row], block_size=block_size, first_row=row)
+        assert torch.equal(alone.tokens[0], samples.tokens[row])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_text_depends_on_seed_and_row_alone(causal):
+    model = network(causal, 11)
+    together = draw(model, num=5).tokens
+    assert torch.equal(together, torch.cat([draw(model, num=2).tokens, draw(model, num=3, first_row=2).tokens]))
+    assert torch.equal(together[:, :8], draw(model, num=5, length=8).tokens)
+    assert not torch.equal(together, draw(model, num=5, seed=8).tokens)
+    assert len({tuple(row) for row in together.tolist()}) == 5
+
+
+@pytest.mark.parametrize(
+    "block_size, length, nfe, writes", [(1, 12, 11, 11), (4, 12, 11, 2), (12, 12, 11, 0), (4, 10, 11, 2)]
+)
+def test_counts(block_size, length, nfe, writes):
+    told = []
+    samples = draw(network(), length=length, block_size=block_size, progress=told.append)
+    assert samples.tokens.shape == (3, length)
+    assert samples.nfe.tolist() == [nfe] * 3 and sum(told) == 3 * nfe
+    assert samples.cache_forwards == writes
+
+
+def test_a_length_inside_a_block_is_cut_from_the_whole():
+    model = network(vocab=11)
+    assert torch.equal(draw(model, length=10).tokens, draw(model, length=12).tokens[:, :10])
+
+
+def test_a_long_prompt_is_cached_in_one_pass():
+    assert draw(network(), prompt=[0] * 9, block_size=2).cache_forwards == 2  # 8 given tokens at once, then one block
+
+
+def test_temperature_and_nucleus():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05, 9.0]]).log()
+
+    def kept(nucleus):
+        return token_probabilities(logits, MASK, nucleus=nucleus)[0].tolist()
+
+    assert kept(None) == pytest.approx([0.5, 0.3, 0.15, 0.05, 0])
+    assert kept(0.5) == pytest.approx([1, 0, 0, 0, 0])
+    assert kept(0.6) == pytest.approx([0.625, 0.375, 0, 0, 0])  # the token that crosses 0.6 is in
+    assert kept(1e-6) == pytest.approx([1, 0, 0, 0, 0])
+    assert kept(1.0) == pytest.approx([0.5, 0.3, 0.15, 0.05, 0])
+    assert token_probabilities(logits, MASK, temperature=0)[0].tolist() == [1, 0, 0, 0, 0]
+    squared = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0]) ** 2
+    assert token_probabilities(logits, MASK, temperature=0.5)[0].tolist() == pytest.approx(
+        (squared / squared.sum()).tolist()
+    )
+
+
+def test_extreme_numbers_never_draw_what_has_no_probability():
+    probabilities = torch.tensor([[0.0, 0.7, 0.0, 0.3, 0.0]], dtype=torch.float64).expand(3, -1)
+    assert draw_tokens(probabilities, torch.tensor([0.0, 0.7 + 1e-12, 1 - 2**-53])).tolist() == [1, 3, 3]
+
+
+def test_where_a_text_ends():
+    tokens = torch.tensor([0, 5, 6, 0, 7, 0])
+    assert truncate_at_eos(tokens, 0).tolist() == [0, 5, 6, 0]
+    assert truncate_at_eos(tokens, 0, given=4).tolist() == tokens.tolist()
+    assert truncate_at_eos(tokens, 9).tolist() == tokens.tolist()
+
+
+def test_entropy_of_repetition():
+    rows = torch.stack([torch.arange(256), torch.arange(256) % 2, torch.zeros(256, dtype=torch.long)])
+    assert unigram_entropy(rows).tolist() == pytest.approx([math.log(256), math.log(2), 0.0])
+    assert low_entropy(rows).tolist() == [False, True, True]
+    assert low_entropy(rows[:, :255]).tolist() == [False] * 3
