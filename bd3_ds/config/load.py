@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
-    """base.yaml, then the recipe's includes, the recipe itself and the overrides; raises UserError with all problems."""
+    """base.yaml, the recipe's includes, the recipe itself and the overrides; raises UserError with all problems."""
     path = Path(recipe)
     tree = _empty(RunConfig)
     problems = [*_merge_file(tree, CONFIGS / "base.yaml"), *_merge_file(tree, path), *_merge_words(tree, overrides)]
@@ -35,6 +35,18 @@ def load_resolved(path: Path) -> RunConfig:
     tree = _empty(RunConfig)
     problems = _merge_file(tree, path)
     problems += [f"{path}: {key} is missing" for key in sorted(OmegaConf.missing_keys(tree))]
+    if problems:
+        raise UserError(*problems)
+    return _freeze(tree)
+
+
+def load_defaults(values: dict[str, Any], origin: str) -> RunConfig:
+    """base.yaml with `values` (dotted key -> value, from `origin`) over it, for a model that no recipe made."""
+    tree = _empty(RunConfig)
+    content = OmegaConf.create()
+    for key, value in values.items():
+        OmegaConf.update(content, key, value)
+    problems = [*_merge_file(tree, CONFIGS / "base.yaml"), *_merge_tree(tree, content, origin)]
     if problems:
         raise UserError(*problems)
     return _freeze(tree)

@@ -21,6 +21,15 @@ CPU = torch.device("cpu")
 VOCAB, MASK = 11, 10
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other cost more than networks of this size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A directory with the packs train and valid, in which every test's runs are made."""
@@ -69,7 +78,9 @@ def test_record(place):
 def test_batching_does_not_matter(place):
     export = export_of(place, "bd3")
     for estimator in ("exact", "stratified", "mc"):
-        values = [evaluate(export, place, estimator=estimator, batch=batch)["nelbo"] for batch in (1, 8, 100)]
+        values = [
+            evaluate(export, place, estimator=estimator, batch=batch, max_chunks=3)["nelbo"] for batch in (1, 8, 100)
+        ]
         assert values == pytest.approx([values[0]] * 3, rel=1e-6)
 
 
@@ -152,6 +163,14 @@ def test_command(place, capsys):
     assert records[0]["nelbo"] == records[1]["nelbo"] == evaluate(export, place, estimator="exact")["nelbo"]
     table = capsys.readouterr().out
     assert f"{records[2]['ppl']:.2f}" in table and records[2]["pack_hash"][:8] in table
+
+
+def test_max_chunks_of_the_command_rule_over_the_configuration(place):
+    export = export_of(place, "few", eval__max_chunks=2)
+    file = place / "few.json"
+    for words, chunks in (([], 2), (["--max-chunks", "3"], 3), (["--max-chunks", "all"], 8)):
+        assert evaluate_command.main([str(export.path), "--json", str(file), *words]) == 0
+        assert json.loads(file.read_text())[0]["chunks"] == chunks
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import sys
 import time
 
 from bd3_ds.evaluation.leases import claim
+from bd3_ds.evaluation.results import EVALUATIONS, Results
+from bd3_ds.runtime import records
 
 RACERS, ROUNDS = 4, 30
 
@@ -107,3 +109,25 @@ def test_race_has_one_winner(tmp_path):
         racer.join(60)
     assert [racer.exitcode for racer in racers] == [0] * RACERS
     assert list(wins) == [1] * ROUNDS
+
+
+def add_all(run_dir, start, added):
+    results = Results(run_dir)
+    start.wait(30)
+    for number in range(ROUNDS):
+        if results.add(EVALUATIONS, {"export": f"step-{number % 10}", "set": "valid", "ppl": 1.5}):
+            with added.get_lock():
+                added.value += 1
+
+
+def test_a_result_is_on_record_once(tmp_path):
+    """Also when two workers that each think the other dead have both evaluated it."""
+    context = multiprocessing.get_context("spawn")
+    start, added = context.Barrier(RACERS), context.Value("i", 0)
+    writers = [context.Process(target=add_all, args=(tmp_path, start, added)) for _ in range(RACERS)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert added.value == 10 == len(records.read(tmp_path / EVALUATIONS))
+    assert Results(tmp_path).done() == {(f"step-{number}", "valid") for number in range(10)}

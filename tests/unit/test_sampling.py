@@ -18,13 +18,22 @@ LENGTH = 4
 TEXTS = torch.tensor(list(itertools.product(range(MASK), repeat=LENGTH - 1)))  # [64, 3]
 
 
-def network(causal=False, vocab=VOCAB, seed=3, kind=DiT):
-    """Random weights everywhere, sized so that distributions are neither uniform nor certain."""
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Thousands of passes over tiny tensors: more threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def network(causal=False, vocab=VOCAB, kind=DiT, seed=3, scales=(3.0, 0.4, 0.3)):
+    """Random weights everywhere, of these scales in embedding, layers and head: neither uniform nor certain."""
     model = kind(Network(vocab, 16, 2, 2, 2, 8, causal)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            scale = {"embed": 3.0, "head": 0.3}.get(name.partition(".")[0], 0.4)
+            scale = {"embed": scales[0], "head": scales[2]}.get(name.partition(".")[0], scales[1])
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return model
 
@@ -48,7 +57,7 @@ def assert_drawn_from(tokens, expected):
     counts = torch.cat([counts[~small], counts[small].sum()[None]])
     wanted = torch.cat([wanted[~small], wanted[small].sum()[None].clamp(min=1e-9)])
     freedom = len(wanted) - 1
-    assert freedom > 10
+    assert freedom >= 10
     statistic = ((counts - wanted) ** 2 / wanted).sum()
     assert statistic < freedom + 4 * math.sqrt(2 * freedom)
 
@@ -63,13 +72,15 @@ def masked_probability(model, text, hidden, place, block_size, sigma=None):
 
 
 def test_block_diffusion_averages_over_the_orders_of_a_block():
-    model = network()
+    model = network(seed=17, scales=(1.0, 0.5, 0.4))  # the order of unmasking matters much to what comes out
     text = torch.cat([torch.full((64, 1), BOS), TEXTS], dim=1)
     first = masked_probability(model, text, [1], 1, 2)
     forward = masked_probability(model, text, [2, 3], 2, 2) * masked_probability(model, text, [3], 3, 2)
     backward = masked_probability(model, text, [2, 3], 3, 2) * masked_probability(model, text, [2], 2, 2)
-    assert (forward - backward).abs().max() > 0.02  # else the order would not be tested
-    assert_drawn_from(draw(model, 4000, LENGTH, 2).tokens, first * (forward + backward) / 2)
+    tokens = draw(model, 4000, LENGTH, 2).tokens
+    assert_drawn_from(tokens, first * (forward + backward) / 2)
+    with pytest.raises(AssertionError):  # the test can tell one order from the average of both
+        assert_drawn_from(tokens, first * forward)
 
 
 def test_one_block_averages_over_all_orders():
@@ -88,7 +99,7 @@ def test_sedd_is_conditioned_on_the_time_of_each_step():
     """Texts of two free tokens: the orders averaged, and the times integrated over the midpoints of a grid."""
     model = network()
     prompt = [BOS, 1]
-    points = (torch.arange(40, dtype=torch.float64) + 0.5) / 40
+    points = (torch.arange(12, dtype=torch.float64) + 0.5) / 12
     u1, u2 = torch.meshgrid(points, points, indexing="ij")
     early = u1.sqrt().flatten()
     late = early * u2.flatten()
@@ -210,7 +221,11 @@ def test_temperature_and_nucleus():
 
 def test_extreme_numbers_never_draw_what_has_no_probability():
     probabilities = torch.tensor([[0.0, 0.7, 0.0, 0.3, 0.0]], dtype=torch.float64).expand(3, -1)
-    assert draw_tokens(probabilities, torch.tensor([0.0, 0.7 + 1e-12, 1 - 2**-53])).tolist() == [1, 3, 3]
+    assert draw_tokens(probabilities, torch.tensor([0.0, 0.7 + 1e-12, 1 - 2**-53], dtype=torch.float64)).tolist() == [
+        1,
+        3,
+        3,
+    ]
 
 
 def test_where_a_text_ends():

@@ -1,0 +1,39 @@
+"""Values of the evaluation commands' options, checked before anything slow is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from bd3_ds.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = ("cpu", "cuda")
+
+
+def at_least_one(text: str) -> int:
+    """argparse type: a whole number above 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number above 0")
+    return value
+
+
+def number_of_chunks(text: str) -> int:
+    """argparse type: a whole number above 0, or `all`."""
+    return sys.maxsize if text == "all" else at_least_one(text)
+
+
+def open_device(name: str | None) -> torch.device:
+    """The device that --device names, or the GPU where there is one for None; raises UserError for a GPU not there."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,0 +1,153 @@
+"""The perplexity of an export on a frozen set: the one bound of MATH.md, with its standard error."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bd3_ds.checkpoint.export import Export
+from bd3_ds.config.check import check_estimator
+from bd3_ds.config.schema import AR, SEDD, RunConfig, block_size
+from bd3_ds.data.pack import open_pack
+from bd3_ds.diffusion import likelihood
+from bd3_ds.diffusion.likelihood import Bound
+from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
+from bd3_ds.evaluation.denoisers import causal_logits, conditioned
+from bd3_ds.evaluation.packs import check_pack
+from bd3_ds.model.dit import DiT
+from bd3_ds.runtime.errors import UserError
+
+# Called with (sequences done, sequences in all) after every batch.
+Progress = Callable[[int, int], None]
+
+
+def evaluate_pack(
+    model: DiT,
+    export: Export,
+    pack_dir: str | Path,
+    set_name: str,
+    *,
+    estimator: str,
+    views: int,
+    batch: int,
+    max_chunks: int | None = None,
+    seed: int = 0,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The record of one (export, set); `nelbo` and `stderr` in nats per scored token, `ppl` = exp(nelbo).
+
+    `stderr` is what the estimator itself adds, for this text: 0 where the value is exact. `batch` bounds the noisy
+    sequences of a forward pass; weights and arithmetic are fp32. Raises UserError for a set that the export cannot
+    read, an estimator that does not fit, and an export whose numbers are not finite.
+    """
+    manifest = check_pack(export, set_name, str(pack_dir))
+    used = estimator_used(export.run, estimator)
+    _require_finite_weights(model, export)
+    tokens = torch.from_numpy(open_pack(pack_dir).all_tokens(max_chunks))
+    size = block_size(export.run)
+    together = _sequences_at_once(used, size, views, batch)
+    start = time.perf_counter()
+    nats, variance, forwards = [], [], 0
+    for first in range(0, len(tokens), together):
+        x0 = tokens[first : first + together].to(device)
+        try:
+            bound = bound_of(model, export.run, x0, used, views=views, seed=seed, first_sequence=first, at_once=batch)
+        except torch.cuda.OutOfMemoryError:
+            raise UserError(
+                f"set {set_name}: {max(batch, views)} noisy sequences do not fit into the memory of {device}; "
+                "lower --batch (eval.batch) or --views (eval.views)"
+            ) from None
+        nats.append(bound.nelbo.double().sum(1).cpu())
+        variance.append(bound.variance.double().cpu())
+        forwards += bound.forwards
+        if progress is not None:
+            progress(min(first + together, len(tokens)), len(tokens))
+    scored = len(tokens) * (manifest.length - 1)
+    by_sequence = torch.cat(nats)
+    nelbo = float(by_sequence.sum()) / scored
+    if not math.isfinite(nelbo):
+        raise UserError(f"the NELBO of set {set_name} under {export.path} is {nelbo}; choose an earlier export")
+    total_variance = torch.cat(variance).sum()
+    if used != "exact" and views == 1 and len(tokens) > 1:
+        # One view knows nothing of its own error; the spread over sequences, text included, is an upper estimate.
+        total_variance = len(tokens) * by_sequence.var()
+    return {
+        "export": export.name,
+        "step": export.step,
+        "set": set_name,
+        "estimator": used,
+        "nelbo": nelbo,
+        "stderr": float(total_variance.sqrt()) / scored,
+        "ppl": math.exp(min(nelbo, 700.0)),  # e^709 is the last fp64 number
+        "tokens": scored,
+        "pack_hash": manifest.pack_hash,
+        "forwards": forwards,
+        "seconds": time.perf_counter() - start,
+        "views": views if used != "exact" else None,
+        "chunks": len(tokens),
+    }
+
+
+def estimator_used(run: RunConfig, asked: str) -> str:
+    """What scores this run when `asked` is asked for: exact for AR, mc for SEDD; else `asked`, or UserError."""
+    problems = check_estimator(asked, 1 if run.objective.name in (AR, SEDD) else block_size(run), "estimator")
+    if problems:
+        raise UserError(*problems)
+    return {AR: "exact", SEDD: "mc"}.get(run.objective.name, asked)
+
+
+@torch.no_grad()
+def bound_of(
+    model: DiT,
+    run: RunConfig,
+    x0: Tensor,
+    estimator: str,
+    *,
+    views: int,
+    seed: int,
+    first_sequence: int = 0,
+    at_once: int = 64,
+) -> Bound:
+    """The Bound of tokens x0 [b, L] under the run's objective, by a name that `estimator_used` returned.
+
+    Sampled estimators draw by (seed, first_sequence + row), so batching does not matter; `exact` puts `at_once` noisy
+    sequences into a pass.
+    """
+    mask_id, size = run.model.mask_id, block_size(run)
+    assert mask_id is not None
+    if run.objective.name == AR:
+        return likelihood.autoregressive(causal_logits(model, x0), x0, mask_id)
+    if run.objective.name == SEDD:
+
+        def score(x_t: Tensor, sigma: Tensor, at: Tensor) -> Tensor:
+            logits: Tensor = model(x_t, block_size=size, sigma=sigma, at=at)
+            return logits
+
+        return score_entropy_bound(score, x0, mask_id, views, seed, first_sequence)
+    condition = conditioned(model, size)
+    if estimator == "exact":
+        return likelihood.exact(condition, x0, size, mask_id, at_once)
+    sampled = likelihood.stratified if estimator == "stratified" else likelihood.monte_carlo
+    return sampled(condition, x0, size, mask_id, views, seed, first_sequence)
+
+
+def _sequences_at_once(estimator: str, size: int, views: int, batch: int) -> int:
+    """Clean sequences of a pass, such that `batch` noisy ones are what it holds."""
+    if estimator == "exact":
+        return max(1, batch // (2**size - 1))
+    return max(1, batch // views)
+
+
+def _require_finite_weights(model: DiT, export: Export) -> None:
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise UserError(
+                f"{export.path} holds weights that are not finite ({name}): the run diverged; choose an earlier export"
+            )

@@ -1,0 +1,42 @@
+"""The simplest model there is, for the last line of a results table: how often each token occurred in training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from bd3_ds.data.pack import Pack, check_same_tokenizer, open_pack
+
+
+def unigram_perplexity(train_pack: str | Path, eval_pack: str | Path, max_chunks: int | None = None) -> float:
+    """Perplexity of the evaluation pack's scored tokens under add-one-smoothed counts of the training pack.
+
+    The same tokens are scored as by every model here: all but a chunk's first; [MASK] has probability 0.
+    `max_chunks` bounds the evaluation chunks, as it does for the models. Raises UserError for different tokenizers.
+    """
+    train, evaluation = open_pack(train_pack), open_pack(eval_pack)
+    check_same_tokenizer(train.manifest, evaluation.manifest)
+    vocabulary = train.manifest.tokenizer.vocab_size
+    seen = _counts(train, vocabulary, None) + 1
+    seen[train.manifest.tokenizer.mask_id] = 0
+    scored = _counts(evaluation, vocabulary, max_chunks)
+    present = scored > 0
+    nats = -(scored[present] * np.log(seen[present] / seen.sum())).sum() / scored.sum()
+    return math.exp(nats)
+
+
+def _counts(pack: Pack, vocabulary: int, limit: int | None) -> np.ndarray:
+    """How often each token is scored in the first `limit` chunks, fp64 [V]."""
+    total = np.zeros(vocabulary)
+    for rows in _rows(pack, limit):
+        total += np.bincount(np.concatenate(rows), minlength=vocabulary)
+    return total
+
+
+def _rows(pack: Pack, limit: int | None, together: int = 1024) -> Iterator[list[np.ndarray]]:
+    count = len(pack) if limit is None else min(limit, len(pack))
+    for start in range(0, count, together):
+        yield [pack.tokens(i)[1:] for i in range(start, min(start + together, count))]

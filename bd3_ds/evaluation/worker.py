@@ -1,0 +1,258 @@
+"""`run.py eval-worker RUN_DIR`: follow a run and evaluate its exports beside it.
+
+The worker and the trainer meet on disk alone: a committed export in, lines of records/eval.jsonl and points in
+TensorBoard out. A slow or dead worker cannot stall the run; any number of workers may follow the same one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bd3_ds.evaluation.leases import Lease, claim
+from bd3_ds.evaluation.options import DEVICES, at_least_one, open_device
+from bd3_ds.evaluation.results import ERRORS, EVALUATIONS, LEASES, SAMPLES, TEXTS, Results
+from bd3_ds.runtime.cli import Parser
+from bd3_ds.runtime.errors import EXIT_USER_ERROR, UserError, run_command
+from bd3_ds.runtime.files import read_json
+from bd3_ds.runtime.log import FINISHED
+
+if TYPE_CHECKING:
+    import torch
+
+    from bd3_ds.config.schema import EvalConfig, RunConfig
+    from bd3_ds.evaluation.api import LanguageModel
+
+
+RUN_YAML = "run.yaml"
+
+
+class Stopped(Exception):
+    """The worker was asked to end (SIGTERM, SIGINT)."""
+
+
+def main(argv: list[str]) -> int:
+    """Evaluate until the run has finished and nothing is left, or with --once what is there now."""
+    parser = Parser(prog="run.py eval-worker", description="Evaluate a run's exports as they appear.")
+    add = parser.add_argument
+    add("run_dir", type=Path, metavar="RUN_DIR", help="the run; it may start later")
+    add("--once", action="store_true", help="evaluate what is there now, then exit")
+    add("--poll", type=at_least_one, default=5, metavar="SECONDS", help="between looks for new exports (default 5)")
+    add("--device", choices=DEVICES, default="cpu", help="default cpu: the GPUs are the trainer's")
+    add(
+        "--threads", type=at_least_one, default=1, metavar="N", help="CPU threads (default 1: out of the trainer's way)"
+    )
+    options = parser.parse_args(argv)
+    if options.once and not (options.run_dir / RUN_YAML).is_file():
+        raise UserError(f"{options.run_dir} is not a run (it has no run.yaml); without --once the worker waits for it")
+
+    import torch
+
+    os.nice(10)
+    torch.set_num_threads(options.threads)
+    worker = Worker(options.run_dir, open_device(options.device), options.poll)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.stop())
+    try:
+        worker.follow(options.once)
+    except Stopped:
+        worker.say("asked to stop; what is not on record is left to the next worker")
+    finally:
+        worker.close()
+    return worker.exit_code
+
+
+class Worker:
+    """Follows one run; see `main`. `exit_code` is 0, or 2 or 1 once something could not be done."""
+
+    def __init__(self, run_dir: Path, device: torch.device, poll: float):
+        self.run_dir = run_dir
+        self.device = device
+        self.poll = poll
+        self.results = Results(run_dir)
+        self.exit_code = 0
+        self._failed: set[tuple[str, str]] = set()  # (export, set); each worker tries what fails once
+        self._asked = False
+        self._writer: Any = None
+
+    def follow(self, once: bool) -> None:
+        """Work on every export, oldest first, so that the curves grow from the left."""
+        if not self._configured():
+            self.say(f"waiting for {self.run_dir / RUN_YAML}")
+        while True:
+            # Looked at before the exports are: a run that has finished has its last export on disk.
+            finished = self._configured() and self._finished()
+            left = self._work() if self._configured() else True
+            if once or (finished and not left):
+                return
+            self._wait(self.poll)
+
+    def stop(self) -> None:
+        """Ask the worker to end at the next batch; for signal handlers, hence no more than a flag."""
+        self._asked = True
+
+    def say(self, text: str) -> None:
+        """A line on the console."""
+        print(f"eval-worker: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the event file."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _configured(self) -> bool:
+        return (self.run_dir / RUN_YAML).is_file()
+
+    def _finished(self) -> bool:
+        """Whether the run has come to its end; an older, shorter run's note does not count."""
+        try:
+            step = int(read_json(self.run_dir / FINISHED, "note of the run's end")["step"])
+        except UserError:  # not there, or taken away just now by a run that continues
+            return False
+        total_steps: int = self._run().train.total_steps
+        return step >= total_steps
+
+    def _run(self) -> RunConfig:
+        from bd3_ds.config.load import load_resolved
+
+        return load_resolved(self.run_dir / RUN_YAML)
+
+    def _work(self) -> bool:
+        """One look at all exports; True while something is left, in the hands of another worker or given up by one."""
+        from bd3_ds.checkpoint.export import list_exports
+
+        wanted = self._run().eval
+        done = self.results.done()
+        left = False
+        for path in list_exports(self.run_dir):
+            self._check()
+            if not self._missing(path.name, wanted, done):
+                continue
+            lease = claim(self.run_dir / LEASES, path.name)
+            if lease is not None:
+                with lease:
+                    self._evaluate(path, wanted, lease)
+            left = left or bool(self._missing(path.name, wanted, self.results.done()))
+        return left
+
+    def _missing(self, export: str, wanted: EvalConfig, done: set[tuple[str, str]]) -> list[str]:
+        """The sets of an export, and TEXTS, that are neither on record nor known to fail."""
+        items = [*wanted.sets, *([TEXTS] if wanted.samples else [])]
+        return [item for item in items if (export, item) not in done | self._failed]
+
+    def _evaluate(self, path: Path, wanted: EvalConfig, lease: Lease) -> None:
+        # Looked up again under the lease: the worker that held it before may have got further than was seen.
+        missing = self._missing(path.name, wanted, self.results.done())
+        if not missing:
+            return
+        try:
+            model = self._load(path)
+        except UserError as error:
+            for item in missing:
+                self._fail(path.name, item, str(error), EXIT_USER_ERROR)
+            return
+        for item in missing:
+            if not lease.held():
+                return
+            try:
+                if item == TEXTS:
+                    self._sample(model, wanted)
+                else:
+                    self._score(model, item, wanted)
+            except Stopped:
+                raise
+            except UserError as error:
+                self._fail(path.name, item, str(error), EXIT_USER_ERROR)
+            except Exception as error:  # ours; the other sets and exports are worth having all the same
+                traceback.print_exc()
+                self._fail(path.name, item, repr(error), 1)
+
+    def _load(self, path: Path) -> LanguageModel:
+        from bd3_ds.checkpoint.export import find_export
+        from bd3_ds.evaluation.api import LanguageModel
+
+        try:
+            return LanguageModel(find_export(str(path)), self.device)
+        except UserError:
+            self._wait(2)  # a run that was set back may just be replacing the export
+            return LanguageModel(find_export(str(path)), self.device)
+
+    def _score(self, model: LanguageModel, name: str, wanted: EvalConfig) -> None:
+        from bd3_ds.evaluation.perplexity import evaluate_pack
+
+        export = model.export
+        record = evaluate_pack(
+            model.network,
+            export,
+            wanted.sets[name],
+            name,
+            estimator=wanted.estimator,
+            views=wanted.views,
+            batch=wanted.batch,
+            max_chunks=wanted.max_chunks,
+            device=self.device,
+            progress=self._check,
+        )
+        # TensorBoard first: killed in between, the next worker writes the point again, which does no harm.
+        for tag in ("ppl", "nelbo", "stderr"):
+            self._tensorboard().add_scalar(f"eval/{name}/{tag}", record[tag], export.step)
+        self._tensorboard().flush()
+        if self.results.add(EVALUATIONS, record):
+            self.say(f"{export.name} {name}: ppl {record['ppl']:.2f} (nelbo {record['nelbo']:.4f} nats a token)")
+
+    def _sample(self, model: LanguageModel, wanted: EvalConfig) -> None:
+        export = model.export
+        record: dict[str, Any] = {"export": export.name, "step": export.step, "texts": []}
+        try:
+            record["texts"] = model.generate(num=wanted.samples, length=wanted.sample_length, prompt=None, seed=0)
+        except UserError as error:
+            # On record like samples, so that no later worker loads the export again for nothing.
+            record["skipped"] = str(error)
+            self.say(f"{export.name}: no samples ({error})")
+        else:
+            self._tensorboard().add_text("samples", as_markdown(record["texts"]), export.step)
+            self._tensorboard().flush()
+        self.results.add(SAMPLES, record)
+
+    def _fail(self, export: str, item: str, sentence: str, exit_code: int) -> None:
+        self._failed.add((export, item))
+        self.exit_code = self.exit_code or exit_code
+        name = item if item != TEXTS else "samples"
+        if self.results.add(ERRORS, {"export": export, "set": name, "error": sentence}):
+            self.say(f"error: {export} {name}: {sentence}")
+
+    def _tensorboard(self) -> Any:
+        """A writer with an event file of its own beside the trainer's."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            suffix = f".eval-{socket.gethostname()}-{os.getpid()}"
+            self._writer = SummaryWriter(str(self.run_dir / "tensorboard"), filename_suffix=suffix)
+        return self._writer
+
+    def _check(self, *_: int) -> None:
+        if self._asked:
+            raise Stopped
+
+    def _wait(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self._check()
+            time.sleep(min(left, 0.2))
+        self._check()
+
+
+def as_markdown(texts: list[str]) -> str:
+    """Texts as indented blocks, which Markdown shows as they are."""
+    blocks = ("\n".join(f"    {line}" for line in text.split("\n")) for text in texts)
+    return "\n\n---\n\n".join(blocks)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,0 +1,124 @@
+"""Records as rows: Markdown for people, CSV at full precision for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from bd3_ds.report.collect import RunRecords
+
+Row = Sequence[Any]
+
+RUN_COLUMNS = (
+    "run", "objective", "block_size", "steps", "samples", "tokens", "train_nelbo", "tokens_per_second", "seconds",
+)  # fmt: skip
+EVALUATION_COLUMNS = (
+    "run", "export", "step", "set", "estimator", "nelbo", "stderr", "ppl", "ppl_stderr", "tokens", "pack_hash",
+)  # fmt: skip
+
+
+def run_rows(runs: list[RunRecords]) -> list[Row]:
+    """One row of RUN_COLUMNS a run; `train_nelbo` is the mean over the last tenth of the steps."""
+    rows: list[Row] = []
+    for run in runs:
+        last = run.train[-1] if run.train else {"step": 0, "samples": 0, "tokens": 0}
+        seconds = sum(line["seconds"] for line in run.train)
+        counts = (last["step"], last["samples"], last["tokens"])
+        rows.append(
+            (run.name, run.objective, run.block_size, *counts, run.final_nelbo(), run.tokens_per_second(), seconds)
+        )
+    return rows
+
+
+def evaluation_rows(runs: list[RunRecords]) -> list[Row]:
+    """One row of EVALUATION_COLUMNS for each evaluation of each run; ppl_stderr = ppl * stderr (first order)."""
+    return [_evaluation_row(run, line) for run in runs for line in run.evaluations]
+
+
+def csv_text(columns: Row, rows: Sequence[Row]) -> str:
+    """CSV with a header; floats with full precision, None as an empty field."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def markdown_table(columns: Row, rows: Sequence[Row]) -> str:
+    """A Markdown table whose columns are aligned in the source as well; numbers to the right."""
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (columns, *rows)]
+    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(columns))]
+    numeric = [bool(rows) and all(_is_number(row[column]) for row in cells[1:]) for column in range(len(columns))]
+    rule = ["-" * (width - 1) + ":" if right else "-" * width for width, right in zip(widths, numeric, strict=True)]
+    lines = []
+    for row in (cells[0], rule, *cells[1:]):
+        padded = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        )
+        lines.append("| " + " | ".join(padded) + " |")
+    return "\n".join(lines)
+
+
+def runs_table(runs: list[RunRecords]) -> str:
+    """What was trained, in Markdown."""
+    rows = [
+        (
+            run.name,
+            _objective(run),
+            f"{row[3]:,}",
+            f"{row[5]:,}",
+            f"{row[6]:.4f}",
+            f"{row[7]:,.0f}",
+            f"{row[8] / 3600:.2f}",
+        )
+        for run, row in zip(runs, run_rows(runs), strict=True)
+    ]
+    return markdown_table(("run", "objective", "steps", "tokens", "train NELBO", "tokens/s", "hours"), rows)
+
+
+def perplexity_table(runs: list[RunRecords]) -> str:
+    """The newest perplexity of every run on every set, in Markdown, best first in each set."""
+    rows = []
+    for name in dict.fromkeys(name for run in runs for name in run.sets):
+        newest = [(run, line) for run in runs for line in run.newest() if line["set"] == name]
+        for run, line in sorted(newest, key=lambda pair: float(pair[1]["nelbo"])):
+            rows.append(
+                (
+                    name,
+                    run.name,
+                    f"{line['step']:,}",
+                    f"{line['ppl']:.2f} ± {line['ppl'] * line['stderr']:.2f}",
+                    f"{line['nelbo']:.4f} ± {line['stderr']:.4f}",
+                    line["estimator"],
+                    f"{line['tokens']:,}",
+                    line["pack_hash"][:8],
+                )
+            )
+    return markdown_table(("set", "run", "step", "ppl", "NELBO", "estimator", "tokens", "pack"), rows)
+
+
+def warnings(runs: list[RunRecords]) -> list[str]:
+    """Sets on which the runs' perplexities are not of the same text, and so not comparable."""
+    found = []
+    for name in dict.fromkeys(name for run in runs for name in run.sets):
+        texts = {(line["pack_hash"], line["tokens"]) for run in runs for line in run.newest() if line["set"] == name}
+        if len(texts) > 1:
+            found.append(f"{name}: the runs were scored on different text (pack or tokens differ); do not compare them")
+    return found
+
+
+def _evaluation_row(run: RunRecords, line: dict[str, Any]) -> Row:
+    values = {**line, "run": run.name, "ppl_stderr": line["ppl"] * line["stderr"]}
+    return [values[column] for column in EVALUATION_COLUMNS]
+
+
+def _objective(run: RunRecords) -> str:
+    size = f", L' = {run.block_size}" if run.block_size else ""
+    return f"{run.objective or 'unknown'}{size}"
+
+
+def _is_number(cell: str) -> bool:
+    return cell.replace(",", "").replace(" ± ", "").replace(".", "").replace("nan", "0").isdigit()

@@ -1,0 +1,229 @@
+"""The Python API and `run.py sample` on small exports of every objective."""
+
+import json
+
+import pytest
+import torch
+
+import bd3_ds
+from bd3_ds.checkpoint.export import write_export
+from bd3_ds.config.load import load_defaults
+from bd3_ds.config.schema import AR, BD3, MDLM, OBJECTIVES, SEDD
+from bd3_ds.data.tokenizer import number_tokenizer
+from bd3_ds.diffusion.subs import subs_nll
+from bd3_ds.evaluation import api, sample_command
+from bd3_ds.model.build import network_of
+from bd3_ds.model.dit import DiT
+from bd3_ds.runtime.errors import UserError
+
+LENGTH, SYMBOLS = 8, 20
+EOS, MASK, VOCAB = SYMBOLS, SYMBOLS + 1, SYMBOLS + 2
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Directory of one export per objective, named after it, and of bd3-1 (block size 1) and mute (no tokenizer)."""
+    root = tmp_path_factory.mktemp("exports")
+    number_tokenizer(SYMBOLS).save(root / "tokenizer")
+    cases = {name: (name, 2 if name == BD3 else None) for name in OBJECTIVES} | {"bd3-1": (BD3, 1), "mute": (BD3, 2)}
+    for case, (objective, size) in cases.items():
+        values = {
+            "run_dir": "unused",
+            "data.train": "unused",
+            "data.length": LENGTH,
+            "objective.name": objective,
+            "objective.block_size": size,
+            "model.vocab_size": VOCAB,
+            "model.mask_id": MASK,
+            "model.hidden_size": 16,
+            "model.layers": 2,
+            "model.heads": 2,
+            "model.cond_size": 8,
+        }
+        run = load_defaults(values, "the test")
+        generator = torch.Generator().manual_seed(0)
+        shapes = DiT(network_of(run.model, objective)).state_dict()
+        weights = {name: torch.randn(tensor.shape, generator=generator) * 0.3 for name, tensor in shapes.items()}
+        write_export(root / case, weights, run, None if case == "mute" else root / "tokenizer", step=7)
+    return root
+
+
+@pytest.fixture(scope="module")
+def models(place):
+    return {case: bd3_ds.load(str(place / case)) for case in (*OBJECTIVES, "bd3-1", "mute")}
+
+
+@pytest.fixture(scope="module")
+def text():
+    return torch.randint(0, SYMBOLS, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def noisy(text):
+    return torch.where(torch.rand(text.shape, generator=torch.Generator().manual_seed(2)) < 0.5, MASK, text)
+
+
+def test_what_is_loaded(models):
+    assert [models[case].block_size for case in (AR, BD3, MDLM, SEDD, "bd3-1")] == [1, 2, LENGTH, LENGTH, 1]
+    assert models[BD3].tokenizer.vocab_size == VOCAB == models[BD3].vocab_size
+    assert models["mute"].tokenizer is None
+    assert models[BD3].run.data.length == LENGTH
+
+
+def test_logits_are_the_networks_own(models, text, noisy):
+    sigma = torch.tensor([0.1, 1.0, 5.0])
+    for case, x_t, x0, level in ((AR, text, None, None), (BD3, noisy, text, None), (MDLM, noisy, None, None)):
+        logits = models[case].logits(x_t, x0, sigma=level)
+        assert logits.shape == (3, LENGTH, VOCAB) and logits.dtype == torch.float32 and not logits.requires_grad
+        with torch.no_grad():
+            torch.testing.assert_close(logits, models[case].network(x_t, x0, block_size=models[case].block_size))
+    with torch.no_grad():
+        expected = models[SEDD].network(noisy, block_size=LENGTH, sigma=sigma)
+    torch.testing.assert_close(models[SEDD].logits(noisy, sigma=sigma), expected)
+    torch.testing.assert_close(models[SEDD].logits(noisy.int().tolist(), sigma=sigma.tolist()), expected)
+    torch.testing.assert_close(models[MDLM].logits(noisy, text), models[MDLM].logits(noisy))
+
+
+def test_ar_and_block_size_one_are_exact(models, text):
+    score = models[AR].score(text)
+    logits = models[AR].logits(text)
+    expected = subs_nll(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten(), MASK).view(3, -1)
+    torch.testing.assert_close(score.nelbo[:, 1:], expected.double())
+    assert score.forwards == 3
+
+    score = models["bd3-1"].score(text)
+    x_t = torch.full_like(text, MASK)
+    x_t[:, 0] = text[:, 0]
+    nll = subs_nll(models["bd3-1"].logits(x_t, text).flatten(0, 1), text.flatten(), MASK).view(3, -1)
+    torch.testing.assert_close(score.nelbo[:, 1:], nll[:, 1:].double(), rtol=1e-5, atol=1e-5)
+    for exact in (models[AR].score(text, "mc"), score, models[BD3].score(text)):
+        assert exact.stderr.tolist() == [0, 0, 0] and exact.nelbo[:, 0].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("case", [BD3, MDLM])
+@pytest.mark.parametrize("estimator", ["stratified", "mc"])
+def test_sampled_scores_agree_with_exact(models, text, case, estimator):
+    exact = models[case].score(text)
+    sampled = models[case].score(text, estimator, views=300)
+    assert sampled.nelbo.shape == text.shape and sampled.stderr.shape == (3,)
+    assert ((sampled.nelbo - exact.nelbo).sum(1).abs() < 4 * sampled.stderr + 0.01 * exact.nelbo.sum(1)).all()
+
+
+def test_sedd_scores_by_monte_carlo(models, text):
+    score = models[SEDD].score(text, "mc", views=200)
+    again = models[SEDD].score(text, "stratified", views=200, seed=1)
+    assert (score.stderr > 0).all() and score.nelbo[:, 0].tolist() == [0, 0, 0]
+    spread = (score.stderr**2 + again.stderr**2).sqrt()
+    assert ((score.nelbo - again.nelbo).sum(1).abs() < 4 * spread).all()
+
+
+@pytest.mark.parametrize("case, estimator", [(AR, "exact"), (BD3, "exact"), (BD3, "stratified"), (SEDD, "mc")])
+def test_scores_do_not_depend_on_how_rows_are_split(models, text, monkeypatch, case, estimator):
+    whole = models[case].score(text, estimator, views=3)
+    monkeypatch.setattr(api, "LOGITS_AT_ONCE", 3 * LENGTH * VOCAB)
+    parts = models[case].score(text, estimator, views=3)
+    torch.testing.assert_close(parts.nelbo, whole.nelbo, rtol=1e-5, atol=1e-5)
+    assert parts.forwards == whole.forwards
+
+
+def test_shorter_texts_are_scored(models, text):
+    for case in OBJECTIVES:
+        estimator = "mc" if case == SEDD else "exact"
+        assert models[case].score(text[:, :4], estimator).nelbo.shape == (3, 4)
+
+
+@pytest.mark.parametrize("case", OBJECTIVES)
+def test_generate(models, case):
+    texts = models[case].generate(num=3, length=7, seed=5)
+    assert len(texts) == 3 and all(isinstance(one, str) for one in texts)
+    assert texts == models[case].generate(num=3, length=7, seed=5)
+    assert texts[:2] == models[case].generate(num=2, length=7, seed=5)
+    assert texts != models[case].generate(num=3, length=7, seed=6)
+    prompted = models[case].generate(num=2, prompt="3 1 4 1", temperature=0.7, nucleus=0.9)
+    assert all(one.startswith("3 1 4 1") for one in prompted)
+    greedy = models[case].generate(num=3, temperature=0)
+    assert case != AR or len(set(greedy)) == 1  # in the others the order of unmasking is still drawn
+
+
+@pytest.mark.parametrize("case, writes", [(AR, 0), (BD3, 3), (MDLM, 0), (SEDD, 0)])
+def test_sample_counts(models, monkeypatch, case, writes):
+    monkeypatch.setattr(api, "ROWS_AT_ONCE", 2)
+    samples = models[case].sample(num=5)
+    assert samples.tokens.shape == (5, LENGTH) and samples.tokens[:, 0].tolist() == [EOS] * 5
+    assert samples.nfe.tolist() == [LENGTH - 1] * 5 and samples.cache_forwards == writes
+    monkeypatch.undo()
+    assert torch.equal(samples.tokens, models[case].sample(num=5).tokens)
+    assert models[case].sample(num=2, length=1).tokens.tolist() == [[EOS], [EOS]]
+
+
+def test_texts_end_at_their_first_eos(models):
+    tokens = torch.tensor([[EOS, 3, 4, EOS, 5, 6], [EOS, EOS, 1, 2, 3, 4]])
+    assert models[BD3].decode(tokens) == ["3 4", ""]
+    assert models[BD3].decode(tokens, given=4) == ["3 4 5 6", "1 2 3 4"]
+
+
+def test_without_tokenizer(models):
+    samples = models["mute"].sample(num=2, prompt=[EOS, 3])
+    assert samples.tokens[:, :2].tolist() == [[EOS, 3]] * 2
+    for call in (models["mute"].generate, models["mute"].sample):
+        with pytest.raises(UserError, match="no tokenizer"):
+            call(num=1)
+
+
+@pytest.mark.parametrize(
+    "case, call, sentence",
+    [
+        (BD3, lambda m, x: m.logits(x), "x0 is missing"),
+        (BD3, lambda m, x: m.logits(x, x[:2]), "one shape"),
+        (BD3, lambda m, x: m.logits(x, x, sigma=torch.ones(3)), "sigma is for SEDD"),
+        (SEDD, lambda m, x: m.logits(x), "sigma is missing"),
+        (SEDD, lambda m, x: m.logits(x, sigma=torch.ones(3, 1)), r"must be \[3\]"),
+        (MDLM, lambda m, x: m.logits(x[0]), r"shape \[8\]"),
+        (MDLM, lambda m, x: m.logits(x[:0]), r"shape \[0, 8\]"),
+        (MDLM, lambda m, x: m.logits(x.float()), "integers"),
+        (MDLM, lambda m, x: m.logits(x + VOCAB), "ids of this model lie in 0 … 21"),
+        (MDLM, lambda m, x: m.logits(x - SYMBOLS), "holds id -"),
+        (MDLM, lambda m, x: m.logits([[1, 2], [3]]), "cannot be read"),
+        (MDLM, lambda m, x: m.logits(torch.cat([x, x], 1)), "trained with 8"),
+        (BD3, lambda m, x: m.score(x[:, :3]), "whole blocks of 2"),
+        (BD3, lambda m, x: m.score(torch.full_like(x, MASK)), "mask id 21"),
+        (BD3, lambda m, x: m.score(x, "exakt"), "did you mean 'exact'"),
+        (BD3, lambda m, x: m.score(x, "mc", views=0), "views=0"),
+        (BD3, lambda m, x: m.score(x, "mc", seed=-1), "seed=-1"),
+        (AR, lambda m, x: m.score(x[:, :1]), "nothing to score"),
+        (AR, lambda m, x: m.generate(length=9), "length=9 must lie in 1 … 8"),
+        (AR, lambda m, x: m.generate(num=0), "num=0"),
+        (AR, lambda m, x: m.generate(temperature=-1), "temperature=-1"),
+        (AR, lambda m, x: m.generate(nucleus=0), "nucleus=0"),
+        (AR, lambda m, x: m.generate(length=2, prompt="1 2 3"), "prompt takes 4 tokens"),
+        (AR, lambda m, x: m.sample(num=2, prompt=x), "3 rows for num=2"),
+        (AR, lambda m, x: m.sample(prompt=[MASK, 1]), "begins with the mask id"),
+        (AR, lambda m, x: m.sample(prompt=[]), "neither of them 0"),
+    ],
+)
+def test_mistakes_are_the_users(models, text, case, call, sentence):
+    with pytest.raises(UserError, match=sentence):
+        call(models[case], text)
+
+
+def test_places_and_devices_that_are_not_there(place):
+    with pytest.raises(UserError, match="not found"):
+        bd3_ds.load(str(place / "nowhere"))
+    for device in ("cuda:99", "abacus"):
+        with pytest.raises(UserError, match="cannot be used"):
+            bd3_ds.load(str(place / AR), device=device)
+
+
+def test_sample_command(place, tmp_path, capsys):
+    file = tmp_path / "out" / "samples.json"
+    words = [str(place / BD3), "--num", "2", "--length", "7", "--prompt", "3 1", "--seed", "9", "--device", "cpu"]
+    assert sample_command.main([*words, "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    record = json.loads(file.read_text())
+    assert all(text in out for text in record["texts"]) and out.count(sample_command.RULE) == 3
+    assert "8 tokens, 10 denoiser evaluations, 6 cache-writing forwards" in out
+    assert record["tokens"] == 8 and record["nfe"] == 10 and record["cache_forwards"] == 6
+    assert record["texts"] == bd3_ds.load(str(place / BD3)).generate(2, 7, "3 1", seed=9)
+    for wrong in (["--num", "0"], ["--nucleus", "2"], ["--lenght", "3"], ["--temperature", "warm"]):
+        with pytest.raises(UserError):
+            sample_command.main([*words[:1], *wrong])
