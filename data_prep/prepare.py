@@ -17,8 +17,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bd3_ds.runtime.cli import Parser
 from bd3_ds.runtime.errors import UserError, did_you_mean, run_command
-from data_prep.command import Parser, local_directory, whole_number
+from data_prep.options import local_directory, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +37,7 @@ LEAST_LENGTH = 4
 
 def parser() -> Parser:
     """The command's options."""
-    parse = Parser("Tokenize text and pack it into chunks of one length.")
+    parse = Parser("data_prep.prepare", "Tokenize text and pack it into chunks of one length.")
     add = parse.add_argument
     add("--source", required=True, help="named set, NAME=PATH (a named set's local copy), FILE, DIR, OWNER/NAME (hub)")
     add("--tokenizer", required=True, help=".model file, directory, or hub name such as gpt2")

@@ -11,9 +11,10 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 
+from bd3_ds.runtime.cli import Parser
 from bd3_ds.runtime.errors import UserError, did_you_mean, run_command
 from bd3_ds.runtime.files import new_directory
-from data_prep.command import Parser, local_directory, whole_number
+from data_prep.options import local_directory, whole_number
 
 MODEL_TYPES = ("bpe", "unigram")
 LEAST_VOCABULARY = 300  # 256 bytes, unknown, end, newline, and room for letters
@@ -23,7 +24,7 @@ SAMPLE_CHARACTERS = 12_000_000  # enough for the statistics of a vocabulary of t
 
 def main(argv: list[str]) -> int:
     """Run the command; returns 0 or raises UserError."""
-    parse = Parser("Train a sentencepiece tokenizer; writes DIR/tokenizer.model.")
+    parse = Parser("data_prep.train_tokenizer", "Train a sentencepiece tokenizer; writes DIR/tokenizer.model.")
     parse.add_argument("--source", required=True, help="as in data_prep.prepare")
     parse.add_argument("--split", help="as in data_prep.prepare")
     parse.add_argument("--text-field", help="as in data_prep.prepare")

@@ -8,15 +8,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from bd3_ds.runtime.cli import Parser
 from bd3_ds.runtime.errors import UserError, run_command
-from data_prep.command import Parser
 
 SAMPLES, SAMPLE_CHARACTERS, FREQUENT = 2, 400, 10
 
 
 def main(argv: list[str]) -> int:
     """Run the command; returns 0 or raises UserError naming the first damaged shard."""
-    parse = Parser("Check every shard of a pack.")
+    parse = Parser("data_prep.verify", "Check every shard of a pack.")
     parse.add_argument("directory", help="a directory that data_prep.prepare made")
     verify(Path(parse.parse(argv).directory))
     return 0

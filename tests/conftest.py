@@ -5,9 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+# Threads that wait for each other cost more than networks of this size.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

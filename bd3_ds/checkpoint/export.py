@@ -1,24 +1,24 @@
 """Exports: one directory with all that scoring and sampling need, whole or absent.
 
 exports/step-00000300/   model.safetensors (EMA weights, fp32) · config.yaml · tokenizer/ · export.json
+
+Finding an export and reading its configuration does not import torch; only its weights need that.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from bd3_ds.config.load import load_resolved, to_yaml
 from bd3_ds.config.schema import RunConfig
-from bd3_ds.model.build import network_of
-from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import new_directory, read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 FORMAT = 1
 EXPORTS = "exports"
@@ -82,31 +82,34 @@ def find_export(place: str) -> Export:
             raise UserError(f"{place} is neither an export nor a run with one (no export.json, no exports/step-*)")
         path = found[-1]
     meta = read_json(path / "export.json", "export.json")
-    if meta.get("format") != FORMAT:
-        raise UserError(f"{path} has export format {meta.get('format')}; this version reads format {FORMAT}")
-    return Export(path, int(meta["step"]), load_resolved(path / "config.yaml"))
+    form = meta.get("format") if isinstance(meta, dict) else None
+    if form != FORMAT:
+        raise UserError(f"{path} has export format {form}; this version reads format {FORMAT}")
+    run = load_resolved(path / "config.yaml")
+    if not isinstance(meta.get("step"), int) or run.model.vocab_size is None or run.model.mask_id is None:
+        raise UserError(f"{path} is damaged: it lacks its step, model.vocab_size or model.mask_id; export again")
+    return Export(path, meta["step"], run)
 
 
 def load_weights(export: Export) -> dict[str, Tensor]:
-    """The export's tensors on the CPU; raises UserError where the file is damaged."""
+    """The export's tensors on the CPU; raises UserError where the file is damaged or a number is not finite."""
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(export.path / WEIGHTS)
+        weights = load_file(export.path / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{export.path / WEIGHTS} is damaged or missing ({error}); export again") from None
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"{export.path} holds weights that are not finite ({name}): the run diverged; choose an earlier export"
+            )
+    return weights
 
 
-def load_model(export: Export, device: torch.device) -> DiT:
-    """The export's network in evaluation mode, dropout off, on `device`; raises UserError if the weights do not fit."""
-    run = export.run
-    model = DiT(dataclasses.replace(network_of(run.model, run.objective.name), dropout=0.0))
-    fit_weights(model, load_weights(export), str(export.path))
-    return model.to(device).eval()
-
-
-def fit_weights(model: DiT, weights: dict[str, Tensor], origin: str) -> None:
+def fit_weights(model: nn.Module, weights: dict[str, Tensor], origin: str) -> None:
     """Load `weights` into `model`, every one and no other; the UserError names the first that does not fit."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import xxhash
 
+from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json, require_writable, write_json
 from bd3_ds.runtime.world import World
 
@@ -52,9 +53,7 @@ def save_checkpoint(
     if world.is_main:
         manifest = {"format": FORMAT, "tag": tag, "world_size": world.size, "state": state, "files": files}
         write_json(target / MANIFEST, manifest)
-        for old in complete_checkpoints(directory)[:-keep]:
-            (old.path / MANIFEST).unlink()
-            shutil.rmtree(old.path)
+        _keep_newest(directory, tag, keep)
     world.barrier()
 
 
@@ -62,8 +61,8 @@ def complete_checkpoints(directory: Path) -> list[Checkpoint]:
     """Committed checkpoints, oldest first, by manifest and file sizes; content is checked by `newest_checkpoint`."""
     found = []
     for path in sorted(directory.glob("step-*")):
-        if (path / MANIFEST).is_file():
-            manifest = read_json(path / MANIFEST, "checkpoint manifest")
+        manifest = _manifest(path)
+        if manifest is not None:
             sizes = {name: (path / name).stat().st_size for name in manifest["files"] if (path / name).is_file()}
             if sizes == {name: entry["bytes"] for name, entry in manifest["files"].items()}:
                 found.append(Checkpoint(path, manifest))
@@ -88,6 +87,32 @@ def newest_checkpoint(directory: Path, world: World, say: Callable[[str], None])
         broken = next(name for name in expected if actual[name] != expected[name])
         say(f"checkpoint {checkpoint.path.name} is damaged ({broken}) and is passed over")
     return None
+
+
+def _keep_newest(directory: Path, tag: str, keep: int) -> None:
+    """Of the checkpoints up to `tag` keep the newest complete ones, and no others.
+
+    Later ones belong to a past that this run did not continue, because they were torn or damaged; counting them as the
+    newest would throw away the good ones.
+    """
+    kept = [checkpoint.path for checkpoint in complete_checkpoints(directory) if checkpoint.path.name <= tag][-keep:]
+    for path in directory.glob("step-*"):
+        if path not in kept:
+            (path / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted checkpoint does not count
+            shutil.rmtree(path)
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    """What was committed at `path`; None if nothing was, or if the manifest can no longer be read."""
+    try:
+        manifest = read_json(path / MANIFEST, "checkpoint manifest")
+    except UserError:
+        return None
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        return None
+    if manifest["format"] != FORMAT:
+        raise UserError(f"{path} has checkpoint format {manifest['format']}; this version reads format {FORMAT}")
+    return manifest
 
 
 def _hashed(directory: Path, world: World, names: list[str] | None = None) -> dict[str, dict[str, Any]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+import re
 
-from bd3_ds.config.schema import BD3, OBJECTIVES, RunConfig, block_size
+from bd3_ds.config.schema import AR, BD3, OBJECTIVES, SEDD, RunConfig, block_size
 from bd3_ds.runtime.errors import UserError, did_you_mean
 
 SCHEDULES = ("log_linear",)
@@ -23,7 +23,7 @@ def check_run(run: RunConfig, world_size: int) -> None:
         *_choices(run),
         *_ranges(run),
     ]
-    problems = problems or [*_shapes(run), *_batch(run, world_size), *_places(run)]
+    problems = problems or [*_shapes(run), *_batch(run, world_size), *_optim(run)]
     if problems:
         raise UserError(*problems)
 
@@ -33,14 +33,23 @@ def accumulation_steps(run: RunConfig, world_size: int) -> int:
     return run.train.global_batch // (run.train.micro_batch * world_size)
 
 
-def check_estimator(name: str, size: int, option: str) -> list[str]:
-    """Problems with an estimator for block size `size`, as `option` named it."""
-    if name not in ESTIMATORS:
-        return [f"{option}={name} is unknown; {did_you_mean(name, ESTIMATORS)}"]
-    if name == "exact" and size > EXACT_LIMIT:
+def estimator_used(run: RunConfig, asked: str, option: str) -> str:
+    """What scores this run when `option` asks for `asked`: AR is exact whatever is asked; raises UserError."""
+    problems = _estimator(run, asked, option)
+    if problems:
+        raise UserError(*problems)
+    return "exact" if run.objective.name == AR else asked
+
+
+def _estimator(run: RunConfig, asked: str, option: str) -> list[str]:
+    if asked not in ESTIMATORS:
+        return [f"{option}={asked} is unknown; {did_you_mean(asked, ESTIMATORS)}"]
+    if run.objective.name == SEDD and asked != "mc":
+        return [f"{option}={asked} cannot score objective.name=sedd, whose bound is an integral over time; use mc"]
+    if run.objective.name != AR and asked == "exact" and block_size(run) > EXACT_LIMIT:
         return [
-            f"{option}=exact needs 2^L' - 1 noisy views and takes block sizes up to {EXACT_LIMIT}, not {size}; "
-            "use stratified"
+            f"{option}=exact needs 2^L' - 1 noisy views and takes block sizes up to {EXACT_LIMIT}, "
+            f"not {block_size(run)}; use stratified"
         ]
     return []
 
@@ -92,18 +101,23 @@ def _ranges(run: RunConfig) -> list[str]:
     }
     positive |= {key: value for key, value in optional.items() if value is not None}
     problems = [
-        f"{key}={value} must be above 0" for key, value in positive.items() if not value > 0 or not math.isfinite(value)
+        f"{key}={value} must be finite and above 0" for key, value in positive.items() if not 0 < value < math.inf
     ]
     not_negative = {
-        "seed": run.seed,
-        "data.shuffle_seed": run.data.shuffle_seed,
         "data.workers": run.data.workers,
         "optim.weight_decay": optim.weight_decay,
         "optim.warmup_steps": optim.warmup_steps,
         "optim.min_lr": optim.min_lr,
         "eval.samples": run.eval.samples,
     }
-    problems += [f"{key}={value} must not be negative" for key, value in not_negative.items() if not value >= 0]
+    problems += [
+        f"{key}={value} must be finite and not negative"
+        for key, value in not_negative.items()
+        if not 0 <= value < math.inf
+    ]
+    # numpy's and streaming's generators take no larger ones.
+    seeds = {"seed": run.seed, "data.shuffle_seed": run.data.shuffle_seed}
+    problems += [f"{key}={value} must lie in 0 … 2^32 - 1" for key, value in seeds.items() if not 0 <= value < 2**32]
     below_one = {
         "model.dropout": model.dropout,
         "optim.beta1": optim.beta1,
@@ -117,6 +131,14 @@ def _ranges(run: RunConfig) -> list[str]:
         )
     if run.data.length < 2:
         problems.append(f"data.length={run.data.length} must be at least 2: the first token is given, the rest scored")
+    if not run.run_dir.strip():
+        problems.append("run_dir is empty; name a directory such as runs/mine")
+    # A set's name becomes a part of file names and of TensorBoard's tags.
+    problems += [
+        f"eval.sets has the name '{name}'; use letters, digits, '.', '_' and '-'"
+        for name in run.eval.sets
+        if not re.fullmatch(r"[\w.-]+", name)
+    ]
     return problems
 
 
@@ -127,7 +149,8 @@ def _shapes(run: RunConfig) -> list[str]:
         problems.append(f"model.hidden_size={model.hidden_size} must be a multiple of model.heads={model.heads}")
     elif (model.hidden_size // model.heads) % 2:
         problems.append(
-            f"model.hidden_size / model.heads = {model.hidden_size // model.heads} must be even: rotary positions turn pairs"
+            f"model.hidden_size / model.heads = {model.hidden_size // model.heads} must be even: "
+            "rotary positions turn pairs"
         )
     if size is not None and run.objective.name != BD3 and size != block_size(run):
         problems.append(
@@ -140,11 +163,9 @@ def _shapes(run: RunConfig) -> list[str]:
             f"objective.block_size={size} must divide data.length={length}; the nearest that does is {near}"
         )
     else:
-        problems += check_estimator(run.eval.estimator, block_size(run), "eval.estimator")
-    if run.eval.sample_length and run.eval.sample_length % block_size(run):
-        problems.append(
-            f"eval.sample_length={run.eval.sample_length} must be a multiple of the block size {block_size(run)}"
-        )
+        problems += _estimator(run, run.eval.estimator, "eval.estimator")
+    if run.eval.sample_length is not None and run.eval.sample_length > length:
+        problems.append(f"eval.sample_length={run.eval.sample_length} must not exceed data.length={length}")
     return problems
 
 
@@ -159,7 +180,7 @@ def _batch(run: RunConfig, world_size: int) -> list[str]:
     ]
 
 
-def _places(run: RunConfig) -> list[str]:
+def _optim(run: RunConfig) -> list[str]:
     problems = []
     if run.optim.decay == "cosine" and run.optim.warmup_steps >= run.train.total_steps:
         problems.append(
@@ -168,7 +189,4 @@ def _places(run: RunConfig) -> list[str]:
         )
     if run.optim.min_lr > run.optim.lr:
         problems.append(f"optim.min_lr={run.optim.min_lr} must not exceed optim.lr={run.optim.lr}")
-    start = run.train.init_from
-    if start is not None and not Path(start).is_dir():
-        problems.append(f"train.init_from={start} is not a directory; give an export or a run that has one")
     return problems

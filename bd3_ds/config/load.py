@@ -31,10 +31,13 @@ def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
 
 
 def load_resolved(path: Path) -> RunConfig:
-    """A complete configuration as `save_resolved` wrote it."""
+    """A complete configuration as `to_yaml` wrote it."""
     tree = _empty(RunConfig)
-    problems = _merge_file(tree, path)
-    problems += [f"{path}: {key} is missing" for key in sorted(OmegaConf.missing_keys(tree))]
+    problems = _merge_file(tree, path, "configuration")
+    missing = sorted(OmegaConf.missing_keys(tree))
+    if missing and not problems:
+        rest = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        problems = [f"configuration {path} is not complete: it lacks {', '.join(missing[:3])}{rest}"]
     if problems:
         raise UserError(*problems)
     return _freeze(tree)
@@ -79,8 +82,11 @@ def _freeze(tree: DictConfig) -> RunConfig:
     return run
 
 
-def _merge_file(tree: DictConfig, path: Path) -> list[str]:
-    content = _read_yaml(path)
+def _merge_file(tree: DictConfig, path: Path, what: str = "recipe", above: tuple[Path, ...] = ()) -> list[str]:
+    """Merge a file and what it includes into `tree`; `above` are the files that include this one."""
+    if path in above:
+        return [f"{path} includes itself"]
+    content = _read_yaml(path, what)
     includes = content.pop("include", [])
     if not OmegaConf.is_list(includes) and includes:
         return [f"include in {path} must be a list such as [model/tiny]"]
@@ -91,23 +97,24 @@ def _merge_file(tree: DictConfig, path: Path) -> list[str]:
             known = [p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.glob("*/*.yaml")]
             problems.append(f"include '{name}' in {path} is unknown; {did_you_mean(str(name), known)}")
             continue
-        problems += _merge_file(tree, part)
+        problems += _merge_file(tree, part, above=(*above, path))
     return problems + _merge_tree(tree, content, str(path))
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def _read_yaml(path: Path, what: str) -> DictConfig:
     try:
         content = OmegaConf.load(path)
+        OmegaConf.resolve(content)
     except FileNotFoundError:
         recipes = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         recipes = recipes or [f"configs/recipes/{p.name}" for p in (CONFIGS / "recipes").glob("*.yaml")]
-        raise UserError(f"recipe {path} not found; {did_you_mean(str(path), recipes)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} cannot be read: {error}") from None
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{what} {path} not found; {did_you_mean(str(path), recipes)}") from None
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read: {error.strerror or error}") from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, DictConfig):
-        raise UserError(f"{path} must hold 'key: value' lines, not a {type(content).__name__}")
+        raise UserError(f"{what} {path} must hold 'key: value' lines, not a {type(content).__name__}")
     return content
 
 
@@ -125,6 +132,7 @@ def _merge_words(tree: DictConfig, words: list[str]) -> list[str]:
         seen.add(key)
         try:
             content = OmegaConf.from_dotlist([word])
+            OmegaConf.resolve(content)
         except (YAMLError, OmegaConfBaseException) as error:
             problems.append(f"'{word}' cannot be read: {' '.join(str(error).split())}")
             continue
@@ -145,7 +153,8 @@ def _merge_tree(tree: DictConfig, content: DictConfig, origin: str) -> list[str]
             try:
                 OmegaConf.update(tree, key, value, merge=False)
             except OmegaConfBaseException:
-                problems.append(f"{key}={value} in {origin} must be {_describe(known[key])}")
+                shown = "null" if value is None else value
+                problems.append(f"{key}={shown} in {origin} must be {_describe(known[key])}")
     return problems
 
 
@@ -166,9 +175,10 @@ def _leaves(node: DictConfig, cls: Any, prefix: str = "") -> Iterator[tuple[str,
     """Dotted key -> value as far as the schema is nested; a mapping where the schema has none stays whole."""
     hints = typing.get_type_hints(cls) if cls else {}
     for name in node:
-        key = f"{prefix}{name}"
+        word = str(name)
+        key = prefix + word
         value = None if OmegaConf.is_missing(node, name) else node[name]
-        annotation = hints.get(str(name))
+        annotation = hints.get(word)
         nested = dataclasses.is_dataclass(annotation)
         if isinstance(value, DictConfig) and (nested or annotation is None):
             yield from _leaves(value, annotation, key + ".")

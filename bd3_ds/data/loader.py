@@ -10,6 +10,7 @@ An epoch is as many whole global batches as there are; its last few samples, few
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ class Loader:
                     batch_size=self.share.micro_batch,
                     num_workers=self._workers,
                     collate_fn=stack_tokens,
+                    worker_init_fn=leave_signals_to_parent,
                     drop_last=True,
                 )
             )
@@ -113,3 +115,9 @@ class Loader:
 def stack_tokens(samples: list[dict[str, Any]]) -> Tensor:
     """Token rows of samples as one int64 tensor [m, L]; streaming's own arrays are read-only, so they are copied."""
     return torch.from_numpy(np.stack([sample["tokens"] for sample in samples]).astype(np.int64))
+
+
+def leave_signals_to_parent(_worker: int) -> None:
+    """A stop signal reaches every process of a run; loading must outlive it for the trainer to finish its step and save."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

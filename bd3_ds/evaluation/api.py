@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bd3_ds.checkpoint.export import Export, find_export, load_model
+from bd3_ds.checkpoint.export import Export, find_export
+from bd3_ds.config.check import estimator_used
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, RunConfig, block_size
 from bd3_ds.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_ds.evaluation.arguments import Ids, check_sampling, check_seed, noise_levels, token_ids, usable_device
-from bd3_ds.evaluation.perplexity import bound_of, estimator_used
+from bd3_ds.evaluation.network import load_model
+from bd3_ds.evaluation.perplexity import bound_of
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.sampling.sampler import Progress, Samples, sample_autoregressive, sample_blocks
 from bd3_ds.sampling.stopping import truncate_at_eos
@@ -87,11 +89,11 @@ class LanguageModel:
         return logits
 
     @torch.no_grad()
-    def score(self, tokens: Ids, estimator: str = "exact", views: int = 8, seed: int = 0) -> Score:
+    def score(self, tokens: Ids, estimator: str | None = None, views: int = 8, seed: int = 0) -> Score:
         """The bound of clean tokens [B, L]; the likelihood itself for AR and for block size 1.
 
         estimator: exact (block sizes up to 8; AR is always exact), stratified or mc, both with `views` noisy views a
-        sequence, drawn by (seed, row). SEDD is always mc. BD3 takes whole blocks.
+        sequence, drawn by (seed, row). SEDD takes mc alone. None: exact, for SEDD mc. BD3 takes whole blocks.
         """
         x0 = self._ids("tokens", tokens)
         length = x0.shape[1]
@@ -105,7 +107,7 @@ class LanguageModel:
             raise UserError(f"views={views} must be at least 1")
         check_seed(seed)
         run = self._run_at(length)
-        used = estimator_used(run, estimator)
+        used = estimator_used(run, estimator or ("mc" if run.objective.name == SEDD else "exact"), "estimator")
         at_once = max(1, min(VIEWS_AT_ONCE, LOGITS_AT_ONCE // (length * self.vocab_size)))
         rows = max(1, at_once // (1 if used == "exact" else views))
         bounds = [

@@ -21,7 +21,7 @@ TARGETS = ("export",)
 
 def main(argv: list[str]) -> int:
     """Read, check that every weight has its place, write."""
-    options = _parser().parse_args(argv)
+    options = _parser().parse(argv)
     for option, value, known in (("--from", options.source, SOURCES), ("--to", options.target, TARGETS)):
         if value not in known:
             raise UserError(f"{option} {value} is unknown; known for now: {', '.join(known)}")
@@ -59,7 +59,7 @@ def upstream_run(config: Any, path: Path, dst: Path) -> RunConfig:
     """The RunConfig of an upstream config.json (at `path`, for errors), defaults for all that it does not say."""
     from bd3_ds.config.check import check_run
     from bd3_ds.config.load import load_defaults
-    from bd3_ds.config.schema import AR, BD3
+    from bd3_ds.config.schema import AR, BD3, SEDD
     from bd3_ds.model.convert import upstream_network, upstream_objective
 
     if not isinstance(config, dict):
@@ -85,6 +85,7 @@ def upstream_run(config: Any, path: Path, dst: Path) -> RunConfig:
         "model.cond_size": network.cond_size,
         "model.dropout": network.dropout,
         "model.rope_base": network.rope_base,
+        "eval.estimator": "mc" if objective == SEDD else "stratified",
     }
     run = load_defaults(values, str(path))
     check_run(run, world_size=1)

@@ -6,32 +6,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bd3_ds.config.check import ESTIMATORS
-from bd3_ds.evaluation.options import DEVICES, at_least_one, number_of_chunks, open_device
+from bd3_ds.config.check import ESTIMATORS, estimator_used
+from bd3_ds.evaluation.options import DEVICES, number_of_chunks, open_device
 from bd3_ds.evaluation.packs import check_pack, choose_sets
-from bd3_ds.runtime.cli import Parser
+from bd3_ds.runtime.cli import Parser, at_least_one
 from bd3_ds.runtime.errors import UserError, did_you_mean
 from bd3_ds.runtime.files import require_writable, write_json
 
 
 def main(argv: list[str]) -> int:
     """Check all sets first, then score them one by one."""
-    options = _parser().parse_args(argv)
+    options = _parser().parse(argv)
     if options.estimator is not None and options.estimator not in ESTIMATORS:
         raise UserError(f"--estimator {options.estimator} is unknown; {did_you_mean(options.estimator, ESTIMATORS)}")
     if options.json is not None:
         require_writable(options.json.resolve().parent)
 
-    from bd3_ds.checkpoint.export import find_export, load_model
-    from bd3_ds.evaluation.perplexity import estimator_used, evaluate_pack
+    from bd3_ds.checkpoint.export import find_export
 
     export = find_export(options.export)
     defaults = export.run.eval
     estimator = options.estimator or defaults.estimator
-    estimator_used(export.run, estimator)
+    estimator_used(export.run, estimator, "--estimator" if options.estimator else "eval.estimator")
     sets = choose_sets(options.sets.split(",") if options.sets else None, export, options.packs)
     for name, directory in sets.items():
         check_pack(export, name, directory)
+
+    from bd3_ds.evaluation.network import load_model
+    from bd3_ds.evaluation.perplexity import evaluate_pack
 
     device = open_device(options.device)
     model = load_model(export, device)

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from bd3_ds.runtime.cli import at_least_one
 from bd3_ds.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 DEVICES = ("cpu", "cuda")
-
-
-def at_least_one(text: str) -> int:
-    """argparse type: a whole number above 0."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number above 0")
-    return value
 
 
 def number_of_chunks(text: str) -> int:

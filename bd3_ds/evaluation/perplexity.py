@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bd3_ds.checkpoint.export import Export
-from bd3_ds.config.check import check_estimator
+from bd3_ds.config.check import estimator_used
 from bd3_ds.config.schema import AR, SEDD, RunConfig, block_size
 from bd3_ds.data.pack import open_pack
 from bd3_ds.diffusion import likelihood
@@ -45,11 +45,10 @@ def evaluate_pack(
 
     `stderr` is what the estimator itself adds, for this text: 0 where the value is exact. `batch` bounds the noisy
     sequences of a forward pass; weights and arithmetic are fp32. Raises UserError for a set that the export cannot
-    read, an estimator that does not fit, and an export whose numbers are not finite.
+    read, an estimator that does not fit, and a bound that is not finite.
     """
     manifest = check_pack(export, set_name, str(pack_dir))
-    used = estimator_used(export.run, estimator)
-    _require_finite_weights(model, export)
+    used = estimator_used(export.run, estimator, "estimator")
     tokens = torch.from_numpy(open_pack(pack_dir).all_tokens(max_chunks))
     size = block_size(export.run)
     together = _sequences_at_once(used, size, views, batch)
@@ -95,14 +94,6 @@ def evaluate_pack(
     }
 
 
-def estimator_used(run: RunConfig, asked: str) -> str:
-    """What scores this run when `asked` is asked for: exact for AR, mc for SEDD; else `asked`, or UserError."""
-    problems = check_estimator(asked, 1 if run.objective.name in (AR, SEDD) else block_size(run), "estimator")
-    if problems:
-        raise UserError(*problems)
-    return {AR: "exact", SEDD: "mc"}.get(run.objective.name, asked)
-
-
 @torch.no_grad()
 def bound_of(
     model: DiT,
@@ -143,11 +134,3 @@ def _sequences_at_once(estimator: str, size: int, views: int, batch: int) -> int
     if estimator == "exact":
         return max(1, batch // (2**size - 1))
     return max(1, batch // views)
-
-
-def _require_finite_weights(model: DiT, export: Export) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise UserError(
-                f"{export.path} holds weights that are not finite ({name}): the run diverged; choose an earlier export"
-            )

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bd3_ds.evaluation.options import DEVICES, at_least_one, open_device
-from bd3_ds.runtime.cli import Parser
+from bd3_ds.evaluation.options import DEVICES, open_device
+from bd3_ds.runtime.cli import Parser, at_least_one
 from bd3_ds.runtime.files import require_writable, write_json
 
 RULE = "-" * 80
@@ -16,7 +16,7 @@ RULE = "-" * 80
 
 def main(argv: list[str]) -> int:
     """Sample, print, and write JSON where asked."""
-    options = _parser().parse_args(argv)
+    options = _parser().parse(argv)
     if options.json is not None:
         require_writable(options.json.resolve().parent)
 

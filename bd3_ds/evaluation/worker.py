@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bd3_ds.evaluation.leases import Lease, claim
-from bd3_ds.evaluation.options import DEVICES, at_least_one, open_device
+from bd3_ds.evaluation.options import DEVICES, open_device
 from bd3_ds.evaluation.results import ERRORS, EVALUATIONS, LEASES, SAMPLES, TEXTS, Results
-from bd3_ds.runtime.cli import Parser
+from bd3_ds.runtime.cli import Parser, at_least_one
 from bd3_ds.runtime.errors import EXIT_USER_ERROR, UserError, run_command
 from bd3_ds.runtime.files import read_json
 from bd3_ds.runtime.log import FINISHED
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     add(
         "--threads", type=at_least_one, default=1, metavar="N", help="CPU threads (default 1: out of the trainer's way)"
     )
-    options = parser.parse_args(argv)
+    options = parser.parse(argv)
     if options.once and not (options.run_dir / RUN_YAML).is_file():
         raise UserError(f"{options.run_dir} is not a run (it has no run.yaml); without --once the worker waits for it")
 

@@ -18,5 +18,5 @@ def recompute_layers(model: DiT, train: TrainConfig) -> DiT:
     """
     if train.activation_checkpointing == "full":
         for layer in model.layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=True)  # type: ignore[method-assign]
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=True)
     return model

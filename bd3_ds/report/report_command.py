@@ -13,7 +13,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="run.py report", description="Tables and plots of one run, or of several side by side.")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: report/ in the first RUN_DIR")
-    options = parser.parse_args(argv)
+    options = parser.parse(argv)
 
     from bd3_ds.report.collect import collect
 

@@ -5,15 +5,36 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.errors import UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError instead of leaving by itself; options may not be abbreviated."""
 
-    def __init__(self, **options: object):
-        super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        """The options of `argv`; they may stand before, between and behind the other words."""
+        # Looked for first: argparse would rather complain of the option that the misspelt one was meant to be.
+        known = [name for action in self._actions for name in action.option_strings]
+        for word in argv[: argv.index("--")] if "--" in argv else argv:
+            option = word.partition("=")[0]
+            if option.startswith("--") and option not in known:
+                raise UserError(f"unknown option {option}; {did_you_mean(option, known)} (see {self.prog} --help)")
+        return self.parse_intermixed_args(argv)
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse with its sentence."""
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def at_least_one(text: str) -> int:
+    """argparse type: a whole number above 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number above 0")
+    return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,15 +19,16 @@ from bd3_ds.runtime.errors import UserError
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one atomic step; readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Not mkstemp: its files are private to the owner, and packs and runs are shared.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with open(temporary, "x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
 
@@ -71,10 +73,15 @@ def new_directory(path: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def require_writable(directory: Path) -> None:
-    """Make `directory` if need be and prove that a file can be written there, or raise UserError."""
+    """Prove that a file can be written to `directory`, or that it can be made; leaves nothing behind.
+
+    Raises UserError otherwise.
+    """
+    place = Path(os.path.abspath(directory))
+    while not os.path.lexists(place):
+        place = place.parent
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".write-test."):
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".write-test."):
             pass
     except OSError as error:
         reason = error.strerror or str(error)

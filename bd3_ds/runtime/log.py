@@ -1,4 +1,4 @@
-"""One voice for a run: lines on the console, points in TensorBoard, one JSON line a step. The main rank alone speaks."""
+"""One voice for a run: console lines, TensorBoard points, one JSON line a step. The main rank alone speaks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ class RunLog:
         if speaks:
             from torch.utils.tensorboard import SummaryWriter
 
+            # What the last run wrote after its last checkpoint is about to be written again. TensorBoard's points stay:
+            # they come again, and purge_step would hide the later steps of the evaluation worker in this directory too.
             records.truncate_after(self._path, first_step)
-            # Points that the last run wrote after its last checkpoint are about to be written again.
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"))
 
     def say(self, text: str) -> None:
         """A line on the console."""

@@ -16,7 +16,7 @@ def append(path: Path, *records: dict[str, Any]) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     data = "".join(json.dumps(record) + "\n" for record in records).encode()
-    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         size = os.fstat(handle).st_size
         torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"

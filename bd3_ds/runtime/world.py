@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
 
 import torch
 
@@ -66,11 +69,25 @@ def join_world() -> World:
     else:
         device = torch.device("cpu")
         backend = "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    return World(
+    with redirect_stdout(StringIO()):  # it prints that it built its collectives; a failure is an exception
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    world = World(
         rank=int(os.environ["RANK"]),
         size=int(os.environ["WORLD_SIZE"]),
         local_rank=local_rank,
         local_size=int(os.environ["LOCAL_WORLD_SIZE"]),
         device=device,
     )
+    if device.type == "cpu":
+        _unlink_shared_buffer(world)
+    return world
+
+
+def _unlink_shared_buffer(world: World) -> None:
+    """DeepSpeed's CPU collectives map 66 MiB of memory a rank under a name that it never removes; nobody needs the name.
+
+    Without this, every start on CPUs would keep that memory from the machine until it is booted again.
+    """
+    world.barrier()  # every rank has mapped the others' buffers
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{world.rank}"
+    Path("/dev/shm", name).unlink(missing_ok=True)

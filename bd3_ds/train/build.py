@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bd3_ds.checkpoint.export import export_name, find_export, fit_weights, load_weights, write_export
-from bd3_ds.checkpoint.store import newest_checkpoint, save_checkpoint
+from bd3_ds.checkpoint.store import Checkpoint, newest_checkpoint, save_checkpoint
 from bd3_ds.config.load import to_yaml
 from bd3_ds.config.schema import RunConfig, block_size
 from bd3_ds.data.loader import Loader, Share
@@ -17,6 +17,7 @@ from bd3_ds.model.build import initialise, network_of
 from bd3_ds.model.dit import DiT
 from bd3_ds.model.flops import training_flops_per_sequence
 from bd3_ds.parallel.apply import recompute_layers
+from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import write_text
 from bd3_ds.runtime.log import RunLog
 from bd3_ds.runtime.world import World
@@ -54,7 +55,7 @@ class Trainer:
             self.ema.save(directory / tag / ema_file(self.world.rank))
 
         self.log.flush()
-        state = {**self.state.to_dict(), "loader": self.loader.state(self.state.samples)}
+        state = {**self.state.to_dict(), "zero_stage": self.engine.stage, "loader": self.loader.state(self.state.samples)}
         tag = export_name(self.state.step)
         keep = self.run.train.keep_checkpoints
         save_checkpoint(self.run_dir / "checkpoints", tag, state, write_shards, self.world, keep)
@@ -72,21 +73,23 @@ class Trainer:
 def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
     """Network, engine, data and log of a run, and its last checkpoint where there is one."""
     run_dir = Path(run.run_dir)
-    if world.is_main:
-        write_text(run_dir / "run.yaml", to_yaml(run))
     model = DiT(network_of(run.model, run.objective.name))
     initialise(model, run.seed)
-    if run.train.init_from is not None:
+    said: list[str] = []
+    checkpoint = newest_checkpoint(run_dir / "checkpoints", world, said.append)
+    if run.train.init_from is not None and checkpoint is None:
         start = find_export(run.train.init_from)
         fit_weights(model, load_weights(start), str(start.path))
+        said.append(f"starting from the weights of {start.path}")
+    if world.is_main:
+        write_text(run_dir / "run.yaml", to_yaml(run))
     recompute_layers(model, run.train)
     engine = Engine(model, run, ds_json, world)
     ema = Ema(engine, run.optim.ema_decay)
 
-    said: list[str] = []
-    checkpoint = newest_checkpoint(run_dir / "checkpoints", world, said.append)
     state = TrainState()
     if checkpoint is not None:
+        _require_same_shards(checkpoint, engine.stage, world)
         engine.load(checkpoint.path.parent, checkpoint.path.name)
         ema.load(checkpoint.path / ema_file(world.rank))
         saved = checkpoint.state
@@ -97,8 +100,6 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         log.say(line)
     if state.step:
         log.say(f"continuing {run.run_dir} after step {state.step}")
-    elif run.train.init_from is not None:
-        log.say(f"starting from the weights of {start.path}")
 
     assert run.model.mask_id is not None
     share = Share(world.rank, world.size, world.local_size, run.train.micro_batch, run.train.global_batch)
@@ -116,6 +117,16 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         meter=meter,
         state=state,
     )
+
+
+def _require_same_shards(checkpoint: Checkpoint, stage: int, world: World) -> None:
+    """Shards fit the ranks and the ZeRO stage that wrote them."""
+    ranks, saved_stage = checkpoint.manifest["world_size"], checkpoint.state["zero_stage"]
+    if (ranks, saved_stage) != (world.size, stage):
+        raise UserError(
+            f"{checkpoint.path} was saved on {ranks} ranks at ZeRO stage {saved_stage}, this start has {world.size} at "
+            f"stage {stage}; continue as it was, or start a new run_dir with train.init_from={checkpoint.path.parents[1]}"
+        )
 
 
 def ema_file(rank: int) -> str:

@@ -8,7 +8,7 @@ from bd3_ds.config.check import accumulation_steps
 from bd3_ds.config.ds_json import DEFAULT, load_ds_json, zero_stage
 from bd3_ds.config.load import load_recipe, to_yaml
 from bd3_ds.config.schema import RunConfig, block_size
-from bd3_ds.runtime.cli import Parser
+from bd3_ds.runtime.cli import Parser, at_least_one
 from bd3_ds.train.preflight import preflight
 
 
@@ -17,16 +17,15 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="run.py check", description="Resolve and check a recipe without training it.")
     parser.add_argument("recipe")
     parser.add_argument("--deepspeed_config", type=Path, default=DEFAULT)
-    parser.add_argument("--world-size", type=int, default=1, help="ranks that the run is meant for")
+    parser.add_argument("--world-size", type=at_least_one, default=1, metavar="N", help="ranks that the run is meant for")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_intermixed_args(argv)
-    if arguments.world_size < 1:
-        parser.error(f"--world-size={arguments.world_size} must be at least 1")
+    arguments = parser.parse(argv)
 
     ds_json = load_ds_json(arguments.deepspeed_config)
     run = preflight(load_recipe(arguments.recipe, arguments.overrides), arguments.world_size)
+    lines = plan(run, arguments.world_size, zero_stage(ds_json))
     print(to_yaml(run))
-    for line in plan(run, arguments.world_size, zero_stage(ds_json)):
+    for line in lines:
         print(f"# {line}")
     return 0
 

@@ -30,7 +30,8 @@ class Ema:
         self.updates += 1
         averages = [average for _, _, average in self._parts]
         values = [fragment.values for fragment in self._engine.fragments()]
-        torch._foreach_lerp_(averages, values, 1 - decay)
+        if averages:  # without ZeRO the main rank holds all
+            torch._foreach_lerp_(averages, values, 1 - decay)
 
     def gather(self, world: World) -> dict[str, Tensor]:
         """The whole averaged weights on the main rank, on the CPU; other ranks get an empty dictionary."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class Engine:
 
     def __init__(self, model: nn.Module, run: RunConfig, ds_json: dict[str, Any], world: World):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # DeepSpeed calls collectives by names that newer torch wants to rename; nothing of ours to mend.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
         self.stage = zero_stage(ds_json)
         self.world = world
         self.clip = run.optim.clip
@@ -51,7 +54,7 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         """The network; under ZeRO-3 its parameters are empty between passes."""
-        return self._deepspeed.module  # type: ignore[no-any-return]
+        return self._deepspeed.module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The network's forward pass."""
@@ -114,5 +117,5 @@ def _adamw(model: nn.Module, run: RunConfig, offload: bool) -> torch.optim.Optim
     ]
     common: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     if offload:
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **common)  # type: ignore[no-any-return]
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
     return torch.optim.AdamW(groups, fused=True, **common)

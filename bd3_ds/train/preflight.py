@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from bd3_ds.checkpoint.export import find_export
 from bd3_ds.config.check import check_run
 from bd3_ds.config.load import flat, load_resolved
-from bd3_ds.config.schema import RunConfig
+from bd3_ds.config.schema import AR, RunConfig
 from bd3_ds.data.pack import Manifest, check_same_tokenizer, read_index, read_manifest
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import require_writable
@@ -16,30 +17,38 @@ from bd3_ds.runtime.files import require_writable
 _FIXED = ("model.", "data.", "objective.", "seed", "train.global_batch", "train.precision")
 _FREE = ("data.workers", "data.train", "model.attention")
 
+# What two models must share for the weights of one to mean the same in the other.
+_SHAPE = ("hidden_size", "layers", "heads", "mlp_ratio", "cond_size", "rope_base", "vocab_size", "mask_id")
+
 
 def preflight(run: RunConfig, world_size: int) -> RunConfig:
     """The run with its vocabulary filled in from the shards; raises UserError with what is wrong."""
     check_run(run, world_size)
-    manifest = read_manifest(run.data.train)
-    read_index(run.data.train)
+    try:
+        manifest = read_manifest(run.data.train)
+        read_index(run.data.train)
+    except UserError as error:
+        raise UserError(f"data.train: {error}") from None
     run = with_vocabulary(run, manifest)
-    problems = [*_shards(run, manifest), *_sets(run, manifest)]
+    problems = [*_shards(run, manifest), *_sets(run, manifest), *_start(run), *_run_dir(run)]
     if problems:
         raise UserError(*problems)
-    require_writable(Path(run.run_dir))
-    _same_run(run)
     return run
 
 
 def with_vocabulary(run: RunConfig, manifest: Manifest) -> RunConfig:
     """Fill in model.vocab_size and model.mask_id; raises UserError where the recipe contradicts the tokenizer."""
     facts = manifest.tokenizer
-    for key, given, known in (
-        ("model.vocab_size", run.model.vocab_size, facts.vocab_size),
-        ("model.mask_id", run.model.mask_id, facts.mask_id),
-    ):
-        if given is not None and given != known:
-            raise UserError(f"{key}={given} does not match the tokenizer of {run.data.train}, which has {known}; leave it null")
+    problems = [
+        f"{key}={given} does not match the tokenizer of {run.data.train}, which has {known}; leave it null"
+        for key, given, known in (
+            ("model.vocab_size", run.model.vocab_size, facts.vocab_size),
+            ("model.mask_id", run.model.mask_id, facts.mask_id),
+        )
+        if given is not None and given != known
+    ]
+    if problems:
+        raise UserError(*problems)
     model = dataclasses.replace(run.model, vocab_size=facts.vocab_size, mask_id=facts.mask_id)
     return dataclasses.replace(run, model=model)
 
@@ -53,8 +62,8 @@ def _shards(run: RunConfig, manifest: Manifest) -> list[str]:
         )
     if manifest.chunks < run.train.global_batch:
         problems.append(
-            f"{run.data.train} holds {manifest.chunks} sequences, fewer than train.global_batch={run.train.global_batch}; "
-            "lower it or prepare more text"
+            f"train.global_batch={run.train.global_batch} is more than the {manifest.chunks} sequences that "
+            f"{run.data.train} holds; lower it or prepare more text"
         )
     return problems
 
@@ -64,29 +73,57 @@ def _sets(run: RunConfig, manifest: Manifest) -> list[str]:
     for name, directory in run.eval.sets.items():
         try:
             other = read_manifest(directory)
+            read_index(directory)
             check_same_tokenizer(manifest, other)
         except UserError as error:
             problems.append(f"eval.sets.{name}: {error}")
             continue
         if other.length != run.data.length:
             problems.append(
-                f"eval.sets.{name}={directory} has sequences of {other.length} tokens, data.length is {run.data.length}; "
-                "prepare the set with the same --length"
+                f"eval.sets.{name}={directory} has sequences of {other.length} tokens, data.length is "
+                f"{run.data.length}; prepare the set with the same --length"
             )
     return problems
 
 
-def _same_run(run: RunConfig) -> None:
-    """A run directory belongs to one run: continuing it with another model, data order or batch is refused."""
+def _start(run: RunConfig) -> list[str]:
+    """Problems with the weights that a run starts from; a run that continues needs them no more."""
+    start = run.train.init_from
+    if start is None or any(Path(run.run_dir).glob("checkpoints/step-*/manifest.json")):
+        return []
+    try:
+        export = find_export(start)
+    except UserError as error:
+        return [f"train.init_from: {error}"]
+    objective = export.run.objective.name
+    if (objective == AR) != (run.objective.name == AR):
+        return [
+            f"train.init_from={start} holds a model of objective.name={objective}, this run has {run.objective.name}: "
+            "one reads from left to right, the other both ways; start from another export"
+        ]
+    return [
+        f"train.init_from={start} holds a model with model.{key}={theirs}, this run has {ours}; "
+        "make the two equal or start from another export"
+        for key in _SHAPE
+        if (theirs := getattr(export.run.model, key)) != (ours := getattr(run.model, key))
+        and not (objective == AR and key == "cond_size")
+    ]
+
+
+def _run_dir(run: RunConfig) -> list[str]:
+    """A run directory is writable and belongs to one run: another model, data order or batch may not continue it."""
     path = Path(run.run_dir) / "run.yaml"
-    if not path.is_file():
-        return
-    before, now = flat(load_resolved(path)), flat(run)
-    problems = [
+    try:
+        require_writable(Path(run.run_dir))
+        if not path.is_file():
+            return []
+        before = flat(load_resolved(path))
+    except UserError as error:
+        return [f"run_dir: {message}" for message in error.messages]
+    now = flat(run)
+    return [
         f"{key} was {before[key]} when {run.run_dir} was started and is {now[key]} now; "
         "set it back, or give the new run a run_dir of its own"
         for key in now
         if key.startswith(_FIXED) and not key.startswith(_FREE) and before[key] != now[key]
     ]
-    if problems:
-        raise UserError(*problems)

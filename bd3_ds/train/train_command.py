@@ -17,12 +17,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("recipe", help="YAML file, such as configs/recipes/docs_pretrain.yaml")
     parser.add_argument("--deepspeed_config", type=Path, default=DEFAULT, help="memory and communication (ds_configs/)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration on top of the recipe")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser.parse(argv)
 
     ds_json = load_ds_json(arguments.deepspeed_config)
     run = preflight(load_recipe(arguments.recipe, arguments.overrides), int(os.environ.get("WORLD_SIZE", "1")))
 
     import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said here, DeepSpeed need not warn that it found nothing better
 
     from bd3_ds.runtime.world import join_world
     from bd3_ds.train.hardware import check_hardware

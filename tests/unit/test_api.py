@@ -111,7 +111,7 @@ def test_sampled_scores_agree_with_exact(models, text, case, estimator):
 
 def test_sedd_scores_by_monte_carlo(models, text):
     score = models[SEDD].score(text, "mc", views=200)
-    again = models[SEDD].score(text, "stratified", views=200, seed=1)
+    again = models[SEDD].score(text, views=200, seed=1)
     assert (score.stderr > 0).all() and score.nelbo[:, 0].tolist() == [0, 0, 0]
     spread = (score.stderr**2 + again.stderr**2).sqrt()
     assert ((score.nelbo - again.nelbo).sum(1).abs() < 4 * spread).all()
@@ -188,6 +188,7 @@ def test_without_tokenizer(models):
         (BD3, lambda m, x: m.score(x[:, :3]), "whole blocks of 2"),
         (BD3, lambda m, x: m.score(torch.full_like(x, MASK)), "mask id 21"),
         (BD3, lambda m, x: m.score(x, "exakt"), "did you mean 'exact'"),
+        (SEDD, lambda m, x: m.score(x, "stratified"), "estimator=stratified cannot score objective.name=sedd"),
         (BD3, lambda m, x: m.score(x, "mc", views=0), "views=0"),
         (BD3, lambda m, x: m.score(x, "mc", seed=-1), "seed=-1"),
         (AR, lambda m, x: m.score(x[:, :1]), "nothing to score"),

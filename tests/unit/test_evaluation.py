@@ -9,25 +9,17 @@ import pytest
 import torch
 from helpers.tiny import LENGTH, tiny_export, tiny_pack, tiny_run, tiny_tokenizer
 
-from bd3_ds.checkpoint.export import find_export, load_model, load_weights, write_export
+from bd3_ds.checkpoint.export import find_export, load_weights, write_export
 from bd3_ds.data.pack import open_pack
 from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
 from bd3_ds.evaluation import evaluate_command
+from bd3_ds.evaluation.network import load_model
 from bd3_ds.evaluation.perplexity import evaluate_pack
 from bd3_ds.evaluation.unigram import unigram_perplexity
 from bd3_ds.runtime.errors import UserError, run_command
 
 CPU = torch.device("cpu")
 VOCAB, MASK = 11, 10
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other cost more than networks of this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +97,7 @@ def test_full_diffusion_takes_sampled_estimators_alone(place):
 
 
 def test_sedd_is_monte_carlo(place):
-    export = export_of(place, "sedd", objective__name="sedd", objective__block_size=None)
+    export = export_of(place, "sedd", objective__name="sedd", objective__block_size=None, eval__estimator="mc")
     record = evaluate(export, place, views=8)
     assert record["estimator"] == "mc" and math.isfinite(record["nelbo"]) and record["stderr"] > 0
 
@@ -185,7 +177,7 @@ def test_max_chunks_of_the_command_rule_over_the_configuration(place):
         (["--views", "0"], "above 0"),
         (["--batch", "many"], "above 0"),
         (["--device", "tpu"], "invalid choice"),
-        (["--set", "valid"], "unrecognized arguments"),
+        (["--set", "valid"], "did you mean '--sets'?"),
         (["--sets", "long={place}/long"], "32 tokens"),
         (["--sets", "foreign={place}/foreign"], "tokens with [MASK]"),
         (["--sets", "same_size={place}/same_size"], "another tokenizer"),

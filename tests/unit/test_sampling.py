@@ -18,15 +18,6 @@ LENGTH = 4
 TEXTS = torch.tensor(list(itertools.product(range(MASK), repeat=LENGTH - 1)))  # [64, 3]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Thousands of passes over tiny tensors: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def network(causal=False, vocab=VOCAB, kind=DiT, seed=3, scales=(3.0, 0.4, 0.3)):
     """Random weights everywhere, of these scales in embedding, layers and head: neither uniform nor certain."""
     model = kind(Network(vocab, 16, 2, 2, 2, 8, causal)).eval()

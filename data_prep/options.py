@@ -1,31 +1,10 @@
-"""Command-line parsing whose mistakes are one sentence like all others."""
+"""Values of the data commands' options, checked before anything slow is loaded."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import NoReturn
 
-from bd3_ds.runtime.errors import UserError, did_you_mean
-
-
-class Parser(argparse.ArgumentParser):
-    """ArgumentParser that raises UserError and takes no abbreviated options."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
-
-    def parse(self, argv: list[str]) -> argparse.Namespace:
-        """`parse_args` that names the nearest option to an unknown one."""
-        options, unknown = self.parse_known_args(argv)
-        if unknown:
-            known = [name for action in self._actions for name in action.option_strings]
-            hint = did_you_mean(unknown[0], known) if unknown[0].startswith("-") else "--help lists the options"
-            raise UserError(f"unknown argument '{unknown[0]}'; {hint}")
-        return options
+from bd3_ds.runtime.errors import UserError
 
 
 def whole_number(option: str, text: str, least: int, unit: str = "") -> int:

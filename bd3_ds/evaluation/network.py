@@ -1,0 +1,19 @@
+"""From an export on disk to its network, ready to score and to sample."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from bd3_ds.checkpoint.export import Export, fit_weights, load_weights
+from bd3_ds.model.build import network_of
+from bd3_ds.model.dit import DiT
+
+
+def load_model(export: Export, device: torch.device) -> DiT:
+    """The export's network in evaluation mode, dropout off, on `device`; raises UserError if the weights do not fit."""
+    run = export.run
+    model = DiT(dataclasses.replace(network_of(run.model, run.objective.name), dropout=0.0))
+    fit_weights(model, load_weights(export), str(export.path))
+    return model.to(device).eval()

@@ -1,0 +1,102 @@
+"""Every ZeRO stage in fp32 and bf16 on two ranks against one rank without ZeRO: one recipe, ten runs, one table.
+
+    python -m benchmarks.zero_matrix [--steps 50] [--data PACK] [--json FILE]
+
+Prints a Markdown table; the JSON holds the curves as well. Losses are nats per scored token of the same sequences under
+the same noise, so that curves may be compared step by step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bd3_ds.data.pack import read_manifest
+from tests.helpers.launch import curve, train, train_records
+from tests.helpers.tiny import tiny_pack
+
+DOCS = Path("runs/docs/data/train")
+PRECISIONS = ("fp32", "bf16")
+CASES = [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)]  # ranks, stage; the first is the reference of its precision
+COLUMNS = ("precision", "stage", "ranks", "final loss", "max loss difference", "max norm difference", "s/step", "seconds")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--data", type=Path, help=f"a pack; default: {DOCS}, or a tiny one where that is absent")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        results = measure(Path(scratch), arguments.data, arguments.steps, arguments.seed)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    print(table(results))
+    return 0
+
+
+def measure(scratch: Path, data: Path | None, steps: int, seed: int) -> list[dict[str, Any]]:
+    """One dictionary a run, in the order of the table."""
+    if data is None:
+        data = DOCS if DOCS.is_dir() else tiny_pack(scratch / "pack", length=64, chunks=256)
+    recipe = scratch / "recipe.yaml"
+    recipe.write_text(
+        f"seed: {seed}\n"
+        "model: {hidden_size: 96, layers: 3, heads: 3, cond_size: 32, dropout: 0.0}\n"
+        f"data: {{train: {data.resolve()}, length: {read_manifest(data).length}}}\n"
+        "objective: {name: bd3, block_size: 16}\n"
+        "optim: {lr: 1.0e-3, warmup_steps: 10}\n"
+        f"train: {{total_steps: {steps}, global_batch: 8, checkpoint_every: 1000000, export_every: 1000000}}\n"
+    )
+    results = []
+    for precision in PRECISIONS:
+        for ranks, stage in CASES:
+            run_dir = scratch / f"{precision}-{ranks}-{stage}"
+            words = (f"run_dir={run_dir}", f"train.precision={precision}", f"train.micro_batch={4 // ranks}")
+            start = time.perf_counter()
+            train(recipe, *words, ranks=ranks, ds_config=f"zero{stage}")
+            results.append(
+                {
+                    "precision": precision,
+                    "stage": stage,
+                    "ranks": ranks,
+                    "loss": [loss for loss, _ in curve(run_dir).values()],
+                    "grad_norm": [norm for _, norm in curve(run_dir).values()],
+                    "seconds_per_step": statistics.median(line["seconds"] for line in train_records(run_dir)),
+                    "seconds": time.perf_counter() - start,
+                }
+            )
+            print(f"{precision} stage {stage} on {ranks}: {results[-1]['loss'][-1]:.6f}", file=sys.stderr)
+    for result in results:
+        reference = next(other for other in results if other["precision"] == result["precision"])
+        result["final_loss"] = result["loss"][-1]
+        result["max_loss_difference"] = distance(result["loss"], reference["loss"])
+        result["max_norm_difference"] = distance(result["grad_norm"], reference["grad_norm"])
+    return results
+
+
+def distance(ours: list[float], theirs: list[float]) -> float:
+    """Largest |difference| over all steps."""
+    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Differences are to the first row of the same precision."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    for r in results:
+        lines.append(
+            f"| {r['precision']} | {r['stage']} | {r['ranks']} | {r['final_loss']:.6f} | {r['max_loss_difference']:.1e} "
+            f"| {r['max_norm_difference']:.1e} | {r['seconds_per_step']:.3f} | {r['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

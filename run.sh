@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# One script for everything:
+#   ./run.sh                  the main job: data, training, evaluation, samples, on whatever this machine has
+#   ./run.sh setup            the environment alone (.venv)
+#   ./run.sh test [--all]     set up and run the tests (--all: the slow ones too)
+#   ./run.sh train RECIPE …   train under the DeepSpeed launcher on all accelerators, or on 2 CPU ranks
+#   ./run.sh MODE …           any other mode of run.py in the environment
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+venv=.venv
+python=$venv/bin/python
+
+say() { printf '\n== %s\n' "$*"; }
+
+setup() {
+  local wanted base
+  wanted=$(cat requirements.txt)
+  if [ -x "$python" ] && [ "$(cat $venv/ready 2>/dev/null)" = "$wanted" ]; then return; fi
+  base=${PYTHON:-python3}
+  "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+    || { echo "error: $base is not Python 3.10 or newer; set PYTHON=/path/to/python3" >&2; exit 2; }
+  command -v g++ >/dev/null || { echo "error: no C++ compiler (g++) found; DeepSpeed compiles its CPU operators" >&2; exit 2; }
+  say "setting up $venv (once, about two minutes)"
+  rm -f $venv/ready
+  "$base" -m venv --clear $venv
+  $venv/bin/pip install --quiet --disable-pip-version-check --progress-bar on -r requirements.txt
+  printf '%s\n' "$wanted" >$venv/ready
+}
+
+# The launcher writes one thread per rank itself only where it binds cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+launch() { # train under the real launcher; the largest power of two of the visible accelerators, else 2 CPU ranks
+  local ranks port
+  ranks=$("$python" -c 'import torch; n = torch.cuda.device_count(); print(1 << (n.bit_length() - 1) if n else 2)')
+  port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  PATH="$PWD/$venv/bin:$PATH" $venv/bin/deepspeed --log_level warning --num_accelerators "$ranks" --master_port "$port" run.py train "$@"
+}
+
+prepare() { # $1: directory under runs/docs/data; the rest: options of data_prep.prepare
+  local out=runs/docs/data/$1
+  shift
+  if [ -f "$out/manifest.json" ]; then echo "reusing $out"; else
+    "$python" -m data_prep.prepare --tokenizer runs/docs/tokenizer --length 128 --workers 1 --out "$out" "$@"
+  fi
+}
+
+stage() { # train one recipe with an evaluation worker beside it; nothing is done twice
+  local recipe=$1 run=runs/docs/$2 worker
+  if [ -f "$run/records/finished.json" ]; then echo "reusing $run: training is finished"; else
+    "$python" run.py eval-worker "$run" >"runs/docs/$2-worker.log" 2>&1 &
+    worker=$!
+    trap 'kill $worker 2>/dev/null || true' EXIT
+    launch "configs/recipes/$recipe.yaml"
+    trap - EXIT
+    echo "waiting for the evaluation worker (its log: runs/docs/$2-worker.log)"
+    wait $worker || echo "the worker stopped early; evaluating what is left"
+  fi
+  "$python" run.py eval-worker "$run" --once --threads 2
+}
+
+main_job() {
+  local started=$SECONDS
+  setup
+  mkdir -p runs/docs
+  say "corpus: the documentation of the installed packages"
+  if [ -f runs/docs/tokenizer/tokenizer.model ]; then echo "reusing runs/docs/tokenizer"; else
+    "$python" -m data_prep.train_tokenizer --source python-docs --split train --vocab-size 1024 --out runs/docs/tokenizer
+  fi
+  prepare readmes --source python-readmes &
+  prepare train --source python-docs --split train
+  wait $!
+  prepare licences --source python-licences &
+  prepare valid --source python-docs --split valid
+  wait $!
+  say "pretraining: full diffusion, L' = L = 128"
+  stage docs_pretrain pretrain
+  say "fine-tuning: block diffusion, L' = 16"
+  stage docs_finetune finetune
+  say "results"
+  "$python" -m bd3_ds.evaluation.summary runs/docs/pretrain runs/docs/finetune
+  say "three samples"
+  "$python" run.py sample runs/docs/finetune --num 3 --json runs/docs/samples.json
+  say "done in $((SECONDS - started)) s; next"
+  cat <<'NEXT'
+  .venv/bin/tensorboard --logdir runs --reload_multifile true      curves, perplexities and texts
+  ./run.sh report runs/docs/pretrain runs/docs/finetune            tables and plots
+  ./run.sh sample runs/docs/finetune --prompt "The function returns"
+  ./run.sh train configs/recipes/docs_finetune.yaml run_dir=runs/docs/l4 objective.block_size=4
+  ./run.sh check configs/recipes/openwebtext_pretrain.yaml         what the paper's run needs
+NEXT
+}
+
+case "${1:-}" in
+  "") main_job ;;
+  setup) setup && echo "$venv is ready" ;;
+  test)
+    shift
+    setup
+    selection=(-m "not slow")
+    if [ "${1:-}" = --all ]; then selection=() && shift; fi
+    say "lint and types"
+    $venv/bin/ruff check .
+    $venv/bin/ruff format --check .
+    $venv/bin/mypy
+    say "tests"
+    exec "$python" -m pytest "${selection[@]}" "$@"
+    ;;
+  train)
+    shift
+    setup
+    launch "$@"
+    ;;
+  *)
+    setup
+    exec "$python" run.py "$@"
+    ;;
+esac

@@ -1,0 +1,192 @@
+"""Whatever is killed or torn, the same command ends with the undisturbed run's numbers, to the last bit."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.launch import (
+    curve,
+    rank_process,
+    start_training,
+    stop,
+    train,
+    wait_for_end,
+    wait_for_step,
+    wait_until,
+)
+from helpers.tiny import tiny_run
+
+from bd3_ds.checkpoint.export import find_export, load_weights
+from bd3_ds.checkpoint.store import MANIFEST, complete_checkpoints, newest_checkpoint, save_checkpoint
+from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.world import World
+
+STEPS = 30
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+SHARDS = {"model.pt": b"m" * 300, "optimizer-0.pt": b"0" * 200, "deep/optimizer-1.pt": b"1" * 200}
+
+
+def write_shards(directory: Path, tag: str) -> None:
+    for name, content in SHARDS.items():
+        (directory / tag / name).parent.mkdir(exist_ok=True)
+        (directory / tag / name).write_bytes(content)
+
+
+def save(directory: Path, step: int, keep: int = 2) -> None:
+    save_checkpoint(directory, f"step-{step:08d}", {"step": step}, write_shards, ALONE, keep)
+
+
+def newest_step(directory: Path, said: list[str]) -> int | None:
+    checkpoint = newest_checkpoint(directory, ALONE, said.append)
+    return None if checkpoint is None else checkpoint.state["step"]
+
+
+@pytest.mark.parametrize("name", [*SHARDS, MANIFEST])
+@pytest.mark.parametrize("damage", ["deleted", "emptied", "truncated", "altered"])
+def test_damaged_checkpoint_is_passed_over_and_said(tmp_path, name, damage):
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    said: list[str] = []
+    assert newest_step(tmp_path, said) == 20 and said == []
+
+    file = tmp_path / "step-00000020" / name
+    content = file.read_bytes()
+    broken = {"emptied": b"", "truncated": content[:-7], "altered": b"\0" + content[1:]}
+    file.unlink() if damage == "deleted" else file.write_bytes(broken[damage])
+    assert newest_step(tmp_path, said) == 10
+    assert len(said) == 1 and "step-00000020" in said[0] and "passed over" in said[0]
+
+
+def test_nothing_complete_is_a_fresh_start(tmp_path):
+    said: list[str] = []
+    assert newest_step(tmp_path / "absent", said) is None and said == []
+    save(tmp_path, 10)
+    (tmp_path / "step-00000010" / MANIFEST).unlink()
+    assert newest_step(tmp_path, said) is None and len(said) == 1
+
+
+def test_a_later_format_is_refused_rather_than_overwritten(tmp_path):
+    save(tmp_path, 10)
+    manifest = tmp_path / "step-00000010" / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(UserError, match="checkpoint format 2; this version reads format 1"):
+        newest_step(tmp_path, [])
+
+
+def test_a_failed_save_leaves_the_last_one_alone(tmp_path):
+    def fail(directory: Path, tag: str) -> None:
+        write_shards(directory, tag)
+        raise OSError("No space left on device")
+
+    save(tmp_path, 10, keep=1)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path, "step-00000020", {"step": 20}, fail, ALONE, keep=1)
+    said: list[str] = []
+    assert newest_step(tmp_path, said) == 10
+    assert said == ["checkpoint step-00000020 is incomplete and is passed over"]
+
+
+def test_retention_counts_only_what_the_run_continues_from(tmp_path):
+    """A damaged later checkpoint must not push out the good one that was just saved."""
+    save(tmp_path, 10, keep=1)
+    save(tmp_path, 30, keep=2)
+    (tmp_path / "step-00000030/model.pt").write_bytes(b"x" * 300)  # the size is right, the content is not
+    shutil.copytree(tmp_path / "step-00000010", tmp_path / "step-00000005")
+    (tmp_path / "step-00000005/model.pt").unlink()  # torn long ago
+    save(tmp_path, 20, keep=1)
+    assert [checkpoint.path.name for checkpoint in complete_checkpoints(tmp_path)] == ["step-00000020"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000020"]
+
+
+WORDS = (
+    "train.activation_checkpointing=full",
+    "model.dropout=0.1",
+    "train.global_batch=8",
+    f"train.total_steps={STEPS}",
+    "train.checkpoint_every=1",
+    "train.export_every=1000",
+)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a recipe and of the undisturbed run `calm`."""
+    directory = tmp_path_factory.mktemp("fault")
+    tiny_run(directory)
+    train(directory / "recipe.yaml", f"run_dir={directory / 'calm'}", *WORDS)
+    return directory
+
+
+def assert_same_run(calm: Path, run_dir: Path) -> None:
+    assert curve(run_dir) == curve(calm / "calm")
+    assert len(curve(run_dir)) == STEPS
+    ours, theirs = (load_weights(find_export(str(place))) for place in (run_dir, calm / "calm"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_kill_9_in_the_middle_of_saving_then_a_torn_checkpoint(calm):
+    recipe, run_dir = calm / "recipe.yaml", calm / "killed"
+    checkpoints, words = run_dir / "checkpoints", (f"run_dir={run_dir}", *WORDS)
+
+    def saving() -> bool:
+        later = (path for path in checkpoints.glob("step-*") if path.name > "step-00000005")
+        return any(not (path / MANIFEST).exists() for path in later)
+
+    with start_training(recipe, *words) as process:
+        wait_for_step(run_dir, 5, process)
+        victim = rank_process(process, random.randrange(2))
+        wait_until(saving, 60, "a checkpoint in the making")
+        victim.kill()
+        assert wait_for_end(process, 90) != 0
+    said: list[str] = []
+    step = newest_step(checkpoints, said)
+    assert step is not None and 5 <= step < STEPS
+
+    out = train(recipe, *words)
+    assert f"continuing {run_dir} after step {step}" in out
+    assert all(line in out for line in said)
+    assert_same_run(calm, run_dir)
+
+    torn = next(checkpoints.glob(f"step-{STEPS:08d}/*rank_1*optim*"))
+    torn.write_bytes(torn.read_bytes()[:1000])
+    out = train(recipe, *words)
+    assert f"checkpoint step-{STEPS:08d} is incomplete and is passed over" in out
+    assert f"continuing {run_dir} after step {STEPS - 1}" in out
+    assert_same_run(calm, run_dir)
+
+
+@pytest.mark.slow
+def test_kill_9_of_a_rank_then_of_everything(calm):
+    recipe, run_dir = calm / "recipe.yaml", calm / "killed-twice"
+    words = (f"run_dir={run_dir}", *WORDS, "data.workers=1")
+    with start_training(recipe, *words) as process:
+        wait_for_step(run_dir, random.randrange(3, 10), process)
+        rank_process(process, 1).kill()
+        assert wait_for_end(process, 90) != 0
+    with start_training(recipe, *words) as process:
+        wait_for_step(run_dir, random.randrange(12, 20), process)
+        stop(process, signal.SIGKILL)
+    train(recipe, *words)
+    assert_same_run(calm, run_dir)
+
+
+@pytest.mark.slow
+def test_death_of_a_data_loading_process_ends_the_run(calm):
+    """It must not leave ranks waiting for one another; the command then continues."""
+    recipe, run_dir = calm / "recipe.yaml", calm / "loader-killed"
+    words = (f"run_dir={run_dir}", *WORDS, "data.workers=1")
+    with start_training(recipe, *words) as process:
+        wait_for_step(run_dir, 3, process)
+        rank = rank_process(process, 0)
+        loading = [child for child in rank.children() if child.cmdline() == rank.cmdline()]
+        assert loading
+        loading[0].kill()
+        assert wait_for_end(process, 90) != 0
+    train(recipe, *words)
+    assert_same_run(calm, run_dir)

@@ -1,0 +1,184 @@
+"""From files to a resolved run, and the arithmetic that follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers.golden_recipes import GOLDEN, RECIPES
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bd3_ds.config.check import accumulation_steps, check_run, estimator_used
+from bd3_ds.config.ds_json import DEFAULT, OWNED_BY_YAML, complete_ds_json, load_ds_json
+from bd3_ds.config.load import CONFIGS, flat, load_recipe, load_resolved, to_yaml
+from bd3_ds.config.schema import OBJECTIVES, OptimConfig, RunConfig, block_size
+from bd3_ds.runtime.errors import UserError
+from bd3_ds.train.lr import learning_rate
+
+ANY = str(RECIPES[0])
+
+
+def recipe(*words: str) -> RunConfig:
+    """A small bd3 run without shards."""
+    return load_recipe(str(CONFIGS / "recipes" / "docs_pretrain.yaml"), list(words))
+
+
+def keys(tree: Any, prefix: str = "") -> set[str]:
+    """Dotted keys of nested mappings; `eval.sets` and other empty ones are leaves."""
+    found: set[str] = set()
+    for name, value in tree.items():
+        found |= keys(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name}
+    return found
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_resolves_as_before(path: Path) -> None:
+    """A difference is a changed default or recipe: `python -m tests.helpers.golden_recipes`, then review the diff."""
+    run = load_recipe(str(path), [])
+    check_run(run, world_size=1)
+    assert to_yaml(run) == (GOLDEN / path.name).read_text()
+
+
+def test_no_golden_file_is_left_over() -> None:
+    assert {path.name for path in GOLDEN.glob("*.yaml")} == {path.name for path in RECIPES}
+
+
+def test_recipes_of_the_paper_fit_on_eight_ranks() -> None:
+    for path in RECIPES:
+        if not path.stem.startswith("docs"):
+            run = load_recipe(str(path), [])
+            check_run(run, world_size=8)
+            assert run.train.global_batch == 512
+
+
+def test_base_covers_the_schema() -> None:
+    base = yaml.safe_load((CONFIGS / "base.yaml").read_text())
+    assert keys(base) == set(flat(load_recipe(ANY, ["eval.sets={}"])))
+    assert [key for key, value in flat_yaml(base).items() if value == "???"] == ["run_dir", "data.train"]
+
+
+def flat_yaml(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= flat_yaml(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return leaves
+
+
+def test_order_of_authority(tmp_path: Path) -> None:
+    """base.yaml < includes < recipe < command line."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("include: [model/nano, objective/bd3]\nrun_dir: x\ndata: {train: y}\nobjective: {block_size: 8}\n")
+    run = load_recipe(str(path), ["model.layers=5"])
+    assert (run.model.hidden_size, run.objective.block_size, run.model.layers) == (128, 8, 5)
+    assert run.optim.lr == 3e-4  # base.yaml
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_run_yaml_comes_back(path: Path, tmp_path: Path) -> None:
+    run = load_recipe(str(path), ["optim.lr=1.2345678901234567e-5", "eval.max_chunks=null"])
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(run))
+    assert load_resolved(file) == run
+
+
+def test_a_resolved_run_needs_every_key(tmp_path: Path) -> None:
+    """Nothing is filled in behind an old run's back: a missing key is named."""
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(recipe()).replace("  rope_base: 10000.0\n", ""))
+    with pytest.raises(UserError, match=r"lacks model\.rope_base$"):
+        load_resolved(file)
+
+
+def test_block_size_of_each_objective() -> None:
+    sizes = {name: block_size(recipe(f"objective.name={name}")) for name in OBJECTIVES}
+    assert sizes == {"ar": 1, "mdlm": 128, "sedd": 128, "bd3": 128}
+    assert block_size(recipe("objective.block_size=4")) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "asked", "used"),
+    [
+        ("objective.name=ar", "exact", "exact"),
+        ("objective.name=ar", "mc", "exact"),
+        ("objective.name=sedd", "mc", "mc"),
+        ("objective.name=sedd", "stratified", None),
+        ("objective.name=sedd", "exact", None),
+        ("objective.name=mdlm", "exact", None),
+        ("objective.name=mdlm", "mc", "mc"),
+        ("objective.block_size=8", "exact", "exact"),
+        ("objective.block_size=16", "exact", None),
+        ("objective.block_size=16", "stratified", "stratified"),
+        ("objective.name=ar", "guess", None),
+    ],
+)
+def test_estimators(words: str, asked: str, used: str | None) -> None:
+    """One rule for the configuration, the command and the API."""
+    run = recipe(words, f"eval.estimator={asked}")
+    if used is not None:
+        assert estimator_used(run, asked, "estimator") == used
+        check_run(run, world_size=1)
+        return
+    with pytest.raises(UserError, match=f"estimator={asked}"):
+        estimator_used(run, asked, "estimator")
+    with pytest.raises(UserError, match=rf"^eval\.estimator={asked}"):
+        check_run(run, world_size=1)
+
+
+@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 32))
+def test_accumulation(micro_batch: int, ranks: int, steps: int) -> None:
+    run = RUN
+    batch = dataclasses.replace(run.train, micro_batch=micro_batch, global_batch=micro_batch * ranks * steps)
+    run = dataclasses.replace(run, train=batch)
+    check_run(run, ranks)
+    assert accumulation_steps(run, ranks) == steps
+
+
+@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 2048))
+def test_a_batch_is_never_rounded_silently(micro_batch: int, ranks: int, global_batch: int) -> None:
+    """The sentence names a global batch that fits."""
+    train = dataclasses.replace(RUN.train, micro_batch=micro_batch, global_batch=global_batch)
+    try:
+        check_run(dataclasses.replace(RUN, train=train), ranks)
+    except UserError as error:
+        assert global_batch % (micro_batch * ranks)
+        near = int(str(error).rpartition(": ")[2])
+        check_run(dataclasses.replace(RUN, train=dataclasses.replace(train, global_batch=near)), ranks)
+    else:
+        assert accumulation_steps(dataclasses.replace(RUN, train=train), ranks) * micro_batch * ranks == global_batch
+
+
+def test_learning_rate() -> None:
+    """Linear from lr / warm-up to lr, then constant, or half a cosine to min_lr at the last step."""
+    optim = dataclasses.replace(RUN.optim, lr=1.0, warmup_steps=4, decay="constant", min_lr=0.1)
+    assert rates(optim, 6) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    cosine = dataclasses.replace(optim, decay="cosine")
+    assert rates(cosine, 4 + 8)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert learning_rate(cosine, 4 + 4, 12) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert learning_rate(cosine, 4 + 2, 12) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.sqrt(0.5)))
+    assert learning_rate(cosine, 12, 12) == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates(cosine, 12)[4:], rates(cosine, 12)[5:], strict=False))
+    assert rates(dataclasses.replace(optim, warmup_steps=0), 2) == [1.0, 1.0]
+
+
+def rates(optim: OptimConfig, steps: int) -> list[float]:
+    return [learning_rate(optim, step, steps) for step in range(steps)]
+
+
+@pytest.mark.parametrize("path", sorted(DEFAULT.parent.glob("*.json")), ids=lambda path: path.stem)
+def test_deepspeed_files(path: Path) -> None:
+    """The JSON owns memory and communication; what the YAML owns is filled in."""
+    run = recipe("train.global_batch=32", "train.micro_batch=4", "optim.clip=0.5")
+    content = load_ds_json(path)
+    assert not OWNED_BY_YAML.keys() & content.keys()
+    filled = complete_ds_json(content, run, world_size=2)
+    assert filled["train_batch_size"] == 32 and filled["train_micro_batch_size_per_gpu"] == 4
+    assert filled["gradient_accumulation_steps"] == 4 and filled["gradient_clipping"] == 0.5
+    assert content.items() <= filled.items()
+
+
+RUN = recipe()
