@@ -1,6 +1,7 @@
-"""The entry of the project: `deepspeed run.py train RECIPE …`, `python run.py MODE …`; every mode explains itself with --help.
+"""The entry of the project: `deepspeed run.py train RECIPE …`, `python run.py MODE …`.
 
-The mode names a module; it is imported only then, and it imports torch only after the arguments have been checked.
+Every mode explains itself with --help. Its module is imported only when it is asked for, and imports torch only after
+the arguments have been checked.
 """
 
 from __future__ import annotations

@@ -34,7 +34,12 @@ def main() -> None:
     rows = []
     for number, (name, words) in enumerate(MODELS.items()):
         run_dir = options.out / f"{number}-seed{options.seed}"
-        train = [f"run_dir={run_dir}", "train.init_from=null", f"train.total_steps={options.steps}", f"seed={options.seed}"]
+        train = [
+            f"run_dir={run_dir}",
+            "train.init_from=null",
+            f"train.total_steps={options.steps}",
+            f"seed={options.seed}",
+        ]
         subprocess.run(["./run.sh", "train", RECIPE, *train, *words], check=True, stdout=sys.stderr)
         record = run_dir / "bound.json"
         scoring = ["--sets", "valid", "--views", "8", "--max-chunks", str(options.chunks), "--json", str(record)]

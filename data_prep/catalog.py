@@ -42,9 +42,7 @@ _EVALUATION = _splits("valid", "test", "train")
 
 
 def _wikitext(config: str) -> NamedSet:
-    return NamedSet(
-        "Salesforce/wikitext", config, _EVALUATION, detokenizer="wikitext", lines=True, keep_newline=True
-    )
+    return NamedSet("Salesforce/wikitext", config, _EVALUATION, detokenizer="wikitext", lines=True, keep_newline=True)
 
 
 def _papers(config: str) -> NamedSet:
@@ -55,21 +53,33 @@ def _papers(config: str) -> NamedSet:
 
 NAMED_SETS: dict[str, NamedSet] = {
     "openwebtext": NamedSet(
-        "Skylion007/openwebtext", "plain_text", {"train": "train", "valid": "train"}, parquet=True, frame=NONE,
-        holdout=100_000, documents=8_013_769,
+        "Skylion007/openwebtext",
+        "plain_text",
+        {"train": "train", "valid": "train"},
+        parquet=True,
+        frame=NONE,
+        holdout=100_000,
+        documents=8_013_769,
     ),
     "lm1b": NamedSet(
-        "billion-word-benchmark/lm1b", "plain_text", _splits("test", "train"), parquet=True, detokenizer="lm1b",
+        "billion-word-benchmark/lm1b",
+        "plain_text",
+        _splits("test", "train"),
+        parquet=True,
+        detokenizer="lm1b",
         lines=True,
     ),
     "wikitext2": _wikitext("wikitext-2-raw-v1"),
     "wikitext103": _wikitext("wikitext-103-raw-v1"),
-    "lambada": NamedSet(
-        "EleutherAI/lambada_openai", "default", _splits("test"), detokenizer="lambada", lines=True
-    ),
+    "lambada": NamedSet("EleutherAI/lambada_openai", "default", _splits("test"), detokenizer="lambada", lines=True),
     "ptb": NamedSet(
-        "ptb-text-only/ptb_text_only", "penn_treebank", _EVALUATION, field="sentence", parquet=True,
-        detokenizer="ptb", lines=True,
+        "ptb-text-only/ptb_text_only",
+        "penn_treebank",
+        _EVALUATION,
+        field="sentence",
+        parquet=True,
+        detokenizer="ptb",
+        lines=True,
     ),
     "ag_news": NamedSet("fancyzhx/ag_news", "default", _splits("test", "train")),
     "pubmed": _papers("pubmed"),

@@ -14,7 +14,13 @@ from bd3_ds.runtime.errors import UserError
 
 TEXT, JSONL, CSV, PARQUET = "text", "jsonl", "csv", "parquet"
 FORMATS = {
-    ".txt": TEXT, ".raw": TEXT, ".tokens": TEXT, ".md": TEXT, ".rst": TEXT, ".jsonl": JSONL, ".csv": CSV,
+    ".txt": TEXT,
+    ".raw": TEXT,
+    ".tokens": TEXT,
+    ".md": TEXT,
+    ".rst": TEXT,
+    ".jsonl": JSONL,
+    ".csv": CSV,
     ".parquet": PARQUET,
 }
 IN_DIRECTORIES = (".txt", ".raw", ".tokens", ".jsonl", ".csv", ".parquet")  # a folder's README is not its text
@@ -45,7 +51,8 @@ def find_files(path: Path, split: str | None) -> list[Path]:
         _format(path)
         return [path]
     found = sorted(
-        file for file in path.rglob("*")
+        file
+        for file in path.rglob("*")
         if file.is_file() and _suffixes(file)[0] in IN_DIRECTORIES and not file.name.startswith(".")
     )
     if not found:

@@ -11,9 +11,7 @@ from data_prep.catalog import PARQUET_BRANCH
 TIMEOUT_SECONDS = 10
 
 
-def texts(
-    repository: str, config: str | None, split: str, field: str, parquet: bool, advice: str
-) -> Iterator[str]:
+def texts(repository: str, config: str | None, split: str, field: str, parquet: bool, advice: str) -> Iterator[str]:
     """Stream the column `field` of a split; `parquet`: from the hub's Parquet conversion of a script-only set.
 
     Raises UserError that ends in `advice` where the hub, the set, the split or the field cannot be had.

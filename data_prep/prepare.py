@@ -89,9 +89,7 @@ def prepare(
         tokenizer.save(Path(saved))
         pieces = _limited(source.pieces(), settings["limit_documents"])
         runs = _progress(encode(pieces, saved, settings["detokenizer"], workers, tally), tally)
-        chunks = wrap(
-            runs, settings["length"], settings["frame"], tokenizer.bos_id, tokenizer.eos_id, tally
-        )
+        chunks = wrap(runs, settings["length"], settings["frame"], tokenizer.bos_id, tokenizer.eos_id, tally)
         first = next(chunks, None)  # before the directory is made and the slow libraries are loaded
         if tally.documents == 0:
             raise UserError(f"--source {source.spec}: holds no text")
@@ -101,8 +99,16 @@ def prepare(
                 "give more text or a smaller --length"
             )
         return write_pack(
-            out, itertools.chain([first], chunks), tokenizer, settings["length"], name=source.name, source=source.spec,
-            frame=settings["frame"], detokenizer=settings["detokenizer"], tally=tally, settings=settings,
+            out,
+            itertools.chain([first], chunks),
+            tokenizer,
+            settings["length"],
+            name=source.name,
+            source=source.spec,
+            frame=settings["frame"],
+            detokenizer=settings["detokenizer"],
+            tally=tally,
+            settings=settings,
             overwrite=overwrite,
         )
 
@@ -175,20 +181,32 @@ def write_pack(
                     raise ValueError(f"chunk {count}: not {length} ids below {tokenizer.vocab_size}")
                 if (tokens == tokenizer.mask_id).any():
                     raise ValueError(f"chunk {count} holds the mask id {tokenizer.mask_id}")
-                writer.write({
-                    "tokens": tokens.astype(dtype),
-                    "doc_starts": np.asarray(starts).astype("<u4").tobytes(),
-                })
+                writer.write(
+                    {
+                        "tokens": tokens.astype(dtype),
+                        "doc_starts": np.asarray(starts).astype("<u4").tobytes(),
+                    }
+                )
                 digest.add(tokens)
                 count += 1
                 documents += len(starts)
         tokenizer.save(directory / TOKENIZER_DIR)
         manifest = Manifest(
-            format=FORMAT, name=name, source=source, tokenizer=TokenizerInfo.of(tokenizer), length=length, frame=frame,
-            detokenizer=detokenizer, documents=tally.documents if tally else documents,
-            tokens=tally.tokens if tally else count * length, bytes=tally.bytes if tally else 0,
-            dropped_tokens=tally.dropped_tokens if tally else 0, chunks=count, dtype=dtype,
-            pack_hash=digest.hexdigest(), settings=settings or {},
+            format=FORMAT,
+            name=name,
+            source=source,
+            tokenizer=TokenizerInfo.of(tokenizer),
+            length=length,
+            frame=frame,
+            detokenizer=detokenizer,
+            documents=tally.documents if tally else documents,
+            tokens=tally.tokens if tally else count * length,
+            bytes=tally.bytes if tally else 0,
+            dropped_tokens=tally.dropped_tokens if tally else 0,
+            chunks=count,
+            dtype=dtype,
+            pack_hash=digest.hexdigest(),
+            settings=settings or {},
         )
         write_json(directory / MANIFEST, manifest.to_json())
     return manifest
@@ -263,9 +281,15 @@ def _settings(
 ) -> dict[str, Any]:
     """Everything that decides the chunks; equal settings, equal pack."""
     return {
-        "source": source.spec, "source_bytes": source.size, "split": source.split, "text_field": options.text_field,
-        "limit_documents": limit, "tokenizer": tokenizer.fingerprint, "length": length,
-        "frame": options.frame or source.frame, "detokenizer": options.detokenizer or source.detokenizer,
+        "source": source.spec,
+        "source_bytes": source.size,
+        "split": source.split,
+        "text_field": options.text_field,
+        "limit_documents": limit,
+        "tokenizer": tokenizer.fingerprint,
+        "length": length,
+        "frame": options.frame or source.frame,
+        "detokenizer": options.detokenizer or source.detokenizer,
     }
 
 

@@ -21,9 +21,27 @@ from pathlib import Path
 from tqdm import tqdm
 
 PACKAGES = (
-    "datasets", "deepspeed", "einops", "fsspec", "huggingface_hub", "jinja2", "matplotlib", "mpmath", "networkx",
-    "numpy", "omegaconf", "pandas", "PIL", "pyarrow", "scipy", "setuptools", "streaming", "sympy", "tensorboard",
-    "torch", "transformers",
+    "datasets",
+    "deepspeed",
+    "einops",
+    "fsspec",
+    "huggingface_hub",
+    "jinja2",
+    "matplotlib",
+    "mpmath",
+    "networkx",
+    "numpy",
+    "omegaconf",
+    "pandas",
+    "PIL",
+    "pyarrow",
+    "scipy",
+    "setuptools",
+    "streaming",
+    "sympy",
+    "tensorboard",
+    "torch",
+    "transformers",
 )
 SKIPPED = {"test", "tests", "testing", "_vendor", "site-packages", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
 HELD_OUT_PERCENT = 3
@@ -179,8 +197,13 @@ def _readmes() -> Iterator[list[str]]:
 
 def _licences() -> Iterator[list[str]]:
     for found in _sorted_distributions():
-        names = [path for path in found.files or [] if re.search(r"licen[cs]e|copying|notice", path.name, re.I)
-                 and path.suffix in ("", ".txt", ".md", ".rst") and ".dist-info" in str(path)]
+        names = [
+            path
+            for path in found.files or []
+            if re.search(r"licen[cs]e|copying|notice", path.name, re.I)
+            and path.suffix in ("", ".txt", ".md", ".rst")
+            and ".dist-info" in str(path)
+        ]
         for path in sorted(names, key=str):
             file = Path(str(found.locate_file(path)))
             if file.is_file():

@@ -126,7 +126,11 @@ def _hub_named(name: str, split: str | None, field: str | None) -> Source:
 
     def pieces() -> Iterator[Piece]:
         texts = hub.texts(
-            known.hub, known.config, known.splits[chosen], field or known.field, known.parquet,
+            known.hub,
+            known.config,
+            known.splits[chosen],
+            field or known.field,
+            known.parquet,
             advice=f"give a local copy with --source {name}=PATH",
         )
         if known.holdout:

@@ -1,6 +1,6 @@
 """Train a sentencepiece tokenizer on a source.
 
-    python -m data_prep.train_tokenizer --source python-docs --split train --vocab-size 2048 --out DIR
+python -m data_prep.train_tokenizer --source python-docs --split train --vocab-size 2048 --out DIR
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Check a pack from its index to its last token, and show what is in it.
 
-    python -m data_prep.verify DIR
+python -m data_prep.verify DIR
 """
 
 from __future__ import annotations

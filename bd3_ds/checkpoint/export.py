@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from bd3_ds.config.load import load_resolved, to_yaml
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.runtime.files import new_directory, read_json, write_json, write_text
+from bd3_ds.runtime.files import new_directory, read_json, share, write_json, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,6 +59,7 @@ def write_export(path: Path, weights: dict[str, Tensor], run: RunConfig, tokeniz
 
     with new_directory(path, replace=True) as aside:
         save_file({name: tensor.float().contiguous() for name, tensor in weights.items()}, aside / WEIGHTS)
+        share(aside / WEIGHTS)
         write_text(aside / "config.yaml", to_yaml(run))
         if tokenizer is not None:
             shutil.copytree(tokenizer, aside / "tokenizer")

@@ -47,11 +47,9 @@ def load_ds_json(path: Path) -> dict[str, Any]:
     ]
     zero = content.get("zero_optimization", {})
     if not isinstance(zero, dict):
-        problems.append(f"--deepspeed_config {path}: zero_optimization must be an object such as {{\"stage\": 2}}")
+        problems.append(f'--deepspeed_config {path}: zero_optimization must be an object such as {{"stage": 2}}')
     elif zero.get("stage", 0) not in (0, 1, 2, 3):
-        problems.append(
-            f"--deepspeed_config {path}: zero_optimization.stage must be 0, 1, 2 or 3, not {zero['stage']}"
-        )
+        problems.append(f"--deepspeed_config {path}: zero_optimization.stage must be 0, 1, 2 or 3, not {zero['stage']}")
     if problems:
         raise UserError(*problems)
     return content

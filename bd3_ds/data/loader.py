@@ -10,7 +10,9 @@ An epoch is as many whole global batches as there are; its last few samples, few
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,7 +102,7 @@ class Loader:
                     batch_size=self.share.micro_batch,
                     num_workers=self._workers,
                     collate_fn=stack_tokens,
-                    worker_init_fn=leave_signals_to_parent,
+                    worker_init_fn=obey_parent_alone,
                     drop_last=True,
                 )
             )
@@ -117,7 +119,17 @@ def stack_tokens(samples: list[dict[str, Any]]) -> Tensor:
     return torch.from_numpy(np.stack([sample["tokens"] for sample in samples]).astype(np.int64))
 
 
-def leave_signals_to_parent(_worker: int) -> None:
-    """A stop signal reaches every process of a run; loading must outlive it for the trainer to finish its step and save."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def obey_parent_alone(_worker: int) -> None:
+    """A stop signal reaches every process of a run; loading goes on until the trainer has finished its step and saved.
+
+    The trainer's own SIGTERM still counts: Python sends it to the children of an ending process and waits for them.
+    """
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait, daemon=True).start()

@@ -7,8 +7,10 @@ import sys
 from types import ModuleType
 from typing import Any
 
-_OPERATORS = ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-              "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+_OPERATORS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
 _library: Any = None
 
 

@@ -1,4 +1,4 @@
-"""The one bound of which every reported perplexity is made: exact, stratified or Monte-Carlo (docs: MATH.md, "One bound").
+"""The one bound of which every reported perplexity is made: exact, stratified or Monte-Carlo.
 
 For one block of n maskable tokens, with c_i(M) = -log p(x_i | block with M masked, earlier blocks) for i in M,
 

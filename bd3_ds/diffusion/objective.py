@@ -39,7 +39,7 @@ class Noise:
 class Loss:
     """`loss` is what training descends, `nelbo` the estimate of the bound; both nats per scored token, scalars.
 
-    `bin_nats` and `bin_masked` [BINS] sum -log p(x0) and masked tokens by their block's masking rate.
+    `bin_nats` and `bin_masked` [BINS], fp64, sum -log p(x0) and masked tokens by their block's masking rate.
     """
 
     loss: Tensor
@@ -88,5 +88,7 @@ def _autoregressive(denoiser: Denoiser, x0: Tensor, mask_id: int) -> Loss:
 
 def _by_rate(nats: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
     index = (rate * BINS).long().clamp(max=BINS - 1)
-    zeros = torch.zeros(BINS, device=nats.device)
+    # fp64: tens of thousands of numbers are added one by one, which costs fp32 three of its digits.
+    nats = nats.double()
+    zeros = torch.zeros(BINS, device=nats.device, dtype=nats.dtype)
     return zeros.index_add(0, index, nats), zeros.index_add(0, index, torch.ones_like(nats))

@@ -37,13 +37,13 @@ def convert_upstream(src: Path, dst: Path, tokenizer: str | None = None) -> None
     `tokenizer` is what `load_tokenizer` takes. Raises UserError for files or keys that are missing or damaged and for
     weights that do not fit the configuration; then nothing is written.
     """
+    if not src.is_dir():
+        raise UserError(f"{src} is not a directory; give a folder with upstream's config.json and model.safetensors")
     from bd3_ds.checkpoint.export import fit_weights, write_export
     from bd3_ds.model.build import network_of
     from bd3_ds.model.convert import read_upstream, rename_upstream
     from bd3_ds.model.dit import DiT
 
-    if not src.is_dir():
-        raise UserError(f"{src} is not a directory; give a folder with upstream's config.json and model.safetensors")
     config, weights_path = read_upstream(src)
     run = upstream_run(config, src / "config.json", dst)
     weights = rename_upstream(_read_weights(weights_path))

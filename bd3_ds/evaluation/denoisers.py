@@ -14,9 +14,8 @@ def conditioned(model: DiT, block_size: int) -> Condition:
     """A Condition on `model`: views of one text share its clean keys and values."""
 
     def condition(x0: Tensor) -> ViewDenoiser:
-        batch, length = x0.shape
         cache = KVCache(model.network.layers)
-        if block_size < length:
+        if block_size < x0.shape[1]:
             model.encode(x0, cache, block_size=block_size)
 
         def denoise(x_t: Tensor, at: Tensor) -> Tensor:

@@ -20,9 +20,13 @@ def main(argv: list[str]) -> int:
     if options.json is not None:
         require_writable(options.json.resolve().parent)
 
-    from bd3_ds.evaluation import api
+    from bd3_ds.checkpoint.export import find_export
 
-    model = api.load(options.export, open_device(options.device))
+    export = find_export(options.export)
+
+    from bd3_ds.evaluation.api import LanguageModel
+
+    model = LanguageModel(export, open_device(options.device))
     length = options.length or model.run.data.length
     given = model.prompt_ids(options.prompt).shape[1]
     with _Bar(options.num * max(0, length - given)) as bar:

@@ -1,6 +1,6 @@
 """The closing table of `./run.sh`: what each run reached, beside the unigram perplexity of the same text.
 
-    python -m bd3_ds.evaluation.summary RUN_DIR …
+python -m bd3_ds.evaluation.summary RUN_DIR …
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ _BUFFERS = ("rotary_emb.inv_freq", "sampling_eps_min", "sampling_eps_max", "bloc
 
 
 def our_name(key: str) -> str | None:
-    """Our parameter name for an upstream key (with or without `backbone.`), or None for a buffer that we do not keep."""
+    """Our parameter name for an upstream key (with or without `backbone.`), or None for a buffer not kept."""
     key = key.removeprefix("_orig_mod.").removeprefix("backbone.").removeprefix("_orig_mod.")
     if key in _BUFFERS:
         return None

@@ -1,4 +1,4 @@
-"""Floating-point operations that a training step asks for, counted from shapes; nothing that the mask hides is counted."""
+"""Floating-point operations that a training step asks for, counted from shapes, without what the mask hides."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ CLEAN = -1
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Where each of T packed tokens stands: its view (CLEAN, or 0 … K-1), its position in the text, its block. Each [T]."""
+    """Where each of T packed tokens stands: its view (CLEAN, or 0 … K-1), position in the text and block, each [T]."""
 
     view: Tensor
     position: Tensor

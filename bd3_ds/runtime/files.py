@@ -88,6 +88,14 @@ def require_writable(directory: Path) -> None:
         raise UserError(f"cannot write to {directory}: {reason}; choose a directory that you own") from None
 
 
+def share(path: Path) -> None:
+    """Give a file that a library made private (safetensors does) the mode that the umask gives to new files."""
+    probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    probe.touch()
+    shutil.copymode(probe, path)
+    probe.unlink()
+
+
 def sync_directory(directory: Path) -> None:
     """Flush a directory's entries, so that a rename in it survives a power cut."""
     handle = os.open(directory, os.O_RDONLY)

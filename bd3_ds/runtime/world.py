@@ -42,7 +42,8 @@ class World:
 def prepare_environment() -> None:
     """Fill in what a launcher leaves out, before anything that reads it is imported.
 
-    DeepSpeed's launcher sets LOCAL_SIZE; streaming reads LOCAL_WORLD_SIZE. Without a launcher the process is a world of one.
+    DeepSpeed's launcher sets LOCAL_SIZE; streaming reads LOCAL_WORLD_SIZE. Without a launcher the process is
+    a world of one.
     """
     env = os.environ
     env.setdefault("RANK", "0")
@@ -84,10 +85,10 @@ def join_world() -> World:
 
 
 def _unlink_shared_buffer(world: World) -> None:
-    """DeepSpeed's CPU collectives map 66 MiB of memory a rank under a name that it never removes; nobody needs the name.
+    """DeepSpeed's CPU collectives map 66 MiB a rank under a name that they never remove; nobody needs the name.
 
     Without this, every start on CPUs would keep that memory from the machine until it is booted again.
     """
     world.barrier()  # every rank has mapped the others' buffers
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{world.rank}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
+    words = (os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], world.rank)
+    Path("/dev/shm", "deepspeed_allreduce_buffer_" + "_".join(map(str, words))).unlink(missing_ok=True)

@@ -55,7 +55,11 @@ class Trainer:
             self.ema.save(directory / tag / ema_file(self.world.rank))
 
         self.log.flush()
-        state = {**self.state.to_dict(), "zero_stage": self.engine.stage, "loader": self.loader.state(self.state.samples)}
+        state = {
+            **self.state.to_dict(),
+            "zero_stage": self.engine.stage,
+            "loader": self.loader.state(self.state.samples),
+        }
         tag = export_name(self.state.step)
         keep = self.run.train.keep_checkpoints
         save_checkpoint(self.run_dir / "checkpoints", tag, state, write_shards, self.world, keep)
@@ -125,7 +129,8 @@ def _require_same_shards(checkpoint: Checkpoint, stage: int, world: World) -> No
     if (ranks, saved_stage) != (world.size, stage):
         raise UserError(
             f"{checkpoint.path} was saved on {ranks} ranks at ZeRO stage {saved_stage}, this start has {world.size} at "
-            f"stage {stage}; continue as it was, or start a new run_dir with train.init_from={checkpoint.path.parents[1]}"
+            f"stage {stage}; continue as it was, or start a new run_dir with "
+            f"train.init_from={checkpoint.path.parents[1]}"
         )
 
 

@@ -17,7 +17,9 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="run.py check", description="Resolve and check a recipe without training it.")
     parser.add_argument("recipe")
     parser.add_argument("--deepspeed_config", type=Path, default=DEFAULT)
-    parser.add_argument("--world-size", type=at_least_one, default=1, metavar="N", help="ranks that the run is meant for")
+    parser.add_argument(
+        "--world-size", type=at_least_one, default=1, metavar="N", help="ranks that the run is meant for"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse(argv)
 
@@ -47,7 +49,8 @@ def plan(run: RunConfig, world_size: int, stage: int) -> list[str]:
     tokens = run.train.total_steps * run.train.global_batch * run.data.length
     loss = dry_step(model, run)
     return [
-        f"objective {run.objective.name}, block size {size}: {run.data.length // size} blocks in {run.data.length} tokens",
+        f"objective {run.objective.name}, block size {size}: {run.data.length // size} blocks in "
+        f"{run.data.length} tokens",
         f"{parameters:,} parameters; ZeRO stage {stage} on {world_size} ranks",
         f"global batch {run.train.global_batch} = {run.train.micro_batch} x {accumulation_steps(run, world_size)} "
         f"micro-batches x {world_size} ranks = {run.train.global_batch * run.data.length:,} tokens",

@@ -38,6 +38,8 @@ def dry_step(model: DiT, run: RunConfig) -> float:
 
     with torch.autocast(device.type, torch.bfloat16, enabled=run.train.precision == "bf16"):
         x0 = torch.from_numpy(tokens).to(device)
-        loss = training_loss(run.objective.name, denoise, x0, noise, make_schedule(run.objective.schedule), run.model.mask_id)
+        loss = training_loss(
+            run.objective.name, denoise, x0, noise, make_schedule(run.objective.schedule), run.model.mask_id
+        )
     loss.loss.backward()
     return float(loss.loss)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bd3_ds.runtime.files import share
 from bd3_ds.runtime.world import World
 from bd3_ds.train.engine import Engine
 
@@ -54,6 +55,7 @@ class Ema:
         tensors = {f"{name}:{start}": average.cpu() for name, start, average in self._parts}
         tensors["updates"] = torch.tensor(self.updates)
         save_file(tensors, path)
+        share(path)
 
     def load(self, path: Path) -> None:
         """Read what `save` wrote on the same rank of a world of the same size."""

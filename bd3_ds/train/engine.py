@@ -23,7 +23,7 @@ from bd3_ds.runtime.world import World
 
 @dataclass(frozen=True)
 class Fragment:
-    """This rank's part of one parameter's fp32 master values: elements start … start + len(values) of the flat tensor."""
+    """This rank's part of a parameter's fp32 master values: elements start … start + len(values) of the flat tensor."""
 
     name: str
     start: int

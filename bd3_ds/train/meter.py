@@ -22,7 +22,7 @@ PEAK_BF16 = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """The device's matrix rate in FLOP/s: stated by the maker for known GPUs in bf16, else measured on a 1024^3 product."""
+    """Matrix rate in FLOP/s: the maker's figure for known GPUs in bf16, else measured on a 1024^3 product."""
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)
         for model, rate in PEAK_BF16.items():

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said here, DeepSpeed need not warn that it found nothing better
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed then need not warn that it found nothing better
 
     from bd3_ds.runtime.world import join_world
     from bd3_ds.train.hardware import check_hardware

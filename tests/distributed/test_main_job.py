@@ -27,7 +27,11 @@ def copy(tmp_path_factory):
         pytest.skip("no .venv here: run the tests through ./run.sh test")
     place = tmp_path_factory.mktemp("clone") / "bd3-ds"
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for name in listed.stdout.splitlines():
         if (ROOT / name).is_file():
@@ -57,7 +61,8 @@ def test_main_job_then_every_command_of_the_readme(copy):
     first = run(copy, commands[0], 25 * MINUTES)
     assert "reusing" not in first
 
-    evaluations = [json.loads(line) for line in (copy / "runs/docs/finetune/records/eval.jsonl").read_text().splitlines()]
+    records = copy / "runs/docs/finetune/records/eval.jsonl"
+    evaluations = [json.loads(line) for line in records.read_text().splitlines()]
     final = {line["set"]: line for line in evaluations if line["step"] == max(e["step"] for e in evaluations)}
     assert set(final) == {"valid", "readmes", "licences"}
     table = dict(re.findall(r"^ *(.*?): valid +\S.*? {2,}([\d.]+)(?: \+- [\d.]+)?$", first, flags=re.MULTILINE))
@@ -79,7 +84,8 @@ def test_main_job_then_every_command_of_the_readme(copy):
 
 
 def test_readme_names_only_files_that_exist():
-    paths = re.findall(r"(?:`|\()((?:bd3_ds|configs|ds_configs|data_prep|docs|tests|benchmarks)/[\w./-]+?)(?:`|\))", README)
+    rooms = "bd3_ds|configs|ds_configs|data_prep|docs|tests|benchmarks"
+    paths = re.findall(rf"(?:`|\()((?:{rooms})/[\w./-]+?)(?:`|\))", README)
     assert len(paths) > 15
     missing = [path for path in paths if not (ROOT / path).exists()]
     assert not missing
@@ -89,6 +95,7 @@ def test_commands_of_the_readme_parse(copy):
     """Quick stand-in for the slow test: shell syntax, and modes and options that the programs know."""
     script = "\n".join(blocks("bash"))
     subprocess.run(["bash", "-n", "-c", script], check=True)
-    known = subprocess.run([str(copy / ".venv/bin/python"), "run.py", "--help"], cwd=copy, capture_output=True, text=True)
+    python = str(copy / ".venv/bin/python")
+    known = subprocess.run([python, "run.py", "--help"], cwd=copy, capture_output=True, text=True)
     modes = set(re.findall(r"(?:run\.py|\./run\.sh) ([a-z-]+)", script)) - {"setup", "test"}
     assert modes <= set(re.findall(r"[a-z-]+", known.stdout.split("modes:")[1]))

@@ -1,4 +1,4 @@
-"""The trainer under DeepSpeed's launcher with two ranks: it may be interrupted, and be cut otherwise, without a trace."""
+"""The trainer under DeepSpeed's launcher with two ranks: interrupted, or sharded otherwise, it is the same run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.launch import curve, launch_training, start_training, stop, train, train_records, wait_for_step
-from helpers.tiny import tiny_run
 from safetensors.torch import load_file
 from torch import Tensor
 
 from bd3_ds.checkpoint.export import find_export, load_weights
 from bd3_ds.train.build import ema_file
+from tests.helpers.launch import curve, launch_training, start_training, stop, train, train_records, wait_for_step
+from tests.helpers.tiny import tiny_run
 
 STEPS = 60
 HARD = ("train.precision=bf16", "train.activation_checkpointing=full", "model.dropout=0.1", "train.global_batch=8")
@@ -93,7 +93,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor], equal: Callable[[Te
 
 
 def test_interrupted_run_is_the_uninterrupted_one(scene):
-    """ZeRO-2, bf16, recomputed layers, accumulation, dropout, and a data-loading process that the signal reaches too."""
+    """ZeRO-2, bf16, recomputed layers, accumulation, dropout, and data-loading processes that the signal reaches."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     interrupt_and_continue(scene, "zero2", "data.workers=1")

@@ -9,22 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.launch import (
-    curve,
-    rank_process,
-    start_training,
-    stop,
-    train,
-    wait_for_end,
-    wait_for_step,
-    wait_until,
-)
-from helpers.tiny import tiny_run
 
 from bd3_ds.checkpoint.export import find_export, load_weights
 from bd3_ds.checkpoint.store import MANIFEST, complete_checkpoints, newest_checkpoint, save_checkpoint
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.world import World
+from tests.helpers.launch import (
+    curve,
+    launch_training,
+    rank_process,
+    start_training,
+    stop,
+    train,
+    train_records,
+    wait_for_end,
+    wait_for_step,
+    wait_until,
+)
+from tests.helpers.tiny import tiny_run
 
 STEPS = 30
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -108,9 +110,9 @@ WORDS = (
     "model.dropout=0.1",
     "train.global_batch=8",
     f"train.total_steps={STEPS}",
-    "train.checkpoint_every=1",
     "train.export_every=1000",
 )
+SAVE = "train.checkpoint_every=1"
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +120,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a recipe and of the undisturbed run `calm`."""
     directory = tmp_path_factory.mktemp("fault")
     tiny_run(directory)
-    train(directory / "recipe.yaml", f"run_dir={directory / 'calm'}", *WORDS)
+    train(directory / "recipe.yaml", f"run_dir={directory / 'calm'}", *WORDS, SAVE)
     return directory
 
 
@@ -132,7 +134,7 @@ def assert_same_run(calm: Path, run_dir: Path) -> None:
 
 def test_kill_9_in_the_middle_of_saving_then_a_torn_checkpoint(calm):
     recipe, run_dir = calm / "recipe.yaml", calm / "killed"
-    checkpoints, words = run_dir / "checkpoints", (f"run_dir={run_dir}", *WORDS)
+    checkpoints, words = run_dir / "checkpoints", (f"run_dir={run_dir}", *WORDS, SAVE)
 
     def saving() -> bool:
         later = (path for path in checkpoints.glob("step-*") if path.name > "step-00000005")
@@ -164,7 +166,7 @@ def test_kill_9_in_the_middle_of_saving_then_a_torn_checkpoint(calm):
 @pytest.mark.slow
 def test_kill_9_of_a_rank_then_of_everything(calm):
     recipe, run_dir = calm / "recipe.yaml", calm / "killed-twice"
-    words = (f"run_dir={run_dir}", *WORDS, "data.workers=1")
+    words = (f"run_dir={run_dir}", *WORDS, SAVE, "data.workers=1")
     with start_training(recipe, *words) as process:
         wait_for_step(run_dir, random.randrange(3, 10), process)
         rank_process(process, 1).kill()
@@ -180,7 +182,7 @@ def test_kill_9_of_a_rank_then_of_everything(calm):
 def test_death_of_a_data_loading_process_ends_the_run(calm):
     """It must not leave ranks waiting for one another; the command then continues."""
     recipe, run_dir = calm / "recipe.yaml", calm / "loader-killed"
-    words = (f"run_dir={run_dir}", *WORDS, "data.workers=1")
+    words = (f"run_dir={run_dir}", *WORDS, SAVE, "data.workers=1")
     with start_training(recipe, *words) as process:
         wait_for_step(run_dir, 3, process)
         rank = rank_process(process, 0)
@@ -190,3 +192,16 @@ def test_death_of_a_data_loading_process_ends_the_run(calm):
         assert wait_for_end(process, 90) != 0
     train(recipe, *words)
     assert_same_run(calm, run_dir)
+
+
+def test_error_on_one_rank_ends_the_run(calm):
+    """With data-loading processes alive, which an ending trainer has to end too: rank 0 fails to save, rank 1 waits."""
+    run_dir = calm / "unsaved"
+    run_dir.mkdir()
+    (run_dir / "checkpoints").write_text("not a directory")
+    failed = launch_training(
+        calm / "recipe.yaml", f"run_dir={run_dir}", *WORDS, "data.workers=2", "train.checkpoint_every=3", timeout=90
+    )
+    assert failed.returncode != 0
+    assert f"error: cannot write to {run_dir / 'checkpoints'}" in failed.stdout
+    assert len(train_records(run_dir)) == 3

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import LENGTH, tiny_export, tiny_pack, tiny_run
 
 from bd3_ds.config.load import to_yaml
 from bd3_ds.evaluation.worker import Worker
 from bd3_ds.runtime import records
 from bd3_ds.runtime.files import write_json, write_text
+from tests.helpers.tiny import LENGTH, tiny_export, tiny_pack, tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(180)
@@ -139,7 +139,8 @@ def test_two_workers_share_the_exports(tmp_path, workers):
 
 
 def test_a_bad_set_and_a_bad_export_leave_the_others_alone(tmp_path, capsys):
-    run_dir, run = make_run(tmp_path, steps=(2, 4, 6), objective__name="sedd", objective__block_size=None)
+    sedd = {"objective__name": "sedd", "objective__block_size": None, "eval__estimator": "mc"}
+    run_dir, run = make_run(tmp_path, steps=(2, 4, 6), **sedd)
     write_text(run_dir / "run.yaml", to_yaml(run).replace("  sets:\n", f"  sets:\n    gone: {tmp_path / 'gone'}\n"))
     (run_dir / "exports" / "step-00000004" / "model.safetensors").write_bytes(b"not weights")
     worker = Worker(run_dir, torch.device("cpu"), poll=1)

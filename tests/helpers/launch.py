@@ -1,4 +1,4 @@
-"""Training as a user starts it: run.py in processes of its own, under DeepSpeed's launcher where there are several ranks."""
+"""Training as a user starts it: run.py in processes of its own, under DeepSpeed's launcher for several ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +132,8 @@ def _group(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def _signal_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _free_port() -> int:

@@ -19,8 +19,8 @@ import run as entry
 from bd3_ds.config.load import load_recipe
 from bd3_ds.runtime.errors import UserError, run_command
 from bd3_ds.train.preflight import preflight
-from helpers.launch import launch_training
-from helpers.tiny import LENGTH, tiny_export, tiny_pack, tiny_run, tiny_tokenizer
+from tests.helpers.launch import launch_training
+from tests.helpers.tiny import LENGTH, tiny_export, tiny_pack, tiny_run, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,6 +103,8 @@ OVERRIDES = [
     ("train.init_from={0}/nowhere", ["train.init_from", "export {0}/nowhere not found"]),
     ("train.init_from={0}/folder", ["train.init_from", "neither an export nor a run"]),
     ("train.init_from={0}/other", ["train.init_from={0}/other", "model.layers=3, this run has 2"]),
+    ("train.init_from={0}/other model.layers=3 model.heads=4", ["model.heads=2, this run has 4"]),
+    ("train.init_from={0}/other model.layers=3 model.hidden_size=64", ["model.hidden_size=32, this run has 64"]),
     ("train.init_from={0}/ar", ["train.init_from={0}/ar", "objective.name=ar, this run has bd3"]),
     ("--deepspeed_config {0}/none.json", ["--deepspeed_config {0}/none.json not found", "json"]),
     ("--deepspeed_config {0}/batch.json", ["batch.json sets train_batch_size", "train.global_batch"]),

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers.golden_recipes import GOLDEN, RECIPES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from bd3_ds.config.load import CONFIGS, flat, load_recipe, load_resolved, to_yam
 from bd3_ds.config.schema import OBJECTIVES, OptimConfig, RunConfig, block_size
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.train.lr import learning_rate
+from tests.helpers.golden_recipes import GOLDEN, RECIPES
 
 ANY = str(RECIPES[0])
 
@@ -72,9 +72,11 @@ def flat_yaml(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def test_order_of_authority(tmp_path: Path) -> None:
     """base.yaml < includes < recipe < command line."""
     path = tmp_path / "recipe.yaml"
-    path.write_text("include: [model/nano, objective/bd3]\nrun_dir: x\ndata: {train: y}\nobjective: {block_size: 8}\n")
+    path.write_text(
+        "include: [model/medium, objective/bd3]\nrun_dir: x\ndata: {train: y}\nobjective: {block_size: 8}\n"
+    )
     run = load_recipe(str(path), ["model.layers=5"])
-    assert (run.model.hidden_size, run.objective.block_size, run.model.layers) == (128, 8, 5)
+    assert (run.model.hidden_size, run.objective.block_size, run.model.layers) == (1024, 8, 5)
     assert run.optim.lr == 3e-4  # base.yaml
 
 

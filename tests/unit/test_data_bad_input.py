@@ -54,11 +54,20 @@ CASES = [
     ("prepare", GOOD.replace("{0}/out", "{0}/good.txt"), ["--out", "is a file"]),
     ("prepare", GOOD.replace("{0}/out", "{0}/good.txt/x"), ["cannot write to"]),
     ("prepare", GOOD.replace("{0}/out", "{0}/folder") + " --overwrite", ["not a data pack", "never overwritten"]),
+    ("prepare", GOOD.replace("--source", "--sorce"), ["--sorce", "did you mean '--source'?"]),
+    ("prepare", GOOD + " more", ["unrecognized arguments: more"]),
     ("verify", "", ["directory"]),
+    ("verify", "{0}/tok --quick", ["unknown option --quick"]),
     ("verify", "{0}/none", ["data pack not found", "data_prep.prepare"]),
     ("verify", "{0}/folder", ["is not a data pack"]),
     ("train_tokenizer", "--source {0}/good.txt --vocab-size 100 --out {0}/sp", ["--vocab-size 100", "at least 300"]),
     ("train_tokenizer", "--source {0}/good.txt --vocab-size 9000 --out {0}/sp", ["too little text"]),
+    ("train_tokenizer", "--source {0}/good.txt --vocab_size 400 --out {0}/sp", ["did you mean '--vocab-size'?"]),
+    (
+        "train_tokenizer",
+        "--source {0}/good.txt --vocab-size 400 --model-type bpee --out {0}/sp",
+        ["--model-type bpee", "did you mean 'bpe'?"],
+    ),
     ("train_tokenizer", "--source {0}/empty.txt --vocab-size 400 --out {0}/sp", ["holds no text"]),
     ("train_tokenizer", "--source {0}/good.txt --vocab-size 400 --out {0}/folder", ["not a tokenizer directory"]),
 ]
@@ -68,11 +77,20 @@ CASES = [
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bad-input")
     files: dict[str, bytes] = {
-        "good.txt": b"1 2 3 4 5 6 7 8 9 10 11 12", "empty.txt": b"", "short.txt": b"1 2",
-        "blank.jsonl": b'{"text": " "}\n', "bad.jsonl": b'{"text": "1"}\n{"text": \n',
-        "field.jsonl": b'{"body": "1"}\n', "number.jsonl": b'{"text": 1}\n', "head.csv": b"title,body\na,b\n",
-        "latin.txt": "naïve".encode("latin-1"), "broken.txt.gz": b"not gzip", "broken.jsonl.zst": b"not zstd",
-        "broken.parquet": b"not parquet", "what.pdf": b"%PDF", "folder/note.md": b"hello",
+        "good.txt": b"1 2 3 4 5 6 7 8 9 10 11 12",
+        "empty.txt": b"",
+        "short.txt": b"1 2",
+        "blank.jsonl": b'{"text": " "}\n',
+        "bad.jsonl": b'{"text": "1"}\n{"text": \n',
+        "field.jsonl": b'{"body": "1"}\n',
+        "number.jsonl": b'{"text": 1}\n',
+        "head.csv": b"title,body\na,b\n",
+        "latin.txt": "naïve".encode("latin-1"),
+        "broken.txt.gz": b"not gzip",
+        "broken.jsonl.zst": b"not zstd",
+        "broken.parquet": b"not parquet",
+        "what.pdf": b"%PDF",
+        "folder/note.md": b"hello",
     }
     (root / "folder").mkdir()
     for name, data in files.items():
@@ -102,8 +120,11 @@ def test_as_a_process(work: Path) -> None:
 
 
 def test_damaged_manifests(tmp_path: Path) -> None:
-    for text, sentence in [("{", "not valid JSON"), ("{}", "has the format None"),
-                           (json.dumps({"format": "bd3-ds pack 1"}), "damaged")]:
+    for text, sentence in [
+        ("{", "not valid JSON"),
+        ("{}", "has the format None"),
+        (json.dumps({"format": "bd3-ds pack 1"}), "damaged"),
+    ]:
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=sentence):
             read_manifest(tmp_path)

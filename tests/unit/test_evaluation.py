@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import LENGTH, tiny_export, tiny_pack, tiny_run, tiny_tokenizer
 
 from bd3_ds.checkpoint.export import find_export, load_weights, write_export
 from bd3_ds.data.pack import open_pack
@@ -17,6 +16,7 @@ from bd3_ds.evaluation.network import load_model
 from bd3_ds.evaluation.perplexity import evaluate_pack
 from bd3_ds.evaluation.unigram import unigram_perplexity
 from bd3_ds.runtime.errors import UserError, run_command
+from tests.helpers.tiny import LENGTH, tiny_export, tiny_pack, tiny_run, tiny_tokenizer
 
 CPU = torch.device("cpu")
 VOCAB, MASK = 11, 10
@@ -98,8 +98,10 @@ def test_full_diffusion_takes_sampled_estimators_alone(place):
 
 def test_sedd_is_monte_carlo(place):
     export = export_of(place, "sedd", objective__name="sedd", objective__block_size=None, eval__estimator="mc")
-    record = evaluate(export, place, views=8)
+    record = evaluate(export, place, estimator="mc", views=8)
     assert record["estimator"] == "mc" and math.isfinite(record["nelbo"]) and record["stderr"] > 0
+    with pytest.raises(UserError, match="use mc"):
+        evaluate(export, place, estimator="stratified")
 
 
 def uniform_scores(x_t, sigma, at):

@@ -21,10 +21,7 @@ def encoded_runs(documents: Documents, cuts: list[int]) -> list[Encoded]:
     lengths = [len(document) for document in documents]
     starts = np.cumsum([0, *lengths])[:-1] if documents else np.empty(0, np.int64)
     edges = sorted({0, len(ids), *(cut % (len(ids) + 1) for cut in cuts)})
-    return [
-        Encoded(ids[a:b], starts[(starts >= a) & (starts < b)] - a)
-        for a, b in itertools.pairwise(edges)
-    ]
+    return [Encoded(ids[a:b], starts[(starts >= a) & (starts < b)] - a) for a, b in itertools.pairwise(edges)]
 
 
 def wrapped(documents: Documents, cuts: list[int], length: int, frame: str) -> tuple[list[Chunk], Tally]:

@@ -107,7 +107,8 @@ def test_named_sets_bring_their_protocol(tmp_path: Path) -> None:
     assert (source.frame, source.detokenizer) == ("bos-eos", "wikitext")
     (tmp_path / "ag.csv").write_text('"3","Title","Body, with ""quotes"""\n"4","B","C"\n')
     assert [piece.text for piece in open_source(f"ag_news={tmp_path / 'ag.csv'}").pieces()] == [
-        'Title Body, with "quotes"', "B C",
+        'Title Body, with "quotes"',
+        "B C",
     ]
 
 

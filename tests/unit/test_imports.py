@@ -1,0 +1,83 @@
+"""Who may import whom: rooms that do not know each other can be tested, and changed, one at a time."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# docs/map.md explains the table; a package may always import itself.
+_BASE = {"runtime", "config"}
+MAY_IMPORT = {
+    "runtime": set(),
+    "config": {"runtime"},
+    "data": _BASE,
+    "diffusion": _BASE,
+    "model": _BASE,
+    "checkpoint": _BASE,
+    "parallel": _BASE | {"model"},
+    "sampling": _BASE | {"diffusion", "model"},
+    "train": _BASE | {"data", "diffusion", "model", "checkpoint", "parallel"},
+    "evaluation": _BASE | {"data", "diffusion", "model", "checkpoint", "sampling"},
+    "report": {"runtime"},
+    "data_prep": _BASE | {"data"},
+}
+
+# A library is imported by these files and directories alone, so that a new version of it is met in one place.
+HOMES = {
+    "deepspeed": ("bd3_ds/train/engine.py", "bd3_ds/runtime/world.py", "bd3_ds/parallel/"),
+    "omegaconf": ("bd3_ds/config/load.py",),
+    "streaming": ("bd3_ds/data/", "data_prep/"),
+    "transformers": ("bd3_ds/data/tokenizer.py", "bd3_ds/model/convert.py", "bd3_ds/evaluation/gen_ppl.py"),
+}
+
+# Imported before a configuration is found to be good, so torch must not come with them.
+LIGHT = ("run.py", "bd3_ds/config/", "bd3_ds/train/preflight.py", "bd3_ds/train/train_command.py")
+
+FILES = [ROOT / "run.py", *sorted((ROOT / "bd3_ds").rglob("*.py")), *sorted((ROOT / "data_prep").rglob("*.py"))]
+
+
+def imports(nodes: Iterator[ast.AST] | list[ast.stmt]) -> Iterator[str]:
+    """Dotted names that these nodes import."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def package(dotted: str) -> str | None:
+    """The package of ours that a dotted name lies in; None for the top of bd3_ds and for libraries."""
+    first, *rest = dotted.split(".")
+    if first == "bd3_ds":
+        return rest[0] if len(rest) > 1 or (rest and rest[0] in MAY_IMPORT) else None
+    return first if first == "data_prep" else None
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_imports(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    own = package(name(path).removesuffix(".py").replace("/", "."))
+    for dotted in imports(ast.walk(tree)):
+        library = dotted.split(".")[0]
+        if library in HOMES:
+            assert name(path).startswith(HOMES[library]), f"{name(path)} imports {library}"
+        other = package(dotted)
+        if own is not None and other not in (None, own):
+            assert other in MAY_IMPORT[own], f"{name(path)} imports {dotted}"
+    if name(path).startswith(LIGHT):
+        assert not any(dotted.split(".")[0] == "torch" for dotted in imports(tree.body))
+
+
+def test_every_package_is_in_the_table() -> None:
+    found = {path.parent.name for path in (ROOT / "bd3_ds").glob("*/__init__.py")}
+    assert found | {"data_prep"} == set(MAY_IMPORT)
