@@ -136,11 +136,13 @@ def _merge_words(tree: DictConfig, words: list[str]) -> list[str]:
         except (YAMLError, OmegaConfBaseException) as error:
             problems.append(f"'{word}' cannot be read: {' '.join(str(error).split())}")
             continue
-        problems += _merge_tree(tree, content, "the command line")
+        # eval.sets.NAME=DIR adds one set; eval.sets={…} gives them all.
+        one_of_many = any(key.startswith(known + ".") for known, _ in _types(RunConfig))
+        problems += _merge_tree(tree, content, "the command line", merge=one_of_many)
     return problems
 
 
-def _merge_tree(tree: DictConfig, content: DictConfig, origin: str) -> list[str]:
+def _merge_tree(tree: DictConfig, content: DictConfig, origin: str, merge: bool = False) -> list[str]:
     problems = []
     known = dict(_types(RunConfig))
     sections = {key.rpartition(".")[0] for key in known} - {""}
@@ -151,7 +153,7 @@ def _merge_tree(tree: DictConfig, content: DictConfig, origin: str) -> list[str]
             problems.append(f"unknown key {key} in {origin}; {did_you_mean(key, known)}")
         else:
             try:
-                OmegaConf.update(tree, key, value, merge=False)
+                OmegaConf.update(tree, key, value, merge=merge)
             except OmegaConfBaseException:
                 shown = "null" if value is None else value
                 problems.append(f"{key}={shown} in {origin} must be {_describe(known[key])}")

@@ -184,3 +184,10 @@ def test_deepspeed_files(path: Path) -> None:
 
 
 RUN = recipe()
+
+
+def test_one_set_is_added_and_all_are_replaced(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("run_dir: r\ndata: {train: t}\neval: {sets: {a: x}}\n")
+    assert load_recipe(str(recipe), ["eval.sets.b=y"]).eval.sets == {"a": "x", "b": "y"}
+    assert load_recipe(str(recipe), ["eval.sets={b: y}"]).eval.sets == {"b": "y"}
