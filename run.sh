@@ -38,11 +38,11 @@ launch() { # train under the real launcher; the largest power of two of the visi
   PATH="$PWD/$venv/bin:$PATH" $venv/bin/deepspeed --log_level warning --num_accelerators "$ranks" --master_port "$port" run.py train "$@"
 }
 
-prepare() { # $1: directory under runs/docs/data; the rest: options of data_prep.prepare
+prepare() { # $1: a file of runs/docs/text and the pack made of it; the rest: options of data_prep.prepare
   local out=runs/docs/data/$1
-  shift
   if [ -f "$out/manifest.json" ]; then echo "reusing $out"; else
-    "$python" -m data_prep.prepare --tokenizer runs/docs/tokenizer --length 128 --workers 1 --out "$out" "$@"
+    "$python" -m data_prep.prepare --source "runs/docs/text/$1.jsonl" --tokenizer runs/docs/tokenizer --length 128 \
+      --workers 1 --out "$out" "${@:2}"
   fi
 }
 
@@ -65,14 +65,14 @@ main_job() {
   setup
   mkdir -p runs/docs
   say "corpus: the documentation of the installed packages"
-  if [ -f runs/docs/tokenizer/tokenizer.model ]; then echo "reusing runs/docs/tokenizer"; else
-    "$python" -m data_prep.train_tokenizer --source python-docs --split train --vocab-size 1024 --out runs/docs/tokenizer
+  if [ -d runs/docs/text ]; then echo "reusing runs/docs/text"; else
+    "$python" -m data_prep.python_docs runs/docs/text
   fi
-  prepare readmes --source python-readmes &
-  prepare train --source python-docs --split train
-  wait $!
-  prepare licences --source python-licences &
-  prepare valid --source python-docs --split valid
+  if [ -f runs/docs/tokenizer/tokenizer.model ]; then echo "reusing runs/docs/tokenizer"; else
+    "$python" -m data_prep.train_tokenizer --source runs/docs/text/train.jsonl --vocab-size 1024 --out runs/docs/tokenizer
+  fi
+  (prepare valid --frame none && prepare readmes --frame bos-eos && prepare licences --frame bos-eos) &
+  prepare train --frame none
   wait $!
   say "pretraining: full diffusion, L' = L = 128"
   stage docs_pretrain pretrain

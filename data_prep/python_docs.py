@@ -3,6 +3,8 @@
 `python-docs` is the text of docstrings of Python's own library and of the packages that this project needs, one
 document a module; about 3 % of the modules are held out, by name. `python-readmes` and `python-licences` are the
 descriptions and licence texts of the installed packages. All follow from the installed versions alone.
+
+python -m data_prep.python_docs DIR       writes all of them, so that several packs need one look through the packages
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import ast
 import gc
 import hashlib
 import inspect
+import json
 import re
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
@@ -19,6 +23,10 @@ from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 from tqdm import tqdm
+
+from bd3_ds.runtime.cli import Parser
+from bd3_ds.runtime.errors import run_command
+from bd3_ds.runtime.files import new_directory
 
 PACKAGES = (
     "datasets",
@@ -61,22 +69,19 @@ _MARKUP = re.compile(r":[a-z:]+:`~?([^`<]+?)(?: <[^>]*>)?`|``([^`]+)``|\[`~?([^`
 def documents(name: str, split: str) -> Iterator[str]:
     """The documents of an embedded set, in an order that does not change between runs."""
     if name == "python-docs":
-        return _python_docs(split == "valid")
+        return iter(_python_docs()[split])
     paragraphs = _readmes() if name == "python-readmes" else _licences()
     return _unique(paragraphs, set())
 
 
-def _python_docs(held_out: bool) -> Iterator[str]:
+def _python_docs() -> dict[str, list[str]]:
+    """Both splits from one look through the packages; what training has seen is not held out."""
     seen: set[bytes] = set()
-    kept: dict[bool, list[tuple[str, list[str]]]] = {False: [], True: []}
+    kept: dict[bool, list[list[str]]] = {False: [], True: []}
     for module, paragraphs in _modules():
-        kept[_is_held_out(module)].append((module, paragraphs))
-    train = _unique((paragraphs for _, paragraphs in kept[False]), seen)
-    if not held_out:
-        return train
-    for _ in train:  # what training has seen is not held out
-        pass
-    return _unique((paragraphs for _, paragraphs in kept[True]), seen)
+        kept[_is_held_out(module)].append(paragraphs)
+    train = list(_unique(kept[False], seen))
+    return {"train": train, "valid": list(_unique(kept[True], seen))}
 
 
 def _is_held_out(module: str) -> bool:
@@ -208,3 +213,28 @@ def _licences() -> Iterator[list[str]]:
             file = Path(str(found.locate_file(path)))
             if file.is_file():
                 yield list(prose(file.read_text(encoding="utf-8", errors="replace")))
+
+
+def write(directory: Path) -> None:
+    """Write every embedded set as JSON lines into a new directory, which appears whole."""
+    with new_directory(directory) as aside:
+        sets = {
+            **_python_docs(),
+            "readmes": documents("python-readmes", "test"),
+            "licences": documents("python-licences", "test"),
+        }
+        for name, texts in sets.items():
+            with open(aside / f"{name}.jsonl", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns 0 or raises UserError."""
+    parser = Parser(prog="data_prep.python_docs", description="Write the embedded corpus as JSON lines.")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="directory to make")
+    write(parser.parse(argv).directory)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))
