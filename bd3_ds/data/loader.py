@@ -10,11 +10,13 @@ An epoch is as many whole global batches as there are; its last few samples, few
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,13 +67,14 @@ class Loader:
     def __init__(self, data: DataConfig, share: Share, samples: int):
         streaming = import_streaming()
         self.share = share
-        self.dataset = streaming.StreamingDataset(
-            local=str(Path(data.train).resolve()),
-            shuffle=data.shuffle,
-            shuffle_seed=data.shuffle_seed,
-            num_canonical_nodes=data.canonical_nodes,
-            batch_size=share.micro_batch,
-        )
+        with _one_run_at_a_time(share):
+            self.dataset = streaming.StreamingDataset(
+                local=str(Path(data.train).resolve()),
+                shuffle=data.shuffle,
+                shuffle_seed=data.shuffle_seed,
+                num_canonical_nodes=data.canonical_nodes,
+                batch_size=share.micro_batch,
+            )
         self.steps_per_epoch = self.dataset.num_samples // share.global_batch
         self._workers = data.workers
         self._data = data
@@ -117,6 +120,28 @@ class Loader:
 def stack_tokens(samples: list[dict[str, Any]]) -> Tensor:
     """Token rows of samples as one int64 tensor [m, L]; streaming's own arrays are read-only, so they are copied."""
     return torch.from_numpy(np.stack([sample["tokens"] for sample in samples]).astype(np.int64))
+
+
+@contextmanager
+def _one_run_at_a_time(share: Share) -> Iterator[None]:
+    """Runs that start together on one host would find the same name in shared memory free, and all but one fail.
+
+    Runs over several hosts go without: each could hold one host and wait for the other.
+    """
+    handle = os.open("/dev/shm", os.O_RDONLY)
+    try:
+        if share.rank == 0 and share.local_size == share.world_size:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # given back when the handle is closed, also by a kill
+        _barrier()
+        yield
+        _barrier()
+    finally:
+        os.close(handle)
+
+
+def _barrier() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def obey_parent_alone(_worker: int) -> None:
