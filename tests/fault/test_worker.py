@@ -18,7 +18,6 @@ from bd3_ds.runtime.files import write_json, write_text
 from tests.helpers.tiny import LENGTH, tiny_export, tiny_pack, tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture
