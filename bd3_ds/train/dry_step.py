@@ -42,4 +42,4 @@ def dry_step(model: DiT, run: RunConfig) -> float:
             run.objective.name, denoise, x0, noise, make_schedule(run.objective.schedule), run.model.mask_id
         )
     loss.loss.backward()
-    return float(loss.loss)
+    return float(loss.loss.detach())
