@@ -16,6 +16,7 @@ MODES = {
     "check": "bd3_ds.train.check_command",
     "evaluate": "bd3_ds.evaluation.evaluate_command",
     "eval-worker": "bd3_ds.evaluation.worker",
+    "variance": "bd3_ds.evaluation.variance_command",
     "sample": "bd3_ds.evaluation.sample_command",
     "report": "bd3_ds.report.report_command",
     "convert": "bd3_ds.evaluation.convert_command",

@@ -163,7 +163,7 @@ def write_pack(
     """
     import numpy as np
 
-    from bd3_ds.data.pack import FORMAT, MANIFEST, TOKENIZER_DIR, Manifest, PackHash, TokenizerInfo
+    from bd3_ds.data.pack import COUNTS, FORMAT, MANIFEST, TOKENIZER_DIR, Manifest, PackHash, TokenizerInfo
     from bd3_ds.data.streaming_import import import_streaming
     from bd3_ds.runtime.files import new_directory, write_json
 
@@ -171,6 +171,7 @@ def write_pack(
     columns = {"tokens": f"ndarray:{dtype}:{length}", "doc_starts": "bytes"}
     streaming = import_streaming()
     digest, count, documents = PackHash(), 0, 0
+    occurrences = np.zeros(tokenizer.vocab_size, np.int64)
     with new_directory(Path(out), replace=overwrite) as directory:
         with streaming.MDSWriter(
             out=str(directory), columns=columns, compression="zstd", hashes=["xxh64"], size_limit=SHARD_BYTES
@@ -188,8 +189,10 @@ def write_pack(
                     }
                 )
                 digest.add(tokens)
+                occurrences += np.bincount(tokens, minlength=tokenizer.vocab_size)
                 count += 1
                 documents += len(starts)
+        np.save(directory / COUNTS, occurrences)
         tokenizer.save(directory / TOKENIZER_DIR)
         manifest = Manifest(
             format=FORMAT,

@@ -26,7 +26,7 @@ def verify(directory: Path) -> None:
     """Check sizes, hashes, counts, token range, tokenizer and pack hash, and print the findings; raises UserError."""
     import numpy as np
 
-    from bd3_ds.data.pack import PackHash, TokenizerInfo, open_pack
+    from bd3_ds.data.pack import COUNTS, PackHash, TokenizerInfo, open_pack, read_token_counts
 
     pack = open_pack(directory)
     manifest = pack.manifest
@@ -43,6 +43,8 @@ def verify(directory: Path) -> None:
         starts += len(pack.doc_starts(i))
     if digest.hexdigest() != manifest.pack_hash:
         raise UserError(f"{directory}: its chunks do not have the manifest's hash; make the pack again")
+    if (directory / COUNTS).is_file() and (read_token_counts(directory) != counts).any():
+        raise UserError(f"{directory}: its {COUNTS} does not count its tokens; make the pack again")
     print(f"{directory}: {len(pack.index)} shards, {len(pack)} chunks of {manifest.length}, {starts} document starts")
     print(f"source {manifest.source}, frame {manifest.frame}, detokenizer {manifest.detokenizer}")
     print(f"vocabulary {manifest.tokenizer.vocab_size}, of which {int((counts > 0).sum())} occur")

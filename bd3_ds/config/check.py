@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 import re
 
+from bd3_ds.config.check_diffusion import (
+    EXACT_ALWAYS,
+    EXACT_LIMIT,
+    EXACT_TOKENS,
+    diffusion_choices,
+    diffusion_ranges,
+    diffusion_shapes,
+)
 from bd3_ds.config.schema import AR, BD3, OBJECTIVES, SEDD, RunConfig, block_size
 from bd3_ds.runtime.errors import UserError, did_you_mean
 
-SCHEDULES = ("log_linear",)
 ATTENTION = ("auto", "dense", "sdpa", "flex")
 PRECISION = ("bf16", "fp32")
 RECOMPUTE = ("none", "full")
 DECAY = ("constant", "cosine")
-ESTIMATORS = ("exact", "stratified", "mc")
-EXACT_LIMIT = 8
+ESTIMATORS = ("exact", "stratified", "mc", "report")
 
 
 def check_run(run: RunConfig, world_size: int) -> None:
@@ -33,23 +39,34 @@ def accumulation_steps(run: RunConfig, world_size: int) -> int:
     return run.train.global_batch // (run.train.micro_batch * world_size)
 
 
-def estimator_used(run: RunConfig, asked: str, option: str) -> str:
-    """What scores this run when `option` asks for `asked`: AR is exact whatever is asked; raises UserError."""
-    problems = _estimator(run, asked, option)
+def estimator_used(run: RunConfig, asked: str, option: str, tokens: int | None = None) -> str:
+    """What scores `tokens` tokens of this run when `option` asks for `asked`; raises UserError.
+
+    AR is exact whatever is asked. Exact values of larger blocks are given for few tokens alone; None: any number.
+    """
+    problems = _estimator(run, asked, option, tokens)
     if problems:
         raise UserError(*problems)
     return "exact" if run.objective.name == AR else asked
 
 
-def _estimator(run: RunConfig, asked: str, option: str) -> list[str]:
+def _estimator(run: RunConfig, asked: str, option: str, tokens: int | None) -> list[str]:
     if asked not in ESTIMATORS:
         return [f"{option}={asked} is unknown; {did_you_mean(asked, ESTIMATORS)}"]
     if run.objective.name == SEDD and asked != "mc":
         return [f"{option}={asked} cannot score objective.name=sedd, whose bound is an integral over time; use mc"]
-    if run.objective.name != AR and asked == "exact" and block_size(run) > EXACT_LIMIT:
+    size = block_size(run)
+    if run.objective.name == AR or asked != "exact" or size <= EXACT_ALWAYS:
+        return []
+    if size > EXACT_LIMIT:
         return [
-            f"{option}=exact needs 2^L' - 1 noisy views and takes block sizes up to {EXACT_LIMIT}, "
-            f"not {block_size(run)}; use stratified"
+            f"{option}=exact needs 2^L' - 1 noisy views and takes block sizes up to {EXACT_LIMIT}, not {size}; "
+            "use stratified"
+        ]
+    if tokens is None or tokens > EXACT_TOKENS:
+        return [
+            f"{option}=exact at block size {size} needs {2**size - 1:,} noisy views and takes at most "
+            f"{EXACT_TOKENS:,} tokens, not {'a whole set' if tokens is None else f'{tokens:,}'}; use stratified"
         ]
     return []
 
@@ -58,12 +75,12 @@ def _choices(run: RunConfig) -> list[str]:
     problems = []
     for key, value, known in (
         ("objective.name", run.objective.name, OBJECTIVES),
-        ("objective.schedule.name", run.objective.schedule.name, SCHEDULES),
         ("model.attention", run.model.attention, ATTENTION),
         ("train.precision", run.train.precision, PRECISION),
         ("train.activation_checkpointing", run.train.activation_checkpointing, RECOMPUTE),
         ("optim.decay", run.optim.decay, DECAY),
         ("eval.estimator", run.eval.estimator, ESTIMATORS),
+        *diffusion_choices(run),
     ):
         if value not in known:
             problems.append(f"{key}={value} is unknown; {did_you_mean(value, known)}")
@@ -71,7 +88,7 @@ def _choices(run: RunConfig) -> list[str]:
 
 
 def _ranges(run: RunConfig) -> list[str]:
-    model, optim, train, schedule = run.model, run.optim, run.train, run.objective.schedule
+    model, optim, train = run.model, run.optim, run.train
     positive = {
         "model.hidden_size": model.hidden_size,
         "model.layers": model.layers,
@@ -109,6 +126,7 @@ def _ranges(run: RunConfig) -> list[str]:
         "optim.warmup_steps": optim.warmup_steps,
         "optim.min_lr": optim.min_lr,
         "eval.samples": run.eval.samples,
+        "eval.variance_batches": run.eval.variance_batches,
     }
     problems += [
         f"{key}={value} must be finite and not negative"
@@ -125,10 +143,7 @@ def _ranges(run: RunConfig) -> list[str]:
         "optim.ema_decay": optim.ema_decay,
     }
     problems += [f"{key}={value} must lie in [0, 1)" for key, value in below_one.items() if not 0 <= value < 1]
-    if not 0 < schedule.t_min < schedule.t_max <= 1:
-        problems.append(
-            f"objective.schedule.t_min={schedule.t_min} and t_max={schedule.t_max} must satisfy 0 < t_min < t_max <= 1"
-        )
+    problems += diffusion_ranges(run)
     if run.data.length < 2:
         problems.append(f"data.length={run.data.length} must be at least 2: the first token is given, the rest scored")
     if not run.run_dir.strip():
@@ -163,7 +178,8 @@ def _shapes(run: RunConfig) -> list[str]:
             f"objective.block_size={size} must divide data.length={length}; the nearest that does is {near}"
         )
     else:
-        problems += _estimator(run, run.eval.estimator, "eval.estimator")
+        scored = None if run.eval.max_chunks is None else run.eval.max_chunks * (length - 1)
+        problems += [*diffusion_shapes(run), *_estimator(run, run.eval.estimator, "eval.estimator", scored)]
     if run.eval.sample_length is not None and run.eval.sample_length > length:
         problems.append(f"eval.sample_length={run.eval.sample_length} must not exceed data.length={length}")
     return problems

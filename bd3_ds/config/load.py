@@ -55,6 +55,23 @@ def load_defaults(values: dict[str, Any], origin: str) -> RunConfig:
     return _freeze(tree)
 
 
+def override(run: RunConfig, words: list[str], allowed: tuple[str, ...]) -> RunConfig:
+    """`run` with key=value words over it, of keys that begin with one of `allowed`; raises UserError."""
+    tree = OmegaConf.structured(run)
+    OmegaConf.set_readonly(tree, False)
+    merged = _empty(RunConfig)
+    problems = _merge_tree(merged, tree, "the export")
+    problems += [
+        f"{word.partition('=')[0]} cannot be changed here; keys that can begin with {', '.join(allowed)}"
+        for word in words
+        if not word.startswith(allowed)
+    ]
+    problems = problems or _merge_words(merged, words)
+    if problems:
+        raise UserError(*problems)
+    return _freeze(merged)
+
+
 def to_yaml(run: RunConfig) -> str:
     """The resolved configuration as YAML that `load_resolved` reads back."""
     return str(OmegaConf.to_yaml(OmegaConf.structured(run)))
@@ -197,6 +214,10 @@ def _describe(annotation: Any) -> str:
         bool: "true or false",
         str: "a word",
     }
+    if typing.get_origin(annotation) is list:
+        return f"a list such as [{', '.join(['0.5', '0.9'] if float in typing.get_args(annotation) else ['4', '16'])}]"
+    if annotation == typing.Dict[int, typing.List[int]]:
+        return "'step: [block sizes]' pairs such as {0: [128], 500: [16]}"
     optional = [part for part in typing.get_args(annotation) if part is not type(None)]
     if type(None) in typing.get_args(annotation):
         return f"{names[optional[0]]}, or null"

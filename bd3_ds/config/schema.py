@@ -7,7 +7,7 @@ and refuses what is not in this file.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Dict, Optional  # OmegaConf reads annotations at run time and wants the classes of `typing`
+from typing import Dict, List, Optional  # OmegaConf reads annotations at run time and wants the classes of `typing`
 
 AR, MDLM, SEDD, BD3 = "ar", "mdlm", "sedd", "bd3"
 OBJECTIVES = (AR, MDLM, SEDD, BD3)
@@ -38,17 +38,62 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class GaussianConfig:
+    mu: float
+    sigma: float
+
+
+@dataclass(frozen=True)
+class BimodalConfig:
+    w1: float
+    mu1: float
+    sigma1: float
+    mu2: float
+    sigma2: float
+    mu2_end: Optional[float]
+
+
+@dataclass(frozen=True)
 class ScheduleConfig:
     name: str
     t_min: float
     t_max: float
+    defensive: float
+    gaussian: GaussianConfig
+    bimodal: BimodalConfig
+
+
+@dataclass(frozen=True)
+class WeightConfig:
+    name: str
+    sigmoid_k: float
+
+
+@dataclass(frozen=True)
+class FrequencyConfig:
+    power: float
+    curriculum_steps: int
+
+
+@dataclass(frozen=True)
+class ClipSearchConfig:
+    method: str
+    every: int
+    widths: List[float]
+    min_coverage: float
+    set: str
+    sequences: int
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     name: str
     block_size: Optional[int]
+    block_schedule: Dict[int, List[int]]
     schedule: ScheduleConfig
+    weight: WeightConfig
+    frequency: FrequencyConfig
+    clip_search: ClipSearchConfig
 
 
 @dataclass(frozen=True)
@@ -88,6 +133,7 @@ class EvalConfig:
     max_chunks: Optional[int]
     samples: int
     sample_length: Optional[int]
+    variance_batches: int
 
 
 @dataclass(frozen=True)
@@ -109,3 +155,9 @@ def block_size(run: RunConfig) -> int:
     if run.objective.name in (MDLM, SEDD):
         return run.data.length
     return run.objective.block_size or run.data.length
+
+
+def block_sizes(run: RunConfig, step: int) -> tuple[int, ...]:
+    """The block sizes of which the step after `step` done ones takes one; those of the latest stage that has begun."""
+    begun = [begin for begin in run.objective.block_schedule if begin <= step]
+    return tuple(run.objective.block_schedule[max(begun)]) if begun else (block_size(run),)

@@ -2,6 +2,7 @@
 
     index.json, shard.*.mds.zstd   the chunks, readable by mosaicml-streaming
     manifest.json                  what they are: `Manifest`
+    token_counts.npy               how often each token occurs in the chunks
     tokenizer/                     what `load_tokenizer` needs to read them
 
 A chunk has two columns: `tokens` (uint16 or uint32 by vocabulary size) and `doc_starts` (bytes: the uint32 offsets in
@@ -29,6 +30,7 @@ FORMAT = "bd3-ds pack 1"
 MANIFEST = "manifest.json"
 INDEX = "index.json"
 TOKENIZER_DIR = "tokenizer"
+COUNTS = "token_counts.npy"
 _HELP = "make one with `python -m data_prep.prepare --source ... --tokenizer ... --length ... --out DIR`"
 
 
@@ -120,6 +122,23 @@ def read_index(directory: str | Path) -> list[dict[str, Any]]:
 def stored_file(shard: dict[str, Any]) -> dict[str, Any]:
     """The index entry of the file that a shard is stored in: the compressed one where there is one."""
     return shard["zip_data"] or shard["raw_data"]
+
+
+def read_token_counts(directory: str | Path) -> np.ndarray:
+    """How often each token occurs in the pack, int64 [vocabulary]; raises UserError where the pack has no counts."""
+    import numpy as np
+
+    manifest = read_manifest(directory)
+    path = Path(directory) / COUNTS
+    try:
+        counts = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise UserError(
+            f"data pack '{directory}' has no readable {COUNTS}, which masking by frequency needs; make the pack again"
+        ) from None
+    if counts.shape != (manifest.tokenizer.vocab_size,) or int(counts.sum()) != manifest.chunks * manifest.length:
+        raise UserError(f"data pack '{directory}' is damaged: {COUNTS} does not fit its manifest; make the pack again")
+    return counts.astype("int64")
 
 
 class PackHash:

@@ -23,6 +23,8 @@ from bd3_ds.runtime.rng import Purpose, generator
 
 T_MIN = 1e-3  # the Monte-Carlo protocol of the paper draws t from [1e-3, 1]
 
+# Uniform numbers u in (0, 1) to masking rates and the weights of the masked losses, fp64 of the same shape.
+RateDraw = Callable[[Tensor], tuple[Tensor, Tensor]]
 # Logits [N, V] at the N true places of `at`, for noisy views x_t; both [b, K, L].
 ViewDenoiser = Callable[[Tensor, Tensor], Tensor]
 # Clean text [b, L] to its ViewDenoiser: work that the views share (the clean pass) is done here, once.
@@ -35,12 +37,23 @@ class Bound:
 
     nelbo: [b, L] nats by token; a block's bound is spread over its tokens, so only sums over whole blocks have meaning.
     variance: [b] variance of a sequence's summed NELBO that the estimator itself adds (0 when exact).
-    forwards: passes of the network over a sequence, noisy views and clean passes together.
+    forwards: passes of the network over a sequence, noisy views and clean passes together. The value, its standard
+    error and the number of tokens scored follow: `total`, `stderr`, `tokens`.
     """
 
     nelbo: Tensor
     variance: Tensor
     forwards: int
+
+    @property
+    def total(self) -> float:
+        """The NELBO of the whole batch in nats."""
+        return float(self.nelbo.double().sum())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens scored: all but each sequence's first."""
+        return len(self.nelbo) * (self.nelbo.shape[1] - 1)
 
     @property
     def stderr(self) -> Tensor:
@@ -108,10 +121,26 @@ def stratified(
     return _sampled(condition, x0, masked, weight, block_size, mask_id)
 
 
+def paper_rates(u: Tensor) -> tuple[Tensor, Tensor]:
+    """The RateDraw of the paper's protocol: t in [1e-3, 1], weight 1/t."""
+    t = T_MIN + (1 - T_MIN) * u
+    return t, 1 / t
+
+
 def monte_carlo(
-    condition: Condition, x0: Tensor, block_size: int, mask_id: int, views: int, seed: int, first_sequence: int = 0
+    condition: Condition,
+    x0: Tensor,
+    block_size: int,
+    mask_id: int,
+    views: int,
+    seed: int,
+    first_sequence: int = 0,
+    draw: RateDraw = paper_rates,
 ) -> Bound:
-    """The paper's protocol: t ~ U[1e-3, 1] per block, evenly spread over a sequence's blocks, weight 1/t."""
+    """The paper's protocol: a rate per block, evenly spread over a sequence's blocks, Bernoulli masks.
+
+    Another `draw` than the paper's has the value that its weights give, which need not be the bound.
+    """
     batch, length = x0.shape
     blocks = length // block_size
     masked = np.zeros((batch, views, blocks, block_size), dtype=bool)
@@ -119,9 +148,9 @@ def monte_carlo(
     for row in range(batch):
         rng = generator(seed, Purpose.EVALUATION, first_sequence + row)
         order = rng.permuted(np.tile(np.arange(blocks), (views, 1)), axis=1)
-        t = T_MIN + (1 - T_MIN) * (order + rng.random((views, blocks))) / blocks  # [K, B]
-        masked[row] = rng.random((views, blocks, block_size)) < t[:, :, None]
-        weight[row] = 1 / t
+        rate, weights = draw(torch.from_numpy((order + rng.random((views, blocks))) / blocks))  # each [K, B]
+        masked[row] = rng.random((views, blocks, block_size)) < rate.numpy()[:, :, None]
+        weight[row] = weights.numpy()
     masked[:, :, 0, 0] = False
     return _sampled(condition, x0, masked, weight, block_size, mask_id)
 

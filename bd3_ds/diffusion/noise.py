@@ -1,17 +1,62 @@
 """Noise by place: masking rates and masks as functions of (seed, step, slot in the global batch, block).
 
 The G x B blocks of a global batch (G sequences of B blocks) share one stratification of [0, 1): each takes one of the
-G x B strata by a permutation drawn for the step. So rates cover [0, 1] evenly over the whole batch, every block of
-every sequence sees every rate in the long run, and nothing depends on world size, micro-batch or accumulation.
+G x B strata by a permutation drawn for the step. So rates cover the proposal evenly over the whole batch, every block
+of every sequence sees every rate in the long run, and nothing depends on world size, micro-batch or accumulation.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bd3_ds.config.schema import WeightConfig
+from bd3_ds.diffusion.frequency import token_rates
+from bd3_ds.diffusion.proposal import Proposal
+from bd3_ds.diffusion.weighting import loss_weight
 from bd3_ds.runtime.rng import Purpose, generator
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A micro-batch's noise, fp64.
+
+    rate: masking rate of each block [b, B]. bound_weight and loss_weight: what the nats of its masked tokens count in
+    the estimate of the bound and in the loss [b, B]. token_rate: rate of each token [b, L], None where all tokens of a
+    block have the block's. draws: uniform numbers [b, L]; a token is masked where its number is below its rate.
+    """
+
+    rate: Tensor
+    bound_weight: Tensor
+    loss_weight: Tensor
+    token_rate: Tensor | None
+    draws: Tensor
+
+    def to(self, device: torch.device) -> Noise:
+        """The same on another device."""
+        token_rate = None if self.token_rate is None else self.token_rate.to(device, non_blocking=True)
+        rate, bound, loss, draws = (
+            tensor.to(device, non_blocking=True)
+            for tensor in (self.rate, self.bound_weight, self.loss_weight, self.draws)
+        )
+        return Noise(rate, bound, loss, token_rate, draws)
+
+
+def make_noise(u: Tensor, draws: Tensor, proposal: Proposal, weight: WeightConfig, wish: Tensor | None = None) -> Noise:
+    """Noise from uniform numbers: u [b, B] for the blocks' rates, draws [b, L] for the masks.
+
+    wish [b, L] are the tokens' wishes to be masked (`frequency.py`), None where all are alike.
+    """
+    rate = proposal.rate(u)
+    bound_weight = proposal.weight(rate)
+    tokens = None
+    if wish is not None:
+        tokens = token_rates(wish.view(*rate.shape, -1), rate).flatten(1)
+    return Noise(rate, bound_weight, loss_weight(weight, rate, bound_weight), tokens, draws)
 
 
 def stratified_times(seed: int, step: int, slots: np.ndarray, global_batch: int, blocks: int) -> Tensor:
@@ -23,8 +68,15 @@ def stratified_times(seed: int, step: int, slots: np.ndarray, global_batch: int,
 
 
 def mask_draws(seed: int, step: int, slots: np.ndarray, length: int) -> Tensor:
-    """Uniform numbers [len(slots), length] fp64; a token is masked where its number is below its block's rate."""
+    """Uniform numbers [len(slots), length] fp64; a token is masked where its number is below its rate."""
     return torch.from_numpy(np.stack([generator(seed, Purpose.MASK, step, int(slot)).random(length) for slot in slots]))
+
+
+def choose_block_size(seed: int, step: int, sizes: Sequence[int]) -> int:
+    """The block size of a step, each of `sizes` with equal chance; the same on every rank."""
+    if len(sizes) == 1:
+        return sizes[0]
+    return int(sizes[generator(seed, Purpose.BLOCK_SIZE, step).integers(len(sizes))])
 
 
 def corrupt(x0: Tensor, rate: Tensor, draws: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:

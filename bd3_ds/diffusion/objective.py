@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bd3_ds.config.schema import AR, SEDD
-from bd3_ds.diffusion.noise import corrupt
-from bd3_ds.diffusion.schedule import Schedule
+from bd3_ds.diffusion.clip_search import maskable
+from bd3_ds.diffusion.noise import Noise, corrupt
 from bd3_ds.diffusion.score_entropy import score_nll, sigma_of
 from bd3_ds.diffusion.subs import subs_nll
 
@@ -28,42 +28,35 @@ class Denoiser(Protocol):
 
 
 @dataclass(frozen=True)
-class Noise:
-    """A micro-batch's noise: t's uniform numbers per block [b, B] and the masks' per token [b, L]."""
-
-    u: Tensor
-    draws: Tensor
-
-
-@dataclass(frozen=True)
 class Loss:
     """`loss` is what training descends, `nelbo` the estimate of the bound; both nats per scored token, scalars.
 
-    `bin_nats` and `bin_masked` [BINS], fp64, sum -log p(x0) and masked tokens by their block's masking rate.
+    block_nats [b, B], fp64: each block's summed nats over its maskable tokens, unweighted; nan where it has none, None
+    for AR. `bin_nats` and `bin_masked` [BINS], fp64, sum -log p(x0) and masked tokens by their block's masking rate.
     """
 
     loss: Tensor
     nelbo: Tensor
+    block_nats: Tensor | None
     bin_nats: Tensor
     bin_masked: Tensor
 
 
-def training_loss(
-    name: str, denoiser: Denoiser, x0: Tensor, noise: Noise | None, schedule: Schedule, mask_id: int
-) -> Loss:
-    """The loss of objective `name` for clean tokens x0 [b, L]; AR takes no noise."""
+def training_loss(name: str, denoiser: Denoiser, x0: Tensor, noise: Noise | None, mask_id: int) -> Loss:
+    """The loss of objective `name` for clean tokens x0 [b, L]; AR takes no noise.
+
+    Where tokens of a block have rates of their own, p_i, their nats count p / p_i in the estimate of the bound: so each
+    token counts as often as at the block's rate p. What it sees around it still differs, so the estimate is not exact.
+    """
     if name == AR:
         return _autoregressive(denoiser, x0, mask_id)
     assert noise is not None
     batch, length = x0.shape
-    t = schedule.place(noise.u)  # [b, B]
-    per_block = length // t.shape[1]
-    rate = schedule.rate(t).repeat_interleave(per_block, dim=1)  # [b, L]
-    x_t, masked = corrupt(x0, rate, noise.draws, mask_id)
-    weight = schedule.weight(t).repeat_interleave(per_block, dim=1)[masked].float()  # [N]
-    rate_at = rate[masked].float()
+    blocks = noise.rate.shape[1]
+    spread = length // blocks
+    rate = noise.rate.repeat_interleave(spread, dim=1)  # [b, L]
+    x_t, masked = corrupt(x0, rate if noise.token_rate is None else noise.token_rate, noise.draws, mask_id)
     targets = x0[masked]
-    scored = batch * (length - 1)
     if name == SEDD:
         sigma = sigma_of(rate[:, 0]).float()
         logits = denoiser(x_t, None, sigma=sigma, at=masked)
@@ -72,8 +65,19 @@ def training_loss(
     else:
         logits = denoiser(x_t, x0, sigma=None, at=masked)
         nats = subs_nll(logits, targets, mask_id)
+    scored = batch * (length - 1)
+    weight = noise.loss_weight.repeat_interleave(spread, dim=1)[masked].float()  # [N]
     loss = (weight * nats).sum() / scored
-    return Loss(loss, loss.detach(), *_by_rate(nats.detach(), rate_at))
+
+    known = nats.detach().double()
+    fair = known if noise.token_rate is None else known * (rate / noise.token_rate)[masked]
+    by_block = torch.zeros_like(rate).masked_scatter(masked, fair).view(batch, blocks, spread).sum(-1)  # [b, B]
+    return Loss(
+        loss,
+        ((noise.bound_weight * by_block).sum() / scored).float(),
+        by_block / maskable(blocks, spread, x0.device),
+        *_by_rate(known, rate[masked].float()),
+    )
 
 
 def _autoregressive(denoiser: Denoiser, x0: Tensor, mask_id: int) -> Loss:
@@ -83,12 +87,11 @@ def _autoregressive(denoiser: Denoiser, x0: Tensor, mask_id: int) -> Loss:
     logits = denoiser(x0, None, sigma=None, at=at)
     nats = subs_nll(logits, x0[:, 1:].reshape(-1), mask_id)
     loss = nats.mean()
-    return Loss(loss, loss.detach(), *_by_rate(nats.detach(), torch.ones_like(nats)))
+    return Loss(loss, loss.detach(), None, *_by_rate(nats.detach().double(), torch.ones_like(nats)))
 
 
 def _by_rate(nats: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-    index = (rate * BINS).long().clamp(max=BINS - 1)
     # fp64: tens of thousands of numbers are added one by one, which costs fp32 three of its digits.
-    nats = nats.double()
+    index = (rate * BINS).long().clamp(max=BINS - 1)
     zeros = torch.zeros(BINS, device=nats.device, dtype=nats.dtype)
     return zeros.index_add(0, index, nats), zeros.index_add(0, index, torch.ones_like(nats))

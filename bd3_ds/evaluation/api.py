@@ -92,8 +92,9 @@ class LanguageModel:
     def score(self, tokens: Ids, estimator: str | None = None, views: int = 8, seed: int = 0) -> Score:
         """The bound of clean tokens [B, L]; the likelihood itself for AR and for block size 1.
 
-        estimator: exact (block sizes up to 8; AR is always exact), stratified or mc, both with `views` noisy views a
-        sequence, drawn by (seed, row). SEDD takes mc alone. None: exact, for SEDD mc. BD3 takes whole blocks.
+        estimator: exact (block sizes up to 8, up to 16 for few tokens; AR is always exact), stratified or mc, both with
+        `views` noisy views a sequence, drawn by (seed, row). SEDD takes mc alone. None: exact, for SEDD mc. BD3 takes
+        whole blocks.
         """
         x0 = self._ids("tokens", tokens)
         length = x0.shape[1]
@@ -107,7 +108,10 @@ class LanguageModel:
             raise UserError(f"views={views} must be at least 1")
         check_seed(seed)
         run = self._run_at(length)
-        used = estimator_used(run, estimator or ("mc" if run.objective.name == SEDD else "exact"), "estimator")
+        asked = estimator or ("mc" if run.objective.name == SEDD else "exact")
+        used = estimator_used(run, asked, "estimator", x0.shape[0] * (length - 1))
+        if used == "report":
+            raise UserError("estimator=report is no bound; `run.py evaluate --estimator report` prints it beside one")
         at_once = max(1, min(VIEWS_AT_ONCE, LOGITS_AT_ONCE // (length * self.vocab_size)))
         rows = max(1, at_once // (1 if used == "exact" else views))
         bounds = [

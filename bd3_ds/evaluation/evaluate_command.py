@@ -27,10 +27,12 @@ def main(argv: list[str]) -> int:
     export = find_export(options.export)
     defaults = export.run.eval
     estimator = options.estimator or defaults.estimator
-    estimator_used(export.run, estimator, "--estimator" if options.estimator else "eval.estimator")
     sets = choose_sets(options.sets.split(",") if options.sets else None, export, options.packs)
+    option = "--estimator" if options.estimator else "eval.estimator"
     for name, directory in sets.items():
-        check_pack(export, name, directory)
+        manifest = check_pack(export, name, directory)
+        chunks = min(manifest.chunks, options.max_chunks or defaults.max_chunks or manifest.chunks)
+        estimator_used(export.run, estimator, option, chunks * (manifest.length - 1))
 
     from bd3_ds.evaluation.network import load_model
     from bd3_ds.evaluation.perplexity import evaluate_pack
@@ -62,7 +64,9 @@ def main(argv: list[str]) -> int:
 
 def format_table(records: list[dict[str, Any]]) -> str:
     """Records as aligned columns: set, nats per token with their standard error, perplexity, tokens, pack."""
-    rows = [("set", "nelbo (nats/token)", "ppl", "tokens", "pack")]
+    report = "report_loss" in records[0]
+    extra = ("report's loss", "its exp") if report else ()
+    rows: list[tuple[str, ...]] = [("set", "nelbo (nats/token)", "ppl", "tokens", "pack", *extra)]
     for record in records:
         rows.append(
             (
@@ -71,10 +75,11 @@ def format_table(records: list[dict[str, Any]]) -> str:
                 f"{record['ppl']:.2f}",
                 f"{record['tokens']:,}",
                 record["pack_hash"][:8],
+                *((f"{record['report_loss']:.4f}", f"{record['report_ppl']:.2f}") if report else ()),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    align = (str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
+    align = (str.ljust, str.rjust, str.rjust, str.rjust, str.ljust, *(str.rjust for _ in extra))
     return "\n".join(
         "  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=True)).rstrip()
         for row in rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bd3_ds.config.schema import AR, SEDD, RunConfig, block_size
 from bd3_ds.data.pack import open_pack
 from bd3_ds.diffusion import likelihood
 from bd3_ds.diffusion.likelihood import Bound
+from bd3_ds.diffusion.report_estimator import report_rates
 from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
 from bd3_ds.evaluation.denoisers import causal_logits, conditioned
 from bd3_ds.evaluation.packs import check_pack
@@ -45,15 +47,17 @@ def evaluate_pack(
 
     `stderr` is what the estimator itself adds, for this text: 0 where the value is exact. `batch` bounds the noisy
     sequences of a forward pass; weights and arithmetic are fp32. Raises UserError for a set that the export cannot
-    read, an estimator that does not fit, and a bound that is not finite.
+    read, an estimator that does not fit, and a bound that is not finite. `report` adds `report_loss` (nats per scored
+    token) and `report_ppl` = its exp, which the project's report printed, to the stratified bound.
     """
     manifest = check_pack(export, set_name, str(pack_dir))
-    used = estimator_used(export.run, estimator, "estimator")
     tokens = torch.from_numpy(open_pack(pack_dir).all_tokens(max_chunks))
+    scored = len(tokens) * (manifest.length - 1)
+    used = estimator_used(export.run, estimator, "estimator", scored)
     size = block_size(export.run)
     together = _sequences_at_once(used, size, views, batch)
     start = time.perf_counter()
-    nats, variance, forwards = [], [], 0
+    nats, variance, forwards, reported = [], [], 0, 0.0
     for first in range(0, len(tokens), together):
         x0 = tokens[first : first + together].to(device)
         try:
@@ -66,9 +70,10 @@ def evaluate_pack(
         nats.append(bound.nelbo.double().sum(1).cpu())
         variance.append(bound.variance.double().cpu())
         forwards += bound.forwards
+        if used == "report":
+            reported += report_loss(model, export, x0, views=views, seed=seed, first_sequence=first)
         if progress is not None:
             progress(min(first + together, len(tokens)), len(tokens))
-    scored = len(tokens) * (manifest.length - 1)
     by_sequence = torch.cat(nats)
     nelbo = float(by_sequence.sum()) / scored
     if not math.isfinite(nelbo):
@@ -84,13 +89,14 @@ def evaluate_pack(
         "estimator": used,
         "nelbo": nelbo,
         "stderr": float(total_variance.sqrt()) / scored,
-        "ppl": math.exp(min(nelbo, 700.0)),  # e^709 is the last fp64 number
+        "ppl": _exp(nelbo),
         "tokens": scored,
         "pack_hash": manifest.pack_hash,
         "forwards": forwards,
         "seconds": time.perf_counter() - start,
         "views": views if used != "exact" else None,
         "chunks": len(tokens),
+        **({"report_loss": reported / scored, "report_ppl": _exp(reported / scored)} if used == "report" else {}),
     }
 
 
@@ -125,8 +131,23 @@ def bound_of(
     condition = conditioned(model, size)
     if estimator == "exact":
         return likelihood.exact(condition, x0, size, mask_id, at_once)
-    sampled = likelihood.stratified if estimator == "stratified" else likelihood.monte_carlo
+    sampled = likelihood.monte_carlo if estimator == "mc" else likelihood.stratified
     return sampled(condition, x0, size, mask_id, views, seed, first_sequence)
+
+
+@torch.no_grad()
+def report_loss(model: DiT, export: Export, x0: Tensor, *, views: int, seed: int, first_sequence: int = 0) -> float:
+    """The summed validation loss of tokens x0 [b, L] as the project's report took it, in nats; not a bound."""
+    run = export.run
+    assert run.model.mask_id is not None
+    size = block_size(run)
+    draw = partial(report_rates, objective=run.objective, progress=export.step / run.train.total_steps)
+    condition = conditioned(model, size)
+    return likelihood.monte_carlo(condition, x0, size, run.model.mask_id, views, seed, first_sequence, draw).total
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700.0))  # e^709 is the last fp64 number
 
 
 def _sequences_at_once(estimator: str, size: int, views: int, batch: int) -> int:

@@ -199,12 +199,36 @@ class Worker:
             device=self.device,
             progress=self._check,
         )
+        tags = ["ppl", "nelbo", "stderr"]
+        if wanted.variance_batches > 1:
+            record |= self._variances(model, name, wanted)
+            tags += ["var_nelbo", "var_block", "var_gradient"]
         # TensorBoard first: killed in between, the next worker writes the point again, which does no harm.
-        for tag in ("ppl", "nelbo", "stderr"):
+        for tag in (tag for tag in tags if record[tag] is not None):
             self._tensorboard().add_scalar(f"eval/{name}/{tag}", record[tag], export.step)
         self._tensorboard().flush()
         if self.results.add(EVALUATIONS, record):
             self.say(f"{export.name} {name}: ppl {record['ppl']:.2f} (nelbo {record['nelbo']:.4f} nats a token)")
+
+    def _variances(self, model: LanguageModel, name: str, wanted: EvalConfig) -> dict[str, float | None]:
+        import torch
+
+        from bd3_ds.data.pack import open_pack, read_token_counts
+        from bd3_ds.evaluation.variance import variances
+
+        run = model.run
+        measured = variances(
+            model.network,
+            run,
+            torch.from_numpy(open_pack(wanted.sets[name]).all_tokens(wanted.max_chunks)),
+            batches=wanted.variance_batches,
+            sequences=wanted.batch,
+            at_once=wanted.batch,
+            gradient=True,
+            progress=min(1.0, model.export.step / run.train.total_steps),
+            token_counts=read_token_counts(run.data.train) if run.objective.frequency.power > 0 else None,
+        )
+        return {key: getattr(measured, key) for key in ("var_nelbo", "var_block", "var_gradient")}
 
     def _sample(self, model: LanguageModel, wanted: EvalConfig) -> None:
         export = model.export

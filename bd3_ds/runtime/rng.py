@@ -22,6 +22,9 @@ class Purpose(IntEnum):
     EVALUATION = 6
     SAMPLING = 7
     SYNTHETIC = 8
+    BLOCK_SIZE = 9
+    CLIP_SEARCH = 10
+    VARIANCE = 11
 
 
 def generator(seed: int, purpose: Purpose, *place: int) -> np.random.Generator:

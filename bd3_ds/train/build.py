@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,17 @@ import torch
 from bd3_ds.checkpoint.export import export_name, find_export, fit_weights, load_weights, write_export
 from bd3_ds.checkpoint.store import Checkpoint, newest_checkpoint, save_checkpoint
 from bd3_ds.config.load import to_yaml
-from bd3_ds.config.schema import RunConfig, block_size
+from bd3_ds.config.schema import BD3, RunConfig, block_size, block_sizes
 from bd3_ds.data.loader import Loader, Share
+from bd3_ds.data.pack import open_pack, read_token_counts
 from bd3_ds.model.build import initialise, network_of
 from bd3_ds.model.dit import DiT
-from bd3_ds.model.flops import training_flops_per_sequence
 from bd3_ds.parallel.apply import recompute_layers
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import write_text
 from bd3_ds.runtime.log import RunLog
 from bd3_ds.runtime.world import World
+from bd3_ds.train.clip_search import ClipSearch
 from bd3_ds.train.ema import Ema
 from bd3_ds.train.engine import Engine
 from bd3_ds.train.meter import Meter, peak_flops
@@ -37,6 +39,7 @@ class Trainer:
     engine: Engine
     ema: Ema
     stepper: Stepper
+    clip_search: ClipSearch
     loader: Loader
     log: RunLog
     meter: Meter
@@ -70,8 +73,21 @@ class Trainer:
         if self.world.is_main:
             name = export_name(self.state.step)
             tokenizer = Path(self.run.data.train) / "tokenizer"
-            write_export(self.run_dir / "exports" / name, weights, self.run, tokenizer, self.state.step)
+            run = self._scored_as_trained()
+            write_export(self.run_dir / "exports" / name, weights, run, tokenizer, self.state.step)
         self.world.barrier()
+
+    def _scored_as_trained(self) -> RunConfig:
+        """The run with the block size of the step just done, where it had but one, and the interval in force for it."""
+        objective = self.run.objective
+        sizes = block_sizes(self.run, max(0, self.state.step - 1))
+        if objective.name == BD3 and len(sizes) == 1:
+            objective = dataclasses.replace(objective, block_size=sizes[0])
+        found = self.state.clip(block_size(self.run)).interval if len(sizes) > 1 else self.state.clip(sizes[0]).interval
+        if found is not None:
+            schedule = dataclasses.replace(objective.schedule, t_min=found[0], t_max=found[1])
+            objective = dataclasses.replace(objective, schedule=schedule)
+        return dataclasses.replace(self.run, objective=objective)
 
 
 def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
@@ -96,8 +112,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         _require_same_shards(checkpoint, engine.stage, world)
         engine.load(checkpoint.path.parent, checkpoint.path.name)
         ema.load(checkpoint.path / ema_file(world.rank))
-        saved = checkpoint.state
-        state = TrainState(saved["step"], saved["samples"], saved["tokens"])
+        state = TrainState.from_dict(checkpoint.state)
 
     log = RunLog(run_dir, world.is_main, state.step)
     for line in said:
@@ -107,18 +122,22 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
 
     assert run.model.mask_id is not None
     share = Share(world.rank, world.size, world.local_size, run.train.micro_batch, run.train.global_batch)
-    sequence = training_flops_per_sequence(model.network, run.objective.name, run.data.length, block_size(run))
     peak = torch.tensor(peak_flops(world.device, run.train.precision), device=world.device, dtype=torch.float64)
-    meter = Meter(run.train.global_batch * run.data.length, run.train.global_batch * sequence, float(world.sum(peak)))
+    search = run.objective.clip_search
+    counts = read_token_counts(run.data.train) if run.objective.frequency.power > 0 else None
+    held_out = None
+    if search.method == "grid":
+        held_out = torch.from_numpy(open_pack(run.eval.sets[search.set]).all_tokens(search.sequences))
     return Trainer(
         run=run,
         world=world,
         engine=engine,
         ema=ema,
-        stepper=Stepper(run, world, engine, ema, run.model.mask_id),
+        stepper=Stepper(run, world, engine, ema, run.model.mask_id, counts),
+        clip_search=ClipSearch(run, world, engine, run.model.mask_id, held_out),
         loader=Loader(run.data, share, state.samples),
         log=log,
-        meter=meter,
+        meter=Meter(model.network, run, float(world.sum(peak))),
         state=state,
     )
 

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd3_ds.config.schema import AR, RunConfig, block_size
-from bd3_ds.diffusion.noise import mask_draws, stratified_times
-from bd3_ds.diffusion.objective import Noise, training_loss
-from bd3_ds.diffusion.schedule import make_schedule
+from bd3_ds.config.schema import AR, RunConfig, block_sizes
+from bd3_ds.diffusion.noise import choose_block_size, make_noise, mask_draws, stratified_times
+from bd3_ds.diffusion.objective import training_loss
+from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.model.build import initialise
 from bd3_ds.model.dit import DiT
 from bd3_ds.parallel.apply import recompute_layers
@@ -22,7 +22,7 @@ def dry_step(model: DiT, run: RunConfig) -> float:
     initialise(model, run.seed)
     model.to(device)
     recompute_layers(model, run.train)
-    length, size = run.data.length, block_size(run)
+    length, size = run.data.length, choose_block_size(run.seed, 0, block_sizes(run, 0))
     assert run.model.vocab_size is not None and run.model.mask_id is not None
     tokens = generator(run.seed, Purpose.SYNTHETIC).integers(0, run.model.vocab_size, (1, length))
     tokens[tokens == run.model.mask_id] = 0
@@ -30,7 +30,8 @@ def dry_step(model: DiT, run: RunConfig) -> float:
     if run.objective.name != AR:
         slots = np.zeros(1, dtype=np.int64)
         u = stratified_times(run.seed, 0, slots, 1, length // size)
-        noise = Noise(u.to(device), mask_draws(run.seed, 0, slots, length).to(device))
+        proposal = make_proposal(run.objective.schedule)
+        noise = make_noise(u, mask_draws(run.seed, 0, slots, length), proposal, run.objective.weight).to(device)
 
     def denoise(x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor) -> Tensor:
         logits: Tensor = model(x_t, x0, block_size=size, sigma=sigma, at=at)
@@ -38,8 +39,6 @@ def dry_step(model: DiT, run: RunConfig) -> float:
 
     with torch.autocast(device.type, torch.bfloat16, enabled=run.train.precision == "bf16"):
         x0 = torch.from_numpy(tokens).to(device)
-        loss = training_loss(
-            run.objective.name, denoise, x0, noise, make_schedule(run.objective.schedule), run.model.mask_id
-        )
+        loss = training_loss(run.objective.name, denoise, x0, noise, run.model.mask_id)
     loss.loss.backward()
     return float(loss.loss.detach())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
@@ -29,10 +30,12 @@ def train(run: RunConfig, ds_json: dict[str, Any], world: World) -> TrainState:
     batches = iter(trainer.loader)
     with Guards() as guard, progress_bar(trainer) as bar:
         while trainer.state.step < run.train.total_steps:
-            result = trainer.stepper.step(batches, trainer.state.step, guard.asked)
+            result = trainer.stepper.step(batches, trainer.state, guard.asked)
             guard.check(result)
-            trainer.state = trainer.state.advance(run.train.global_batch, run.data.length)
+            trainer.state = learn(trainer.state.advance(run.train.global_batch, run.data.length), result)
             report(trainer, result, bar)
+            if run.objective.clip_search.method != "none" and due(run.objective.clip_search.every, trainer.state.step):
+                search_clip(trainer)
             last = trainer.state.step == run.train.total_steps
             if due(run.train.export_every, trainer.state.step) or last:
                 trainer.export()
@@ -52,10 +55,27 @@ def due(every: int, step: int) -> bool:
     return step % every == 0
 
 
+def learn(state: TrainState, result: StepResult) -> TrainState:
+    """The state with what the step's batch has shown of its block size."""
+    if result.moments is None:
+        return state
+    clip = state.clip(result.block_size)
+    return state.with_clip(result.block_size, replace(clip, moments=clip.moments.add(result.moments)))
+
+
+def search_clip(trainer: Trainer) -> None:
+    """Choose the interval that the steps from here on train on, and say so."""
+    trainer.state, lines, scalars = trainer.clip_search.search(trainer.state)
+    for line in lines:
+        trainer.log.say(f"step {trainer.state.step}: {line}")
+    trainer.log.scalars(scalars, trainer.state.step)
+
+
 def report(trainer: Trainer, result: StepResult, bar: Any) -> None:
     """One record a step; every log_every steps a point in TensorBoard and the numbers on the progress bar."""
     state, run = trainer.state, trainer.run
-    trainer.meter.add(result.seconds, result.waited)
+    trainer.meter.add(result)
+    t_min, t_max = result.interval or (None, None)
     trainer.log.record(
         {
             "step": state.step,
@@ -66,6 +86,10 @@ def report(trainer: Trainer, result: StepResult, bar: Any) -> None:
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "seconds": result.seconds,
+            "block_size": result.block_size,
+            "t_min": t_min,
+            "t_max": t_max,
+            "block_variance": result.block_variance,
         }
     )
     bar.update(1)
@@ -80,13 +104,19 @@ def report(trainer: Trainer, result: StepResult, bar: Any) -> None:
     scalars = {
         "train/loss": result.loss,
         "train/nelbo": result.nelbo,
-        "train/ppl": math.exp(min(result.nelbo, 700.0)),
         "train/grad_norm": result.grad_norm,
         "train/lr": result.lr,
+        "train/block_size": result.block_size,
         "perf/memory_gb": peak_memory_gb(trainer.world.device),
         **rates,
         **bins,
     }
+    if result.nelbo_is_bound:
+        scalars["train/ppl"] = math.exp(min(result.nelbo, 700.0))
+    if result.interval is not None:
+        scalars |= {"train/t_min": result.interval[0], "train/t_max": result.interval[1]}
+    if result.block_variance is not None:
+        scalars["train/block_variance"] = result.block_variance
     trainer.log.scalars(scalars, state.step)
     trainer.log.flush()
     bar.set_postfix_str(f"nelbo {result.nelbo:.3f}, {rates['perf/tokens_per_s']:,.0f} tokens/s", refresh=False)

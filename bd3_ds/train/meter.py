@@ -1,11 +1,17 @@
-"""How fast the run goes: tokens per second, model FLOPs utilisation, memory, waiting for data."""
+"""How fast the run goes: tokens per second, model FLOPs utilisation, memory, waiting for data; how noisy it is."""
 
 from __future__ import annotations
 
+import itertools
 import resource
 import time
 
 import torch
+
+from bd3_ds.config.schema import RunConfig
+from bd3_ds.model.dit import Network
+from bd3_ds.model.flops import training_flops_per_sequence
+from bd3_ds.train.step import StepResult
 
 # Dense bf16 matrix rate of one device in FLOP/s, as its maker states it.
 PEAK_BF16 = {
@@ -50,31 +56,46 @@ def peak_memory_gb(device: torch.device) -> float:
 class Meter:
     """Rates over the steps since the last `read`."""
 
-    def __init__(self, tokens_per_step: int, flops_per_step: float, peak: float):
+    def __init__(self, network: Network, run: RunConfig, peak: float):
         """`peak` is the FLOP/s of all ranks together."""
-        self._tokens = tokens_per_step
-        self._flops = flops_per_step
+        self._network = network
+        self._run = run
+        self._tokens = run.train.global_batch * run.data.length
         self._peak = peak
         self._reset()
 
     def _reset(self) -> None:
         self._steps = 0
+        self._flops = 0.0
+        self._nelbo: list[float] = []
         self._waited = 0.0
         self._seconds = 0.0
 
-    def add(self, seconds: float, waited: float) -> None:
-        """One optimizer step took `seconds`, of which `waited` were spent waiting for data."""
+    def add(self, result: StepResult) -> None:
+        """One optimizer step."""
+        run = self._run
         self._steps += 1
-        self._seconds += seconds
-        self._waited += waited
+        self._flops += run.train.global_batch * training_flops_per_sequence(
+            self._network, run.objective.name, run.data.length, result.block_size
+        )
+        self._seconds += result.seconds
+        self._waited += result.waited
+        self._nelbo.append(result.nelbo)
 
     def read(self) -> dict[str, float]:
-        """TensorBoard scalars under perf/, and a fresh start."""
+        """TensorBoard scalars since the last call, and a fresh start.
+
+        train/var_nelbo is the variance over batches of the training estimate, from the differences of neighbours: the
+        fall of the loss itself, slow beside it, is not in it.
+        """
         seconds = max(self._seconds, 1e-9)
         values = {
             "perf/tokens_per_s": self._steps * self._tokens / seconds,
-            "perf/mfu": self._steps * self._flops / seconds / self._peak,
+            "perf/mfu": self._flops / seconds / self._peak,
             "perf/data_wait": self._waited / seconds,
         }
+        if len(self._nelbo) > 1:
+            pairs = itertools.pairwise(self._nelbo)
+            values["train/var_nelbo"] = sum((b - a) ** 2 for a, b in pairs) / (2 * (len(self._nelbo) - 1))
         self._reset()
         return values

@@ -2,22 +2,62 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from bd3_ds.diffusion.clip_search import Moments
+from bd3_ds.diffusion.proposal import Interval
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a run knows of one block size: the interval that the last search chose, and the moments seen in training."""
+
+    interval: Interval | None = None
+    moments: Moments = field(default_factory=Moments)
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """`step` optimizer steps are done; `samples` sequences and `tokens` clean tokens went into them."""
+    """`step` optimizer steps are done; `samples` sequences and `tokens` clean tokens went into them.
+
+    `clips` holds what is known of the clip interval of each block size that was trained.
+    """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    clips: dict[int, Clip] = field(default_factory=dict)
+
+    def clip(self, block_size: int) -> Clip:
+        """What is known of a block size; nothing at first."""
+        return self.clips.get(block_size, Clip())
 
     def advance(self, sequences: int, length: int) -> TrainState:
         """The state after one more step on `sequences` sequences of `length` tokens."""
-        return TrainState(self.step + 1, self.samples + sequences, self.tokens + sequences * length)
+        return replace(
+            self, step=self.step + 1, samples=self.samples + sequences, tokens=self.tokens + sequences * length
+        )
+
+    def with_clip(self, block_size: int, clip: Clip) -> TrainState:
+        """The state with new knowledge of a block size."""
+        return replace(self, clips={**self.clips, block_size: clip})
 
     def to_dict(self) -> dict[str, Any]:
         """For the checkpoint's manifest."""
-        return asdict(self)
+        clips = {
+            str(size): {"interval": clip.interval, "moments": clip.moments.to_json()}
+            for size, clip in self.clips.items()
+        }
+        return {"step": self.step, "samples": self.samples, "tokens": self.tokens, "clips": clips}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> TrainState:
+        """What `to_dict` gave."""
+        clips = {
+            int(size): Clip(
+                tuple(clip["interval"]) if clip["interval"] is not None else None, Moments.from_json(clip["moments"])
+            )
+            for size, clip in saved["clips"].items()
+        }
+        return cls(saved["step"], saved["samples"], saved["tokens"], clips)

@@ -6,33 +6,43 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bd3_ds.config.schema import AR, RunConfig, block_size
+from bd3_ds.config.schema import AR, RunConfig, block_sizes
 from bd3_ds.data.loader import MicroBatch
-from bd3_ds.diffusion.noise import mask_draws, stratified_times
-from bd3_ds.diffusion.objective import BINS, Noise, training_loss
-from bd3_ds.diffusion.schedule import make_schedule
+from bd3_ds.diffusion.clip_search import RATE_BINS, Spread, moment_sums, spread_sums
+from bd3_ds.diffusion.frequency import power_at, rarity
+from bd3_ds.diffusion.noise import Noise, choose_block_size, make_noise, mask_draws, stratified_times
+from bd3_ds.diffusion.objective import BINS, training_loss
+from bd3_ds.diffusion.proposal import Interval, Proposal, make_proposal
 from bd3_ds.runtime.rng import Purpose, integer_seed
 from bd3_ds.runtime.world import World
 from bd3_ds.train.ema import Ema
 from bd3_ds.train.engine import Engine
 from bd3_ds.train.lr import learning_rate
+from bd3_ds.train.state import TrainState
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Means over the global batch, the same on every rank; loss and nelbo in nats per scored token.
 
-    `nats_by_rate` is the mean -log p(x0) of a masked token by its block's masking rate, in BINS equal bins; nan where
-    a bin saw none.
+    nats_by_rate: mean -log p(x0) of a masked token by its block's masking rate, in BINS equal bins; nan where a bin saw
+    none. block_variance: variance over the batch's blocks of their estimates of the bound. moments: `moment_sums` of
+    the batch. `interval` is that of the times drawn; all of these are None for AR.
     """
 
     step: int
     loss: float
     nelbo: float
+    nelbo_is_bound: bool
     nats_by_rate: list[float]
+    block_size: int
+    interval: Interval | None
+    block_variance: float | None
+    moments: Tensor | None
     grad_norm: float
     lr: float
     seconds: float
@@ -41,49 +51,69 @@ class StepResult:
 
 
 class Stepper:
-    """All that is fixed from step to step."""
+    """All that is fixed from step to step; `token_counts` [V] are needed where masking looks at frequencies."""
 
-    def __init__(self, run: RunConfig, world: World, engine: Engine, ema: Ema, mask_id: int):
+    def __init__(
+        self, run: RunConfig, world: World, engine: Engine, ema: Ema, mask_id: int, token_counts: np.ndarray | None
+    ):
         self.run = run
         self.world = world
         self.engine = engine
         self.ema = ema
         self.mask_id = mask_id
-        self.schedule = make_schedule(run.objective.schedule)
-        self.block_size = block_size(run)
         self.accumulation = run.train.global_batch // (run.train.micro_batch * world.size)
+        self._rarity = None if token_counts is None else rarity(token_counts)
 
-    def step(self, batches: Iterator[MicroBatch], done: int, stop_asked: bool) -> StepResult:
-        """The update after `done` steps; `stop_asked` on any rank reaches all through the result."""
+    def proposal(self, state: TrainState, block_size: int) -> Proposal:
+        """What the step after `state` draws masking rates from."""
+        progress = state.step / self.run.train.total_steps
+        return make_proposal(self.run.objective.schedule, progress, state.clip(block_size).interval)
+
+    def step(self, batches: Iterator[MicroBatch], state: TrainState, stop_asked: bool) -> StepResult:
+        """The update after `state`; `stop_asked` on any rank reaches all through the result."""
         start = time.perf_counter()
-        lr = learning_rate(self.run.optim, done, self.run.train.total_steps)
-        totals = torch.zeros(3 + 2 * BINS, device=self.world.device, dtype=torch.float64)
+        run, done = self.run, state.step
+        lr = learning_rate(run.optim, done, run.train.total_steps)
+        size = choose_block_size(run.seed, done, block_sizes(run, done))
+        proposal = None if run.objective.name == AR else self.proposal(state, size)
+        totals = torch.zeros(6 + 2 * BINS, device=self.world.device, dtype=torch.float64)
+        moments = torch.zeros(3, RATE_BINS, device=self.world.device, dtype=torch.float64)
         waited = 0.0
         for micro_step in range(self.accumulation):
             batch = next(batches)
             waited += batch.waited
-            torch.manual_seed(integer_seed(self.run.seed, Purpose.DROPOUT, done, micro_step, self.world.rank))
+            torch.manual_seed(integer_seed(run.seed, Purpose.DROPOUT, done, micro_step, self.world.rank))
+            noise = self._noise(done, batch, size, proposal)
             loss = training_loss(
-                self.run.objective.name,
-                self._denoise,
+                run.objective.name,
+                self.engine.denoiser(size),
                 batch.tokens.to(self.world.device, non_blocking=True),
-                self._noise(done, batch),
-                self.schedule,
+                noise,
                 self.mask_id,
             )
             self.engine.backward(loss.loss)
             self.engine.step(lr)
             totals[:2] += torch.stack([loss.loss.detach(), loss.nelbo]) / (self.accumulation * self.world.size)
-            totals[3:] += torch.cat([loss.bin_nats, loss.bin_masked])
+            totals[6:] += torch.cat([loss.bin_nats, loss.bin_masked])
+            if noise is not None and loss.block_nats is not None:
+                totals[3:6] += spread_sums(loss.block_nats, noise.bound_weight)
+                moments += moment_sums(loss.block_nats, noise.rate)
         self.ema.update()
         totals[2] = float(stop_asked)
-        values = self.world.sum(totals).tolist()
-        nats, masked = values[3 : 3 + BINS], values[3 + BINS :]
+        summed = self.world.sum(torch.cat([totals, moments.flatten()])).cpu()
+        values = summed[: len(totals)].tolist()
+        nats, masked = values[6 : 6 + BINS], values[6 + BINS :]
+        schedule = run.objective.schedule
         return StepResult(
             step=done + 1,
             loss=values[0],
             nelbo=values[1],
+            nelbo_is_bound=proposal is None or (proposal.covers_all and self._rarity is None),
             nats_by_rate=[n / m if m else float("nan") for n, m in zip(nats, masked, strict=True)],
+            block_size=size,
+            interval=None if proposal is None else state.clip(size).interval or (schedule.t_min, schedule.t_max),
+            block_variance=None if proposal is None else Spread(*values[3:6]).variance,
+            moments=None if proposal is None else summed[len(totals) :].view(3, RATE_BINS),
             grad_norm=self.engine.grad_norm(),
             lr=lr,
             seconds=time.perf_counter() - start,
@@ -91,13 +121,13 @@ class Stepper:
             stop_asked=values[2] > 0,
         )
 
-    def _denoise(self, x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor) -> Tensor:
-        return self.engine(x_t, x0, block_size=self.block_size, sigma=sigma, at=at)
-
-    def _noise(self, done: int, batch: MicroBatch) -> Noise | None:
-        if self.run.objective.name == AR:
+    def _noise(self, done: int, batch: MicroBatch, size: int, proposal: Proposal | None) -> Noise | None:
+        if proposal is None:
             return None
         seed, length = self.run.seed, self.run.data.length
-        u = stratified_times(seed, done, batch.slots, self.run.train.global_batch, length // self.block_size)
+        u = stratified_times(seed, done, batch.slots, self.run.train.global_batch, length // size)
         draws = mask_draws(seed, done, batch.slots, length)
-        return Noise(u.to(self.world.device), draws.to(self.world.device))
+        wish = None
+        if self._rarity is not None:
+            wish = self._rarity[batch.tokens] ** power_at(self.run.objective.frequency, done)
+        return make_noise(u, draws, proposal, self.run.objective.weight, wish).to(self.world.device)

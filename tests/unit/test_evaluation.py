@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bd3_ds.checkpoint.export import find_export, load_weights, write_export
+from bd3_ds.config.check import estimator_used
 from bd3_ds.data.pack import open_pack
 from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
 from bd3_ds.evaluation import evaluate_command
@@ -92,8 +93,21 @@ def test_full_diffusion_takes_sampled_estimators_alone(place):
     assert evaluate(export, place)["forwards"] == 8 * 4
     one_view = evaluate(export, place, views=1)
     assert 0 < one_view["stderr"] < one_view["nelbo"]
-    with pytest.raises(UserError, match="use stratified"):
-        evaluate(export, place, estimator="exact")
+    with pytest.raises(UserError, match="at most 4,096 tokens, not 4,097; use stratified"):
+        estimator_used(export.run, "exact", "estimator", 4097)
+    with pytest.raises(UserError, match="up to 16, not 32; use stratified"):
+        wide = dataclasses.replace(export.run, data=dataclasses.replace(export.run.data, length=32))
+        estimator_used(wide, "exact", "estimator", 100)
+
+
+@pytest.mark.slow
+def test_sixteen_tokens_exactly(place):
+    """All 65,535 masks of a block of 16 agree with the estimate by strata."""
+    export = export_of(place, "mdlm", objective__name="mdlm", objective__block_size=None)
+    exact = evaluate(export, place, estimator="exact", max_chunks=1)
+    sampled = evaluate(export, place, estimator="stratified", max_chunks=1, views=512)
+    assert exact["stderr"] == 0 and exact["forwards"] == 2**16 - 1
+    assert abs(exact["nelbo"] - sampled["nelbo"]) < 4 * sampled["stderr"]
 
 
 def test_sedd_is_monte_carlo(place):

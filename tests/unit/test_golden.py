@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD
-from bd3_ds.diffusion.objective import Noise, training_loss
-from bd3_ds.diffusion.schedule import Schedule
+from bd3_ds.diffusion.noise import Noise
+from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.score_entropy import score_nll
 from bd3_ds.diffusion.subs import subs_log_probs, subs_nll
 from bd3_ds.model.convert import our_name, rename_upstream, upstream_objective
@@ -84,10 +84,10 @@ def test_loss_of_ar(golden):
 
 
 def as_noise(data, blocks):
-    """Numbers from which our own objective draws upstream's times and masks (log-linear on (0, 1])."""
-    t = data["t"].expand(3, 32).double()
-    draws = torch.where(data["xt"] == MASK, 0.0, 1.0).double()
-    return Noise(t[:, :: 32 // blocks], draws), Schedule(0.0, 1.0, lambda t: t, lambda t: 1 / t)
+    """Upstream's rates, weights and masks (log-linear time) as our objective takes them."""
+    t = data["t"].expand(3, 32).double()[:, :: 32 // blocks]
+    draws = torch.where(data["xt"] == MASK, 0.0, 2.0).double()
+    return Noise(t, 1 / t, 1 / t, None, draws)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_objective_and_gradients(golden, case, name, block, causal):
     def denoiser(x_t, x0, *, sigma, at):
         return model(x_t, x0, block_size=block, sigma=sigma, at=at)
 
-    noise, schedule = (None, None) if causal else as_noise(data, 32 // block)
-    ours = training_loss(name, denoiser, data["x0"], noise, schedule, MASK)
+    noise = None if causal else as_noise(data, 32 // block)
+    ours = training_loss(name, denoiser, data["x0"], noise, MASK)
     scored = 3 * 31
     close(ours.loss, data["loss"].sum() / scored, 1e-4)
     if case in ("ar", "bd3lm_b4"):

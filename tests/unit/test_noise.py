@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bd3_ds.config.check import SCHEDULES
-from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, ScheduleConfig
-from bd3_ds.diffusion.noise import corrupt, mask_draws, stratified_times
-from bd3_ds.diffusion.objective import Loss, Noise, training_loss
-from bd3_ds.diffusion.schedule import Schedule, make_schedule
+from bd3_ds.config.check_diffusion import SCHEDULES
+from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, WeightConfig
+from bd3_ds.diffusion.clip_search import Spread, moment_sums, spread_sums
+from bd3_ds.diffusion.noise import Noise, choose_block_size, corrupt, make_noise, mask_draws, stratified_times
+from bd3_ds.diffusion.objective import Loss, training_loss
+from bd3_ds.diffusion.proposal import make_proposal
+from tests.helpers.schedules import schedule_config
 
 VOCAB, MASK, LENGTH = 11, 10, 16
 OBJECTIVES = [(AR, 1), (MDLM, 16), (SEDD, 16), (BD3, 1), (BD3, 2), (BD3, 4), (BD3, 16)]
@@ -83,28 +86,12 @@ def test_corrupt(seed: int, batch: int, length: int, rate: float) -> None:
 
 def test_masking_rate() -> None:
     """The share of masked tokens follows the rate that was drawn, and is t's mean over the batch."""
-    schedule = make_schedule(ScheduleConfig("log_linear", 0.2, 0.6))
-    t = schedule.place(stratified_times(1, 3, np.arange(256), 256, 4))
+    p = make_proposal(schedule_config(t_min=0.2, t_max=0.6)).rate(stratified_times(1, 3, np.arange(256), 256, 4))
     x0 = torch.zeros(256, 256, dtype=torch.long)
-    _, masked = corrupt(x0, schedule.rate(t).repeat_interleave(64, 1), mask_draws(1, 3, np.arange(256), 256), MASK)
+    _, masked = corrupt(x0, p.repeat_interleave(64, 1), mask_draws(1, 3, np.arange(256), 256), MASK)
     by_block = masked.view(256, 4, 64).float().mean(-1)
     assert float(by_block[:, 1:].mean()) == pytest.approx(0.4, abs=0.01)
-    assert ((by_block - t)[:, 1:].abs() < 5 * 0.5 / 8).all()
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-@given(st.floats(1e-3, 0.5), st.floats(0.51, 1))
-@settings(max_examples=30, deadline=None)
-def test_weight_is_one_over_rate_and_density(name: str, t_min: float, t_max: float) -> None:
-    """E[w 1(masked)] is the measure of the rates that are drawn, and w p is 1 / q(p) by finite differences."""
-    schedule = make_schedule(ScheduleConfig(name, t_min, t_max))
-    u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    t = schedule.place(u)
-    rate, weight = schedule.rate(t), schedule.weight(t)
-    edges = schedule.rate(schedule.place(torch.tensor([0.0, 1.0], dtype=torch.float64)))
-    assert float((weight * rate).mean()) == pytest.approx(float(edges[1] - edges[0]), rel=1e-6)
-    density = (u[2:] - u[:-2]) / (rate[2:] - rate[:-2])
-    torch.testing.assert_close(weight[1:-1], 1 / (rate[1:-1] * density), rtol=1e-3, atol=0)
+    assert ((by_block - p)[:, 1:].abs() < 5 * 0.5 / 8).all()
 
 
 class Fixed:
@@ -129,23 +116,23 @@ def text(batch: int) -> Tensor:
     return torch.randint(0, MASK, (batch, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def noise(batch: int, size: int, part: slice = slice(None)) -> Noise:
+def noise(batch: int, size: int, part: slice = slice(None), weight: str = "elbo", **schedule: Any) -> Noise:
     slots = np.arange(batch)[part]
-    return Noise(stratified_times(7, 0, slots, batch, LENGTH // size), mask_draws(7, 0, slots, LENGTH))
+    u = stratified_times(7, 0, slots, batch, LENGTH // size)
+    proposal = make_proposal(schedule_config(**schedule))
+    return make_noise(u, mask_draws(7, 0, slots, LENGTH), proposal, WeightConfig(weight, 0.0))
 
 
-def loss_of(name: str, denoiser: Fixed, x0: Tensor, given_noise: Noise, schedule: Schedule | None = None) -> Loss:
-    schedule = schedule or make_schedule(ScheduleConfig("log_linear", 1e-3, 1.0))
-    return training_loss(name, denoiser, x0, None if name == AR else given_noise, schedule, MASK)
+def loss_of(name: str, denoiser: Fixed, x0: Tensor, given_noise: Noise) -> Loss:
+    return training_loss(name, denoiser, x0, None if name == AR else given_noise, MASK)
 
 
 @pytest.mark.parametrize(("name", "size"), OBJECTIVES)
 def test_uniform_denoiser_costs_log_v(name: str, size: int) -> None:
-    """In expectation, a token nobody knows anything about costs log(V - 1), times the measure of t."""
+    """In expectation, a token nobody knows anything about costs log(V - 1)."""
     batch = 8192
     loss = loss_of(name, Fixed(), text(batch), noise(batch, size))
-    measure = 1.0 if name == AR else 1 - 1e-3
-    assert float(loss.loss) == pytest.approx(math.log(VOCAB - 1) * measure, rel=1e-6 if name == AR else 0.03)
+    assert float(loss.loss) == pytest.approx(math.log(VOCAB - 1), rel=1e-6 if name == AR else 0.03)
     mean = loss.bin_nats.sum() / loss.bin_masked.sum()
     if name != SEDD:  # whose nats are the entropy's, of another scale
         assert float(mean) == pytest.approx(math.log(VOCAB - 1), rel=1e-6)
@@ -170,6 +157,77 @@ def test_a_micro_batch_is_the_mean_of_its_halves(name: str, size: int) -> None:
 
 
 def test_losses_land_in_the_bin_of_their_rate() -> None:
-    schedule = make_schedule(ScheduleConfig("log_linear", 0.31, 0.39))
-    loss = loss_of(BD3, Fixed(), text(64), noise(64, 4), schedule)
+    loss = loss_of(BD3, Fixed(), text(64), noise(64, 4, t_min=0.31, t_max=0.39))
     assert loss.bin_masked[3] > 0 and loss.bin_masked.sum() == loss.bin_masked[3]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_every_schedule_estimates_the_same_bound(schedule: str, size: int) -> None:
+    """A token nobody knows anything about costs log(V - 1) under any proposal, also a clipped or defended one."""
+    batch = 4096
+    wide = {"gaussian": {"mu": 0.5, "sigma": 0.3}, "bimodal": {"sigma1": 0.3, "sigma2": 0.3}}
+    for more in ({}, {"t_min": 0.3, "t_max": 0.8}, {"t_min": 0.3, "t_max": 0.8, "defensive": 0.2}):
+        given_noise = noise(batch, size, name=schedule, **wide, **more)
+        loss = loss_of(BD3, Fixed(), text(batch), given_noise)
+        spread = Spread.of(spread_sums(loss.block_nats, given_noise.bound_weight))
+        error = 5 * math.sqrt(spread.variance / spread.count)
+        assert abs(float(loss.nelbo) - math.log(VOCAB - 1)) < error
+        assert error < 0.35 * math.log(VOCAB - 1)
+
+
+def test_loss_and_bound_part_where_a_weight_is_in_force() -> None:
+    """`nelbo` is what it is without the weight; the loss of `simple` is plain cross-entropy on masked tokens."""
+    x0, denoiser = text(256), Fixed(seed=3)
+    plain = loss_of(BD3, denoiser, x0, noise(256, 4))
+    assert torch.equal(plain.loss, plain.nelbo) or float(plain.loss) == pytest.approx(float(plain.nelbo), rel=1e-6)
+    simple = loss_of(BD3, denoiser, x0, noise(256, 4, weight="simple"))
+    assert float(simple.nelbo) == pytest.approx(float(plain.nelbo), rel=1e-12)
+    assert float(simple.loss) == pytest.approx(float(simple.bin_nats.sum()) / (256 * (LENGTH - 1)), rel=1e-5)
+    sigmoid = loss_of(BD3, denoiser, x0, noise(256, 4, weight="sigmoid"))
+    assert float(sigmoid.loss) == pytest.approx(float(simple.loss), rel=1e-5)  # p * 1/p
+
+
+def test_block_nats_are_the_masked_losses_over_maskable_tokens() -> None:
+    """From first principles: what a block's masked tokens cost, over those that could have been masked."""
+    x0, denoiser, given_noise = text(8), Fixed(seed=4), noise(8, 4)
+    loss = loss_of(BD3, denoiser, x0, given_noise)
+    rate = given_noise.rate.repeat_interleave(4, 1)
+    x_t, masked = corrupt(x0, rate, given_noise.draws, MASK)
+    logits = denoiser(x_t, None, sigma=None, at=torch.ones_like(masked)).view(8, LENGTH, VOCAB)
+    logits[..., MASK] = -torch.inf
+    nats = -logits.log_softmax(-1).gather(-1, x0[..., None])[..., 0].double() * masked
+    expected = nats.view(8, 4, 4).sum(-1) / torch.tensor([3.0, 4.0, 4.0, 4.0])
+    torch.testing.assert_close(loss.block_nats, expected, rtol=1e-5, atol=1e-6)
+    estimate = (loss.block_nats * torch.tensor([3.0, 4.0, 4.0, 4.0]) / given_noise.rate).sum() / (8 * (LENGTH - 1))
+    assert float(loss.nelbo) == pytest.approx(float(estimate), rel=1e-5)
+
+
+@given(seeds, st.integers(1, 4), st.integers(1, 3))
+@settings(deadline=None, max_examples=30)
+def test_sums_for_the_clip_search_add_up(seed: int, batch: int, blocks: int) -> None:
+    """Over micro-batches, and to numpy's mean and variance; nan blocks do not count."""
+    generator = torch.Generator().manual_seed(seed)
+    nats = torch.rand(2 * batch, blocks, generator=generator, dtype=torch.float64)
+    rate = torch.rand(2 * batch, blocks, generator=generator, dtype=torch.float64).clamp(min=1e-3)
+    nats[0, 0] = torch.nan
+    whole, parts = spread_sums(nats, 1 / rate), spread_sums(nats[:batch], 1 / rate[:batch])
+    torch.testing.assert_close(whole, parts + spread_sums(nats[batch:], 1 / rate[batch:]))
+    values = (nats / rate)[~nats.isnan()].numpy()
+    assert Spread.of(whole).mean == pytest.approx(values.mean())
+    if len(values) > 1:
+        assert Spread.of(whole).variance == pytest.approx(values.var(ddof=1), rel=1e-6, abs=1e-9)
+    moments = moment_sums(nats, rate)
+    assert moments[0].sum() == len(values)
+    assert float(moments[1].sum()) == pytest.approx(values.sum())
+    torch.testing.assert_close(
+        moments, moment_sums(nats[:batch], rate[:batch]) + moment_sums(nats[batch:], rate[batch:])
+    )
+
+
+def test_block_sizes_of_a_mixed_stage_come_up_equally_often() -> None:
+    drawn = [choose_block_size(3, step, (4, 16, 64)) for step in range(3000)]
+    counts = np.array([drawn.count(size) for size in (4, 16, 64)])
+    assert ((counts - 1000) ** 2 / 1000).sum() < 13.8  # chi-square, 2 degrees of freedom, 0.1%
+    assert drawn == [choose_block_size(3, step, (4, 16, 64)) for step in range(3000)]
+    assert choose_block_size(3, 7, (16,)) == 16

@@ -1,0 +1,167 @@
+"""What the values under `objective` must be: schedules, weights, frequencies, clip search, block sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from bd3_ds.config.schema import AR, BD3, SEDD, RunConfig, block_size
+
+SCHEDULES = ("log_linear", "square", "square_root", "logarithmic", "cosine", "gaussian", "bimodal")
+WEIGHTS = ("elbo", "edm", "iddpm", "sigmoid", "fm", "simple")
+CLIP_SEARCHES = ("none", "grid", "moments")
+EXACT_ALWAYS, EXACT_LIMIT = 8, 16  # block sizes scored exactly: any number of tokens, and
+EXACT_TOKENS = 4096  # at most so many
+
+
+def diffusion_choices(run: RunConfig) -> list[tuple[str, str, Iterable[str]]]:
+    """(key, value, known values)."""
+    objective = run.objective
+    return [
+        ("objective.schedule.name", objective.schedule.name, SCHEDULES),
+        ("objective.weight.name", objective.weight.name, WEIGHTS),
+        ("objective.clip_search.method", objective.clip_search.method, CLIP_SEARCHES),
+    ]
+
+
+def diffusion_ranges(run: RunConfig) -> list[str]:
+    """Problems with single values."""
+    objective, schedule, search = run.objective, run.objective.schedule, run.objective.clip_search
+    two, one = schedule.bimodal, schedule.gaussian
+    problems = []
+    if not 0 <= schedule.t_min <= schedule.t_max <= 1 or schedule.t_max == 0:
+        problems.append(
+            f"objective.schedule.t_min={schedule.t_min} and t_max={schedule.t_max} must satisfy "
+            "0 <= t_min <= t_max <= 1 and 0 < t_max"
+        )
+    between = {
+        "objective.schedule.defensive": (schedule.defensive, 0, 1, "[0, 1)"),
+        "objective.schedule.bimodal.w1": (two.w1, 0, 1, "(0, 1)"),
+        "objective.frequency.power": (objective.frequency.power, 0, 1, "[0, 1]"),
+        "objective.clip_search.min_coverage": (search.min_coverage, 0, 1, "[0, 1]"),
+    }
+    problems += [
+        f"{key}={value} must lie in {shown}"
+        for key, (value, low, high, shown) in between.items()
+        if not low <= value <= high or (value == low and shown[0] == "(") or (value == high and shown[-1] == ")")
+    ]
+    means = {"gaussian.mu": one.mu, "bimodal.mu1": two.mu1, "bimodal.mu2": two.mu2}
+    if two.mu2_end is not None:
+        means["bimodal.mu2_end"] = two.mu2_end
+    problems += [
+        f"objective.schedule.{key}={value} must lie in [0, 1]: it is a masking rate"
+        for key, value in means.items()
+        if not 0 <= value <= 1
+    ]
+    widths = {"gaussian.sigma": one.sigma, "bimodal.sigma1": two.sigma1, "bimodal.sigma2": two.sigma2}
+    problems += [
+        f"objective.schedule.{key}={value} must lie in [0.001, 10]: a width on the scale of masking rates"
+        for key, value in widths.items()
+        if not 1e-3 <= value <= 10
+    ]
+    if not math.isfinite(objective.weight.sigmoid_k) or abs(objective.weight.sigmoid_k) > 50:
+        problems.append(f"objective.weight.sigmoid_k={objective.weight.sigmoid_k} must lie in [-50, 50]")
+    if objective.frequency.curriculum_steps < 0:
+        problems.append(
+            f"objective.frequency.curriculum_steps={objective.frequency.curriculum_steps} must not be negative"
+        )
+    for key, number in (("every", search.every), ("sequences", search.sequences)):
+        if number < 1:
+            problems.append(f"objective.clip_search.{key}={number} must be at least 1")
+    problems += [
+        f"objective.clip_search.widths holds {width}; a width lies in (0, 1), such as 0.5"
+        for width in search.widths
+        if not 0 < width < 1
+    ]
+    if run.eval.variance_batches == 1:
+        problems.append("eval.variance_batches=1 has no variance; use 0 (none) or at least 2")
+    return problems
+
+
+def diffusion_shapes(run: RunConfig) -> list[str]:
+    """Problems between values; each is fine by itself."""
+    return [*_block_schedule(run), *_ignored(run), *_search(run)]
+
+
+def _block_schedule(run: RunConfig) -> list[str]:
+    stages, length = run.objective.block_schedule, run.data.length
+    if not stages:
+        return []
+    key = "objective.block_schedule"
+    if run.objective.name != BD3:
+        return [f"{key} belongs to objective.name=bd3, not {run.objective.name}; leave it out"]
+    problems = []
+    if 0 not in stages:
+        problems.append(f"{key} begins at step {min(stages)}; give the block sizes from step 0 on")
+    problems += [
+        f"{key} has the step {step}; steps lie in 0 … train.total_steps - 1 = {run.train.total_steps - 1}"
+        for step in stages
+        if not 0 <= step < run.train.total_steps
+    ]
+    problems += [f"{key} gives no block size at step {step}" for step, sizes in stages.items() if not sizes]
+    problems += [
+        f"{key} has the block size {size} at step {step}; it must divide data.length={length}"
+        for step, sizes in stages.items()
+        for size in sizes
+        if size < 1 or length % size
+    ]
+    last = stages[max(stages)]
+    if not problems and block_size(run) not in last:
+        problems.append(
+            f"objective.block_size={block_size(run)} is what the model is scored and sampled at in the end, but the "
+            f"last stage of {key} trains {', '.join(map(str, last))}; make it one of them"
+        )
+    return problems
+
+
+def _ignored(run: RunConfig) -> list[str]:
+    """Settings that the objective would not look at are mistakes."""
+    objective = run.objective
+    set_ones = {
+        "schedule.name": objective.schedule.name if objective.schedule.name != "log_linear" else None,
+        "schedule.defensive": objective.schedule.defensive or None,
+        "weight.name": objective.weight.name if objective.weight.name != "elbo" else None,
+        "frequency.power": objective.frequency.power or None,
+        "clip_search.method": objective.clip_search.method if objective.clip_search.method != "none" else None,
+    }
+    if objective.name == AR:
+        return [
+            f"objective.{key}={value} is for diffusion; objective.name=ar masks nothing: leave it out"
+            for key, value in set_ones.items()
+            if value is not None
+        ]
+    if objective.name == SEDD and objective.frequency.power:
+        return [
+            f"objective.frequency.power={objective.frequency.power} gives tokens rates of their own, but "
+            "objective.name=sedd is conditioned on one noise level; use bd3 or mdlm"
+        ]
+    return []
+
+
+def _search(run: RunConfig) -> list[str]:
+    schedule, search = run.objective.schedule, run.objective.clip_search
+    if schedule.t_min == schedule.t_max and schedule.defensive > 0:
+        return [
+            f"objective.schedule.t_min=t_max={schedule.t_min} draws a single rate, which has no density to mix with "
+            f"objective.schedule.defensive={schedule.defensive}; make t_min smaller or defensive 0"
+        ]
+    if search.method == "none":
+        return []
+    problems = []
+    if schedule.t_min == schedule.t_max:
+        problems.append(
+            f"objective.clip_search.method={search.method} starts from the interval t_min < t_max, but both are "
+            f"{schedule.t_min}; set objective.schedule.t_min=0.001"
+        )
+    if search.method == "grid" and search.set not in run.eval.sets:
+        known = ", ".join(run.eval.sets) or "none"
+        problems.append(
+            f"objective.clip_search.set={search.set} is not one of eval.sets ({known}); the grid search needs held-out "
+            "text, or use objective.clip_search.method=moments"
+        )
+    if search.method == "moments" and run.objective.frequency.power > 0:
+        problems.append(
+            "objective.clip_search.method=moments takes its moments from plain masks, which "
+            f"objective.frequency.power={run.objective.frequency.power} does not draw; use grid"
+        )
+    return problems

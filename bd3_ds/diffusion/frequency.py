@@ -1,0 +1,41 @@
+"""Frequency-informed masking (Kosmopoulou et al. 2025): rare tokens are masked more often than frequent ones.
+
+Each token of the vocabulary has a rarity in (0, 1], its place when all are ordered from the most to the least frequent.
+Raised to a power in [0, 1] that grows over the curriculum it is the token's wish to be masked, and wishes are moved
+towards 0 or 1 until their mean over the block is the block's rate p. Power 0 is plain masking.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bd3_ds.config.schema import FrequencyConfig
+
+
+def rarity(counts: np.ndarray) -> Tensor:
+    """Rarity [V] fp64 in (0, 1] from how often each token occurs [V]; tokens that occur equally often share theirs."""
+    values, inverse, times = np.unique(-counts.astype(np.int64), return_inverse=True, return_counts=True)
+    last = np.cumsum(times)  # rank of the last token of each group of equals
+    return torch.from_numpy(((last - (times - 1) / 2) / len(counts))[inverse]) if len(values) else torch.empty(0)
+
+
+def power_at(config: FrequencyConfig, step: int) -> float:
+    """The power after `step` optimizer steps: linear from 0 over the curriculum."""
+    if config.curriculum_steps == 0:
+        return config.power
+    return config.power * min(1.0, step / config.curriculum_steps)
+
+
+def token_rates(wish: Tensor, rate: Tensor) -> Tensor:
+    """Masking rates [b, B, L'] of tokens with these wishes in (0, 1], whose mean over a block is its `rate` [b, B].
+
+    Below their mean wish, rates are wishes scaled down; above it, what is left to 1 is scaled down instead, so that all
+    rates stay in [0, 1] and keep their order.
+    """
+    mean = wish.mean(-1, keepdim=True)
+    p = rate[..., None]
+    down = wish * (p / mean)
+    up = 1 - (1 - wish) * ((1 - p) / (1 - mean).clamp(min=1e-300))
+    return torch.where(p <= mean, down, up)

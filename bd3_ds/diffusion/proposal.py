@@ -1,0 +1,92 @@
+"""From a configuration to the proposal that training draws masking rates from, and the weight that goes with a rate.
+
+With q the density of the drawn rates, w(p) = 1 / (p q(p)) makes E_q[w(p) * sum of masked losses] the NELBO integral
+over the rates that q covers (docs/objective.md). Divided by the length of that range it is on the scale of the NELBO
+whatever the range is: a clip that moves during a run does not scale the gradient, and for log-linear time it is 1/t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bd3_ds.config.schema import ScheduleConfig
+from bd3_ds.diffusion import schedule as shapes
+from bd3_ds.diffusion.schedule import Schedule
+
+Interval = tuple[float, float]  # of times t
+DEFENSIVE_MIN = 1e-3  # the defensive share's smallest rate: 1/p has no variance down to 0
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A schedule to draw from, or, without one, the single rate `lowest` = `highest`."""
+
+    schedule: Schedule | None
+    lowest: float
+    highest: float
+
+    @property
+    def covers_all(self) -> bool:
+        """Whether every rate but a thousandth of them can be drawn, so that the training estimate is of the bound."""
+        return self.highest - self.lowest >= 1 - 2e-3
+
+    def rate(self, u: Tensor) -> Tensor:
+        """Masking rates for uniform numbers u in [0, 1); strata of u are strata of the proposal."""
+        u = u.double()
+        return torch.full_like(u, self.lowest) if self.schedule is None else self.schedule.rate(u)
+
+    def weight(self, p: Tensor) -> Tensor:
+        """1 / (p q(p)), over the length of the range that q covers; its limit 1/p for a single rate."""
+        if self.schedule is None:
+            return 1 / p
+        return 1 / (p * self.schedule.density(p) * (self.highest - self.lowest))
+
+    @property
+    def mean_rate(self) -> float:
+        """The expected masked share."""
+        return self.all_masked_share(1)
+
+    def all_masked_share(self, tokens: int) -> float:
+        """The probability that all `tokens` tokens of a block are masked, where sampling starts: E_q[p^tokens]."""
+        u = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+        return float((self.rate(u) ** tokens).mean())
+
+
+def base_schedule(config: ScheduleConfig, progress: float = 0.0) -> Schedule:
+    """The named schedule over all t, after a share `progress` of the training."""
+    if config.name == "gaussian":
+        return shapes.gaussian(config.gaussian.mu, config.gaussian.sigma)
+    if config.name == "bimodal":
+        two = config.bimodal
+        mu2 = two.mu2 if two.mu2_end is None else shapes.moved_mu2(two.mu2, two.mu2_end, progress)
+        return shapes.mixture(
+            (two.w1, shapes.gaussian(two.mu1, two.sigma1)), (1 - two.w1, shapes.gaussian(mu2, two.sigma2))
+        )
+    plain = {
+        "log_linear": shapes.log_linear,
+        "square": lambda: shapes.power(2.0),
+        "square_root": lambda: shapes.power(0.5),
+        "logarithmic": shapes.logarithmic,
+        "cosine": shapes.cosine,
+    }
+    return plain[config.name]()
+
+
+def make_proposal(config: ScheduleConfig, progress: float = 0.0, interval: Interval | None = None) -> Proposal:
+    """The proposal of a checked configuration; `interval` of times stands for its t_min and t_max where one was found.
+
+    The defensive share is mixed in after clipping: it keeps every rate possible and the weight at most 1/(share p).
+    """
+    t_min, t_max = interval or (config.t_min, config.t_max)
+    schedule = base_schedule(config, progress)
+    if t_min == t_max:
+        rate = float(schedule.rate(torch.tensor(t_min, dtype=torch.float64)))
+        return Proposal(None, rate, rate)
+    schedule = shapes.restricted(schedule, t_min, t_max)
+    if config.defensive > 0:
+        everything = shapes.restricted(shapes.log_linear(), DEFENSIVE_MIN, 1.0)
+        schedule = shapes.mixture((1 - config.defensive, schedule), (config.defensive, everything))
+    return Proposal(schedule, schedule.lowest, schedule.highest)

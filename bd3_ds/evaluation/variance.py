@@ -1,0 +1,118 @@
+"""How noisy training is: the variance of a batch's estimate of the bound, and of its gradient, over batches.
+
+Var. NELBO is that of the batch estimate over M batches, sequences and noise both drawn anew, as in the paper's tables.
+The variance of the gradient is the paper's eq. (10):
+
+    1/(M-1) sum_m || g_m - mean g ||^2,    g_m = gradient of the training loss on batch m
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bd3_ds.config.schema import AR, RunConfig, block_size
+from bd3_ds.diffusion.clip_search import Spread, spread_sums
+from bd3_ds.diffusion.frequency import rarity
+from bd3_ds.diffusion.noise import make_noise, mask_draws, stratified_times
+from bd3_ds.diffusion.objective import training_loss
+from bd3_ds.diffusion.proposal import Interval, make_proposal
+from bd3_ds.model.dit import DiT
+from bd3_ds.runtime.rng import Purpose, generator, integer_seed
+
+
+@dataclass(frozen=True)
+class Variances:
+    """Over `batches` batches of `sequences` sequences, in nats per scored token and their squares.
+
+    nelbo: mean of the batch estimates. var_nelbo: their variance, var_nelbo_stderr its standard error (normal batches).
+    var_block: variance of a block's estimate, within all batches; None for AR. var_gradient: eq. (10), None where not
+    asked for.
+    """
+
+    batches: int
+    sequences: int
+    nelbo: float
+    var_nelbo: float
+    var_nelbo_stderr: float
+    var_block: float | None
+    var_gradient: float | None
+
+
+def variances(
+    model: DiT,
+    run: RunConfig,
+    tokens: Tensor,
+    *,
+    batches: int,
+    sequences: int,
+    at_once: int,
+    gradient: bool,
+    seed: int = 0,
+    interval: Interval | None = None,
+    progress: float = 0.0,
+    token_counts: np.ndarray | None = None,
+) -> Variances:
+    """The variances of `run`'s objective under `model`, on batches drawn from tokens [N, L].
+
+    Batch m is `sequences` of the N without repetition; its noise is stratified over it as in training. `at_once`
+    sequences go through the network together. `interval` stands for the configured t_min and t_max. `token_counts` [V]
+    are needed where the run masks by frequency.
+    """
+    assert run.model.mask_id is not None
+    device, size, length = next(model.parameters()).device, block_size(run), tokens.shape[1]
+    sequences = min(sequences, len(tokens))
+    proposal = None if run.objective.name == AR else make_proposal(run.objective.schedule, progress, interval)
+    wishes = None if token_counts is None else rarity(token_counts) ** run.objective.frequency.power
+    noise_seed = integer_seed(seed, Purpose.VARIANCE)
+    estimates: list[float] = []
+    blocks = torch.zeros(3, dtype=torch.float64, device=device)
+    mean, squares = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()], 0.0
+
+    def denoise(x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor) -> Tensor:
+        logits: Tensor = model(x_t, x0, block_size=size, sigma=sigma, at=at)
+        return logits
+
+    for number in range(batches):
+        rows = generator(seed, Purpose.VARIANCE, number).permutation(len(tokens))[:sequences]
+        model.zero_grad(set_to_none=True)
+        estimate = 0.0
+        for start in range(0, sequences, at_once):
+            slots = np.arange(start, min(start + at_once, sequences))
+            x0 = tokens[torch.from_numpy(rows[slots])]
+            noise = None
+            if proposal is not None:
+                u = stratified_times(noise_seed, number, slots, sequences, length // size)
+                draws = mask_draws(noise_seed, number, slots, length)
+                wish = None if wishes is None else wishes[x0]
+                noise = make_noise(u, draws, proposal, run.objective.weight, wish).to(device)
+            with torch.set_grad_enabled(gradient):
+                loss = training_loss(run.objective.name, denoise, x0.to(device), noise, run.model.mask_id)
+            share = len(slots) / sequences
+            estimate += float(loss.nelbo) * share
+            if noise is not None and loss.block_nats is not None:
+                blocks += spread_sums(loss.block_nats, noise.bound_weight)
+            if gradient:
+                (loss.loss * share).backward()
+        estimates.append(estimate)
+        if gradient:
+            for total, parameter in zip(mean, model.parameters(), strict=True):
+                if parameter.grad is not None:
+                    total += parameter.grad.double() / batches
+                    squares += float(parameter.grad.double().square().sum())
+    model.zero_grad(set_to_none=True)
+    variance = float(np.var(estimates, ddof=1))
+    spread = squares - batches * sum(float(total.square().sum()) for total in mean)
+    return Variances(
+        batches=batches,
+        sequences=sequences,
+        nelbo=float(np.mean(estimates)),
+        var_nelbo=variance,
+        var_nelbo_stderr=variance * math.sqrt(2 / (batches - 1)),
+        var_block=None if proposal is None else Spread.of(blocks).variance,
+        var_gradient=spread / (batches - 1) if gradient else None,
+    )

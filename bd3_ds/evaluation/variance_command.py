@@ -1,0 +1,116 @@
+"""`run.py variance EXPORT …`: how noisy an export's training would be under its own schedule, and under others."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bd3_ds.evaluation.options import DEVICES, open_device
+from bd3_ds.evaluation.packs import check_pack, choose_sets
+from bd3_ds.runtime.cli import Parser, at_least_one
+from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.files import require_writable, write_json
+
+if TYPE_CHECKING:
+    from bd3_ds.diffusion.proposal import Interval
+
+FREE = ("objective.schedule.", "objective.weight.", "objective.frequency.")
+
+
+def main(argv: list[str]) -> int:
+    """Check, measure each interval on the same batches, print a table."""
+    options = _parser().parse(argv)
+    if options.batches < 2:
+        raise UserError(f"--batches {options.batches}: a variance needs at least 2 batches")
+    if options.json is not None:
+        require_writable(options.json.resolve().parent)
+    intervals = [_interval(word) for word in options.intervals.split(",")] if options.intervals else [None]
+
+    from bd3_ds.checkpoint.export import find_export
+    from bd3_ds.config.check import check_run
+    from bd3_ds.config.load import override
+    from bd3_ds.data.pack import open_pack, read_token_counts
+
+    export = find_export(options.export)
+    run = override(export.run, options.overrides, FREE)
+    check_run(run, world_size=1)
+    name, directory = next(iter(choose_sets([options.set] if options.set else None, export, None).items()))
+    check_pack(export, name, directory)
+    counts = read_token_counts(run.data.train) if run.objective.frequency.power > 0 else None
+
+    import torch
+
+    from bd3_ds.evaluation.network import load_model
+    from bd3_ds.evaluation.variance import variances
+
+    device = open_device(options.device)
+    tokens = torch.from_numpy(open_pack(directory).all_tokens())
+    model = load_model(export, device)
+    records = []
+    for interval in intervals:
+        measured = variances(
+            model,
+            run,
+            tokens,
+            batches=options.batches,
+            sequences=options.batch,
+            at_once=options.at_once or run.eval.batch,
+            gradient=options.gradients,
+            seed=options.seed,
+            interval=interval,
+            progress=min(1.0, export.step / run.train.total_steps),
+            token_counts=counts,
+        )
+        t_min, t_max = interval or (run.objective.schedule.t_min, run.objective.schedule.t_max)
+        records.append({"set": name, "t_min": t_min, "t_max": t_max, **dataclasses.asdict(measured)})
+    print(
+        f"{export.path} (step {export.step}), schedule {run.objective.schedule.name}, weight "
+        f"{run.objective.weight.name}, {options.batches} batches of {records[0]['sequences']} sequences of {name}"
+    )
+    print(format_variances(records))
+    if options.json is not None:
+        write_json(options.json, records)
+    return 0
+
+
+def format_variances(records: list[dict[str, Any]]) -> str:
+    """One line an interval; nats per token and their squares."""
+    lines = [f"{'t in':>16}  {'Var. NELBO':>22}  {'var of a block':>14}  {'var of gradient':>15}"]
+    for record in records:
+        block, gradient = ("" if record[key] is None else f"{record[key]:.4g}" for key in ("var_block", "var_gradient"))
+        interval = f"[{record['t_min']:g}, {record['t_max']:g}]"
+        nelbo = f"{record['var_nelbo']:.4g} ± {record['var_nelbo_stderr']:.2g}"
+        lines.append(f"{interval:>16}  {nelbo:>22}  {block:>14}  {gradient:>15}".rstrip())
+    return "\n".join(lines)
+
+
+def _interval(word: str) -> Interval:
+    low, dash, high = word.partition("-")
+    try:
+        interval = (float(low), float(high))
+    except ValueError:
+        interval = (1.0, 0.0)
+    if not dash or not 0 <= interval[0] <= interval[1] <= 1 or interval[1] == 0:
+        raise UserError(f"--intervals: '{word}' is not an interval of times within 0 … 1; write 0.3-0.8,0.45-0.95")
+    return interval
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="run.py variance",
+        description="Variance of a batch's NELBO and of its gradient, for an export's schedule and weight or others.",
+    )
+    add = parser.add_argument
+    add("export", metavar="EXPORT", help="directory under RUN_DIR/exports, or RUN_DIR for its newest")
+    add("overrides", nargs="*", metavar="key=value", help=f"other schedules and weights: {'*, '.join(FREE)}*")
+    add("--set", metavar="NAME|NAME=DIR", help="where batches come from (default: the first of the run's eval.sets)")
+    add("--batches", type=at_least_one, default=32, metavar="M", help="default 32")
+    add("--batch", type=at_least_one, default=16, metavar="K", help="sequences of a batch (default 16)")
+    add("--at-once", type=at_least_one, metavar="N", help="sequences of a forward pass (default: the run's eval.batch)")
+    add("--intervals", metavar="A-B,C-D", help="clip intervals to compare, on the same text and random numbers")
+    add("--gradients", action="store_true", help="the variance of the gradient too: a backward pass for each forward")
+    add("--seed", type=int, default=0)
+    add("--device", choices=DEVICES, help="default: cuda where there is a GPU")
+    add("--json", type=Path, metavar="FILE", help="write the records there, full precision")
+    return parser

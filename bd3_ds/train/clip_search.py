@@ -1,0 +1,91 @@
+"""The search for the clip interval inside a run: what every rank computes, and the choice that all of them come to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bd3_ds.config.schema import RunConfig, block_sizes
+from bd3_ds.diffusion.clip_search import Spread, candidates, least, spread_sums
+from bd3_ds.diffusion.noise import make_noise
+from bd3_ds.diffusion.objective import training_loss
+from bd3_ds.diffusion.proposal import Interval, make_proposal
+from bd3_ds.runtime.rng import Purpose, generator
+from bd3_ds.runtime.world import World
+from bd3_ds.train.engine import Engine
+from bd3_ds.train.state import TrainState
+
+
+class ClipSearch:
+    """`held_out` [N, L] are the sequences that the grid method searches on; the moments method needs none."""
+
+    def __init__(self, run: RunConfig, world: World, engine: Engine, mask_id: int, held_out: Tensor | None):
+        self.run = run
+        self.world = world
+        self.engine = engine
+        self.mask_id = mask_id
+        self.held_out = held_out
+
+    def search(self, state: TrainState) -> tuple[TrainState, list[str], dict[str, float]]:
+        """The state with a new interval for each block size being trained, a line about each, and scalars to plot."""
+        lines: list[str] = []
+        scalars: dict[str, float] = {}
+        run = self.run
+        progress = state.step / run.train.total_steps
+        for size in block_sizes(run, state.step):
+            tried = candidates(run.objective.clip_search, run.objective.schedule, size, progress)
+            clip = state.clip(size)
+            if run.objective.clip_search.method == "moments":
+                clip = replace(clip, moments=clip.moments.settled())
+                schedule = run.objective.schedule
+                variances = {each: clip.moments.variance(make_proposal(schedule, progress, each)) for each in tried}
+            else:
+                variances = self._forward(tried, size, state.step, progress)
+            chosen = least(variances)
+            if chosen is None:
+                lines.append(f"clip search, block size {size}: training has not shown enough rates yet")
+            else:
+                clip = replace(clip, interval=chosen)
+                lines.append(
+                    f"clip search, block size {size}: t in [{chosen[0]:g}, {chosen[1]:g}], variance "
+                    f"{variances[chosen]:.4g}; whole interval {variances[tried[0]]:.4g}; {len(tried)} candidates"
+                )
+                scalars |= {
+                    f"clip/{size}/t_min": chosen[0],
+                    f"clip/{size}/t_max": chosen[1],
+                    f"clip/{size}/variance": variances[chosen],
+                    f"clip/{size}/variance_whole": variances[tried[0]],
+                }
+            state = state.with_clip(size, clip)
+        return state, lines, scalars
+
+    @torch.no_grad()
+    def _forward(self, tried: list[Interval], size: int, step: int, progress: float) -> dict[Interval, float]:
+        """Variance of a block's estimate under each interval, with the present weights and common random numbers."""
+        assert self.held_out is not None
+        run, world = self.run, self.world
+        micro, length = run.train.micro_batch, run.data.length
+        per_rank = len(self.held_out) // (micro * world.size) * micro
+        blocks, total = length // size, per_rank * world.size * (length // size)
+        rng = generator(run.seed, Purpose.CLIP_SEARCH, step, size)
+        strata = (rng.permutation(total) + rng.random(total)).reshape(-1, blocks) / total  # [N, B]
+        sums = torch.zeros(len(tried), 3, dtype=torch.float64, device=world.device)
+        self.engine.module.eval()
+        for start in range(0, per_rank, micro):
+            rows = np.arange(start, start + micro) * world.size + world.rank
+            x0 = self.held_out[rows].to(world.device)
+            u = torch.from_numpy(strata[rows])
+            masks = [generator(run.seed, Purpose.CLIP_SEARCH, step, size, 1 + int(row)).random(length) for row in rows]
+            draws = torch.from_numpy(np.stack(masks))
+            for number, interval in enumerate(tried):
+                proposal = make_proposal(run.objective.schedule, progress, interval)
+                noise = make_noise(u, draws, proposal, run.objective.weight).to(world.device)
+                loss = training_loss(run.objective.name, self.engine.denoiser(size), x0, noise, self.mask_id)
+                assert loss.block_nats is not None
+                sums[number] += spread_sums(loss.block_nats, noise.bound_weight)
+        self.engine.module.train()
+        world.sum(sums)
+        return {interval: Spread.of(row).variance for interval, row in zip(tried, sums, strict=True)}

@@ -1,0 +1,62 @@
+"""The picture of `run.py check --plot`: what a run's noise schedule and weight do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bd3_ds.config.schema import RunConfig, block_size
+from bd3_ds.diffusion.proposal import Proposal, make_proposal
+from bd3_ds.diffusion.weighting import loss_weight
+from bd3_ds.runtime.files import share
+
+
+def plot_schedule(run: RunConfig, path: Path) -> None:
+    """Density, weight and masked share as a PNG at `path`; a schedule that moves is drawn at its start and its end."""
+    from matplotlib.figure import Figure
+
+    moves = run.objective.schedule.name == "bimodal" and run.objective.schedule.bimodal.mu2_end is not None
+    stages = {"start": 0.0, "end": 1.0} if moves else {"": 0.0}
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    density, weight, share_of = figure.subplots(1, 3)
+    for number, (name, progress) in enumerate(stages.items()):
+        proposal = make_proposal(run.objective.schedule, progress)
+        style = {"color": f"C{number}", "label": name or run.objective.schedule.name}
+        p, q, bound, loss = curves(run, proposal)
+        density.plot(p, q, **style)
+        weight.plot(p, bound, linestyle=":", color=f"C{number}", label=f"{style['label']}: bound")
+        weight.plot(p, loss, color=f"C{number}", label=f"{style['label']}: loss ({run.objective.weight.name})")
+        count, chance = masked_counts(proposal, block_size(run))
+        share_of.step(count / block_size(run), chance, where="mid", **style)
+        mean = float((count * chance).sum()) / block_size(run)
+        share_of.axvline(mean, color=f"C{number}", linestyle=":", label=f"mean {mean:.3f}")
+    density.set(title="density q(p) of the masking rate", xlabel="masking rate p", ylim=(0, None))
+    weight.set(title="what a masked token counts", xlabel="masking rate p", yscale="log")
+    share_of.set(title=f"masked share of a block of {block_size(run)}", xlabel="masked share", ylabel="probability")
+    for axes in (density, weight, share_of):
+        axes.set_xlim(0, 1)
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(path, format="png", dpi=110)
+    share(path)
+
+
+def curves(run: RunConfig, proposal: Proposal) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rates p that can be drawn, their density, their weight in the bound and in the loss; each [N] fp64."""
+    share = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    p = proposal.lowest + (proposal.highest - proposal.lowest) * share
+    bound = proposal.weight(p)
+    density = torch.ones_like(p) if proposal.schedule is None else proposal.schedule.density(p)
+    return p, density, bound, loss_weight(run.objective.weight, p, bound)
+
+
+def masked_counts(proposal: Proposal, tokens: int) -> tuple[Tensor, Tensor]:
+    """Number of masked tokens of a block, 0 … tokens, and the probability of each under the proposal; fp64."""
+    u = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    p = proposal.rate(u).clamp(1e-12, 1 - 1e-12)
+    count = torch.arange(tokens + 1, dtype=torch.float64)
+    choose = torch.lgamma(torch.tensor(tokens + 1.0)) - torch.lgamma(count + 1) - torch.lgamma(tokens - count + 1)
+    log_chance = choose + count * p[:, None].log() + (tokens - count) * (-p[:, None]).log1p()  # [N, tokens + 1]
+    return count, log_chance.exp().mean(0)
