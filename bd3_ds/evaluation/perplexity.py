@@ -18,7 +18,7 @@ from bd3_ds.data.pack import open_pack
 from bd3_ds.diffusion import likelihood
 from bd3_ds.diffusion.likelihood import Bound
 from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
-from bd3_ds.evaluation.denoisers import causal_logits, conditioned
+from bd3_ds.evaluation.denoisers import causal_logits, conditioned, for_views
 from bd3_ds.evaluation.packs import check_pack
 from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.errors import UserError
@@ -49,15 +49,27 @@ def evaluate_pack(
     """
     manifest = check_pack(export, set_name, str(pack_dir))
     used = estimator_used(export.run, estimator, "estimator")
-    tokens = torch.from_numpy(open_pack(pack_dir).all_tokens(max_chunks))
+    pack = open_pack(pack_dir)
+    tokens = torch.from_numpy(pack.all_tokens(max_chunks))
+    documents = torch.from_numpy(pack.all_documents(max_chunks)) if export.run.data.document_mask else None
     size = block_size(export.run)
     together = _sequences_at_once(used, size, views, batch)
     start = time.perf_counter()
     nats, variance, forwards = [], [], 0
     for first in range(0, len(tokens), together):
-        x0 = tokens[first : first + together].to(device)
+        rows = slice(first, first + together)
         try:
-            bound = bound_of(model, export.run, x0, used, views=views, seed=seed, first_sequence=first, at_once=batch)
+            bound = bound_of(
+                model,
+                export.run,
+                tokens[rows].to(device),
+                used,
+                views=views,
+                seed=seed,
+                first_sequence=first,
+                at_once=batch,
+                documents=None if documents is None else documents[rows].to(device),
+            )
         except torch.cuda.OutOfMemoryError:
             raise UserError(
                 f"set {set_name}: {max(batch, views)} noisy sequences do not fit into the memory of {device}; "
@@ -105,24 +117,26 @@ def bound_of(
     seed: int,
     first_sequence: int = 0,
     at_once: int = 64,
+    documents: Tensor | None = None,
 ) -> Bound:
     """The Bound of tokens x0 [b, L] under the run's objective, by a name that `estimator_used` returned.
 
     Sampled estimators draw by (seed, first_sequence + row), so batching does not matter; `exact` puts `at_once` noisy
-    sequences into a pass.
+    sequences into a pass. With `documents` [b, L], each token's document, tokens see their own document alone.
     """
     mask_id, size = run.model.mask_id, block_size(run)
     assert mask_id is not None
     if run.objective.name == AR:
-        return likelihood.autoregressive(causal_logits(model, x0), x0, mask_id)
+        return likelihood.autoregressive(causal_logits(model, x0, documents), x0, mask_id)
     if run.objective.name == SEDD:
+        by_view = for_views(documents, views)
 
         def score(x_t: Tensor, sigma: Tensor, at: Tensor) -> Tensor:
-            logits: Tensor = model(x_t, block_size=size, sigma=sigma, at=at)
+            logits: Tensor = model(x_t, block_size=size, sigma=sigma, at=at, documents=by_view)
             return logits
 
         return score_entropy_bound(score, x0, mask_id, views, seed, first_sequence)
-    condition = conditioned(model, size)
+    condition = conditioned(model, size, documents)
     if estimator == "exact":
         return likelihood.exact(condition, x0, size, mask_id, at_once)
     sampled = likelihood.stratified if estimator == "stratified" else likelihood.monte_carlo

@@ -32,8 +32,10 @@ def dry_step(model: DiT, run: RunConfig) -> float:
         u = stratified_times(run.seed, 0, slots, 1, length // size)
         noise = Noise(u.to(device), mask_draws(run.seed, 0, slots, length).to(device))
 
+    documents = torch.arange(length, device=device)[None] * 2 // length if run.data.document_mask else None
+
     def denoise(x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor) -> Tensor:
-        logits: Tensor = model(x_t, x0, block_size=size, sigma=sigma, at=at)
+        logits: Tensor = model(x_t, x0, block_size=size, sigma=sigma, at=at, documents=documents)
         return logits
 
     with torch.autocast(device.type, torch.bfloat16, enabled=run.train.precision == "bf16"):

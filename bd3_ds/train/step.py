@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class Stepper:
             torch.manual_seed(integer_seed(self.run.seed, Purpose.DROPOUT, done, micro_step, self.world.rank))
             loss = training_loss(
                 self.run.objective.name,
-                self._denoise,
+                partial(self._denoise, self._documents(batch)),
                 batch.tokens.to(self.world.device, non_blocking=True),
                 self._noise(done, batch),
                 self.schedule,
@@ -91,8 +92,13 @@ class Stepper:
             stop_asked=values[2] > 0,
         )
 
-    def _denoise(self, x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor) -> Tensor:
-        return self.engine(x_t, x0, block_size=self.block_size, sigma=sigma, at=at)
+    def _denoise(
+        self, documents: Tensor | None, x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor
+    ) -> Tensor:
+        return self.engine(x_t, x0, block_size=self.block_size, sigma=sigma, at=at, documents=documents)
+
+    def _documents(self, batch: MicroBatch) -> Tensor | None:
+        return None if batch.documents is None else batch.documents.to(self.world.device, non_blocking=True)
 
     def _noise(self, done: int, batch: MicroBatch) -> Noise | None:
         if self.run.objective.name == AR:
