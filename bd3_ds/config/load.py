@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,8 +151,12 @@ def _merge_words(tree: DictConfig, words: list[str]) -> list[str]:
         try:
             content = OmegaConf.from_dotlist([word])
             OmegaConf.resolve(content)
+        except IndexError:
+            problems.append(f"'{word}' is not an override: '{key}' is no key")
+            continue
         except (YAMLError, OmegaConfBaseException) as error:
-            problems.append(f"'{word}' cannot be read: {' '.join(str(error).split())}")
+            hint = "; YAML wants a space after each ':' in braces" if re.search(r"\{.*:\S", word) else ""
+            problems.append(f"'{word}' cannot be read: {' '.join(str(error).split())}{hint}")
             continue
         # eval.sets.NAME=DIR adds one set; eval.sets={…} gives them all.
         one_of_many = any(key.startswith(known + ".") for known, _ in _types(RunConfig))

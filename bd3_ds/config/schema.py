@@ -35,6 +35,7 @@ class DataConfig:
     shuffle_seed: int
     canonical_nodes: int
     workers: int
+    document_mask: bool
 
 
 @dataclass(frozen=True)

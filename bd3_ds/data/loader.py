@@ -26,16 +26,21 @@ import torch
 from torch import Tensor
 
 from bd3_ds.config.schema import DataConfig
+from bd3_ds.data.pack import document_numbers, read_starts
 from bd3_ds.data.streaming_import import import_streaming
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """tokens [m, L] int64 and their slots [m] in the global batch; `waited` is seconds spent getting it."""
+    """tokens [m, L] int64 and their slots [m] in the global batch; `waited` is seconds spent getting it.
+
+    `documents` [m, L] int64 numbers each token's document in its sequence; None unless data.document_mask.
+    """
 
     tokens: Tensor
     slots: np.ndarray
     waited: float
+    documents: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class Loader:
                     self.dataset,
                     batch_size=self.share.micro_batch,
                     num_workers=self._workers,
-                    collate_fn=stack_tokens,
+                    collate_fn=stack_with_documents if self._data.document_mask else stack_tokens,
                     worker_init_fn=obey_parent_alone,
                     drop_last=True,
                 )
@@ -112,14 +117,22 @@ class Loader:
             for _ in range(left):
                 for micro_step in range(accumulation):
                     start = time.perf_counter()
-                    tokens = next(batches)
-                    yield MicroBatch(tokens, self.share.slots(micro_step), time.perf_counter() - start)
+                    tokens, documents = next(batches)
+                    waited = time.perf_counter() - start
+                    yield MicroBatch(tokens, self.share.slots(micro_step), waited, documents)
                 step += 1
 
 
-def stack_tokens(samples: list[dict[str, Any]]) -> Tensor:
+def stack_tokens(samples: list[dict[str, Any]]) -> tuple[Tensor, None]:
     """Token rows of samples as one int64 tensor [m, L]; streaming's own arrays are read-only, so they are copied."""
-    return torch.from_numpy(np.stack([sample["tokens"] for sample in samples]).astype(np.int64))
+    return torch.from_numpy(np.stack([sample["tokens"] for sample in samples]).astype(np.int64)), None
+
+
+def stack_with_documents(samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Token rows of samples and each token's document (`document_numbers`), both int64 [m, L]."""
+    tokens, _ = stack_tokens(samples)
+    starts = [read_starts(sample["doc_starts"]) for sample in samples]
+    return tokens, torch.from_numpy(document_numbers(starts, tokens.shape[1]))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ the chunk at which a document begins; streaming's array columns cannot be empty,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -192,9 +192,7 @@ class Pack:
 
     def doc_starts(self, i: int) -> np.ndarray:
         """The offsets in chunk i at which a document begins, int64 [number of them]."""
-        import numpy as np
-
-        return np.frombuffer(self._sample(i)["doc_starts"], "<u4").astype("int64")
+        return read_starts(self._sample(i)["doc_starts"])
 
     def all_tokens(self, limit: int | None = None) -> np.ndarray:
         """The first `limit` chunks, or all, int64 [N, L]."""
@@ -205,6 +203,11 @@ class Pack:
         for i in range(count):
             out[i] = self._sample(i)["tokens"]
         return out
+
+    def all_documents(self, limit: int | None = None) -> np.ndarray:
+        """Each token's document (`document_numbers`) in the first `limit` chunks, or all, int64 [N, L]."""
+        count = len(self) if limit is None else min(limit, len(self))
+        return document_numbers([self.doc_starts(i) for i in range(count)], self.manifest.length)
 
     def _sample(self, i: int) -> dict[str, Any]:
         import numpy as np
@@ -230,6 +233,26 @@ class Pack:
         if any(get_hash(name, data) != value for name, value in stored["hashes"].items()):
             raise _damaged(self.directory, file, "does not match its hash")
         return decompress(entry["compression"], data) if entry["zip_data"] else data
+
+
+def read_starts(column: bytes) -> np.ndarray:
+    """The offsets that a chunk's column `doc_starts` holds, int64 [number of them]."""
+    import numpy as np
+
+    return np.frombuffer(column, "<u4").astype("int64")
+
+
+def document_numbers(starts: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """Each token's document in its chunk, int64 [N, length], from the offsets of N chunks at which documents begin.
+
+    A token's number is how many documents have begun up to it; 0 is the end of one that an earlier chunk began.
+    """
+    import numpy as np
+
+    begun = np.zeros((len(starts), length), np.int64)
+    for row, offsets in enumerate(starts):
+        np.add.at(begun[row], offsets, 1)
+    return begun.cumsum(axis=1)
 
 
 def open_pack(directory: str | Path) -> Pack:

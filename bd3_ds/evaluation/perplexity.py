@@ -20,7 +20,7 @@ from bd3_ds.diffusion import likelihood
 from bd3_ds.diffusion.likelihood import Bound
 from bd3_ds.diffusion.report_estimator import report_rates
 from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
-from bd3_ds.evaluation.denoisers import causal_logits, conditioned
+from bd3_ds.evaluation.denoisers import causal_logits, conditioned, for_views
 from bd3_ds.evaluation.packs import check_pack
 from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.errors import UserError
@@ -51,7 +51,9 @@ def evaluate_pack(
     token) and `report_ppl` = its exp, which the project's report printed, to the stratified bound.
     """
     manifest = check_pack(export, set_name, str(pack_dir))
-    tokens = torch.from_numpy(open_pack(pack_dir).all_tokens(max_chunks))
+    pack = open_pack(pack_dir)
+    tokens = torch.from_numpy(pack.all_tokens(max_chunks))
+    documents = torch.from_numpy(pack.all_documents(max_chunks)) if export.run.data.document_mask else None
     scored = len(tokens) * (manifest.length - 1)
     used = estimator_used(export.run, estimator, "estimator", scored)
     size = block_size(export.run)
@@ -59,9 +61,20 @@ def evaluate_pack(
     start = time.perf_counter()
     nats, variance, forwards, reported = [], [], 0, 0.0
     for first in range(0, len(tokens), together):
-        x0 = tokens[first : first + together].to(device)
+        rows = slice(first, first + together)
+        x0, parts = tokens[rows].to(device), None if documents is None else documents[rows].to(device)
         try:
-            bound = bound_of(model, export.run, x0, used, views=views, seed=seed, first_sequence=first, at_once=batch)
+            bound = bound_of(
+                model,
+                export.run,
+                x0,
+                used,
+                views=views,
+                seed=seed,
+                first_sequence=first,
+                at_once=batch,
+                documents=parts,
+            )
         except torch.cuda.OutOfMemoryError:
             raise UserError(
                 f"set {set_name}: {max(batch, views)} noisy sequences do not fit into the memory of {device}; "
@@ -71,7 +84,7 @@ def evaluate_pack(
         variance.append(bound.variance.double().cpu())
         forwards += bound.forwards
         if used == "report":
-            reported += report_loss(model, export, x0, views=views, seed=seed, first_sequence=first)
+            reported += report_loss(model, export, x0, views=views, seed=seed, first_sequence=first, documents=parts)
         if progress is not None:
             progress(min(first + together, len(tokens)), len(tokens))
     by_sequence = torch.cat(nats)
@@ -111,24 +124,26 @@ def bound_of(
     seed: int,
     first_sequence: int = 0,
     at_once: int = 64,
+    documents: Tensor | None = None,
 ) -> Bound:
     """The Bound of tokens x0 [b, L] under the run's objective, by a name that `estimator_used` returned.
 
     Sampled estimators draw by (seed, first_sequence + row), so batching does not matter; `exact` puts `at_once` noisy
-    sequences into a pass.
+    sequences into a pass. With `documents` [b, L], each token's document, tokens see their own document alone.
     """
     mask_id, size = run.model.mask_id, block_size(run)
     assert mask_id is not None
     if run.objective.name == AR:
-        return likelihood.autoregressive(causal_logits(model, x0), x0, mask_id)
+        return likelihood.autoregressive(causal_logits(model, x0, documents), x0, mask_id)
     if run.objective.name == SEDD:
+        by_view = for_views(documents, views)
 
         def score(x_t: Tensor, sigma: Tensor, at: Tensor) -> Tensor:
-            logits: Tensor = model(x_t, block_size=size, sigma=sigma, at=at)
+            logits: Tensor = model(x_t, block_size=size, sigma=sigma, at=at, documents=by_view)
             return logits
 
         return score_entropy_bound(score, x0, mask_id, views, seed, first_sequence)
-    condition = conditioned(model, size)
+    condition = conditioned(model, size, documents)
     if estimator == "exact":
         return likelihood.exact(condition, x0, size, mask_id, at_once)
     sampled = likelihood.monte_carlo if estimator == "mc" else likelihood.stratified
@@ -136,13 +151,22 @@ def bound_of(
 
 
 @torch.no_grad()
-def report_loss(model: DiT, export: Export, x0: Tensor, *, views: int, seed: int, first_sequence: int = 0) -> float:
+def report_loss(
+    model: DiT,
+    export: Export,
+    x0: Tensor,
+    *,
+    views: int,
+    seed: int,
+    first_sequence: int = 0,
+    documents: Tensor | None = None,
+) -> float:
     """The summed validation loss of tokens x0 [b, L] as the project's report took it, in nats; not a bound."""
     run = export.run
     assert run.model.mask_id is not None
     size = block_size(run)
     draw = partial(report_rates, objective=run.objective, progress=export.step / run.train.total_steps)
-    condition = conditioned(model, size)
+    condition = conditioned(model, size, documents)
     return likelihood.monte_carlo(condition, x0, size, run.model.mask_id, views, seed, first_sequence, draw).total
 
 

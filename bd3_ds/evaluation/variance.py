@@ -21,7 +21,7 @@ from bd3_ds.diffusion.frequency import rarity
 from bd3_ds.diffusion.noise import make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import Interval, make_proposal
-from bd3_ds.model.dit import DiT
+from bd3_ds.model.dit import DiT, as_denoiser
 from bd3_ds.runtime.rng import Purpose, generator, integer_seed
 
 
@@ -47,6 +47,7 @@ def variances(
     model: DiT,
     run: RunConfig,
     tokens: Tensor,
+    documents: Tensor | None = None,
     *,
     batches: int,
     sequences: int,
@@ -57,7 +58,7 @@ def variances(
     progress: float = 0.0,
     token_counts: np.ndarray | None = None,
 ) -> Variances:
-    """The variances of `run`'s objective under `model`, on batches drawn from tokens [N, L].
+    """The variances of `run`'s objective under `model`, on batches drawn from tokens [N, L] of these documents [N, L].
 
     Batch m is `sequences` of the N without repetition; its noise is stratified over it as in training. `at_once`
     sequences go through the network together. `interval` stands for the configured t_min and t_max. `token_counts` [V]
@@ -73,17 +74,15 @@ def variances(
     blocks = torch.zeros(3, dtype=torch.float64, device=device)
     mean, squares = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()], 0.0
 
-    def denoise(x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor) -> Tensor:
-        logits: Tensor = model(x_t, x0, block_size=size, sigma=sigma, at=at)
-        return logits
-
     for number in range(batches):
         rows = generator(seed, Purpose.VARIANCE, number).permutation(len(tokens))[:sequences]
         model.zero_grad(set_to_none=True)
         estimate = 0.0
         for start in range(0, sequences, at_once):
             slots = np.arange(start, min(start + at_once, sequences))
-            x0 = tokens[torch.from_numpy(rows[slots])]
+            chosen = torch.from_numpy(rows[slots])
+            x0, parts = tokens[chosen], None if documents is None else documents[chosen].to(device)
+            denoiser = as_denoiser(model, size, parts)
             noise = None
             if proposal is not None:
                 u = stratified_times(noise_seed, number, slots, sequences, length // size)
@@ -91,7 +90,7 @@ def variances(
                 wish = None if wishes is None else wishes[x0]
                 noise = make_noise(u, draws, proposal, run.objective.weight, wish).to(device)
             with torch.set_grad_enabled(gradient):
-                loss = training_loss(run.objective.name, denoise, x0.to(device), noise, run.model.mask_id)
+                loss = training_loss(run.objective.name, denoiser, x0.to(device), noise, run.model.mask_id)
             share = len(slots) / sequences
             estimate += float(loss.nelbo) * share
             if noise is not None and loss.block_nats is not None:

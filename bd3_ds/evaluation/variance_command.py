@@ -45,7 +45,9 @@ def main(argv: list[str]) -> int:
     from bd3_ds.evaluation.variance import variances
 
     device = open_device(options.device)
-    tokens = torch.from_numpy(open_pack(directory).all_tokens())
+    pack = open_pack(directory)
+    tokens = torch.from_numpy(pack.all_tokens())
+    documents = torch.from_numpy(pack.all_documents()) if run.data.document_mask else None
     model = load_model(export, device)
     records = []
     for interval in intervals:
@@ -53,6 +55,7 @@ def main(argv: list[str]) -> int:
             model,
             run,
             tokens,
+            documents,
             batches=options.batches,
             sequences=options.batch,
             at_once=options.at_once or run.eval.batch,

@@ -216,11 +216,12 @@ class Worker:
         from bd3_ds.data.pack import open_pack, read_token_counts
         from bd3_ds.evaluation.variance import variances
 
-        run = model.run
+        run, pack = model.run, open_pack(wanted.sets[name])
         measured = variances(
             model.network,
             run,
-            torch.from_numpy(open_pack(wanted.sets[name]).all_tokens(wanted.max_chunks)),
+            torch.from_numpy(pack.all_tokens(wanted.max_chunks)),
+            torch.from_numpy(pack.all_documents(wanted.max_chunks)) if run.data.document_mask else None,
             batches=wanted.variance_batches,
             sequences=wanted.batch,
             at_once=wanted.batch,

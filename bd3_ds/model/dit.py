@@ -8,6 +8,7 @@ Written as if there were one device. Three ways in:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from bd3_ds.model.kv_cache import KVCache
 from bd3_ds.model.layers import Head, Layer, TimeEmbedding
-from bd3_ds.model.masks import pass_mask
+from bd3_ds.model.masks import AttentionMask, pass_mask
 from bd3_ds.model.rope import rotary_angles
 
 
@@ -33,6 +34,17 @@ class Network:
     dropout: float = 0.0
     rope_base: float = 10_000.0
     attention: str = "auto"
+
+
+def as_denoiser(
+    network: Callable[..., Tensor], block_size: int, documents: Tensor | None = None
+) -> Callable[..., Tensor]:
+    """A DiT, or what runs one, as the objectives call it: (x_t, x0, sigma=, at=) -> logits [N, V]."""
+
+    def denoise(x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor) -> Tensor:
+        return network(x_t, x0, block_size=block_size, sigma=sigma, at=at, documents=documents)
+
+    return denoise
 
 
 class DiT(nn.Module):
@@ -66,19 +78,24 @@ class DiT(nn.Module):
         block_size: int,
         sigma: Tensor | None = None,
         at: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, L, V] of the noisy tokens x_t [B, L], seen with the clean tokens x0 [B, L] of earlier blocks.
 
         Causal networks take the clean tokens as x_t and no x0; a single block (block_size = L) needs no x0 either.
         sigma [B] is the noise level where the network is conditioned on it, else None (zero). With `at` [B, L] boolean
-        the head runs at its N true places alone and [N, V] comes back, in the order of `at.nonzero()`.
+        the head runs at its N true places alone and [N, V] comes back, in the order of `at.nonzero()`. `documents`
+        [B, L] numbers each token's document: tokens then see their own alone.
         """
         clean = x0 if x0 is not None and block_size < x_t.shape[1] and not self.network.causal else None
-        return self._run(x_t, clean, block_size=block_size, sigma=sigma, at=at)
+        return self._run(x_t, clean, block_size=block_size, sigma=sigma, at=at, documents=documents)
 
-    def encode(self, x0: Tensor, cache: KVCache, *, block_size: int) -> KVCache:
-        """Append the clean tokens x0 [B, T], whole blocks, to `cache`; no logits."""
-        self._run(None, x0, block_size=block_size, cache=cache)
+    def encode(self, x0: Tensor, cache: KVCache, *, block_size: int, documents: Tensor | None = None) -> KVCache:
+        """Append the clean tokens x0 [B, T], whole blocks, to `cache`; no logits.
+
+        `documents` [B, L] is about the whole text from position 0 on, cached tokens included.
+        """
+        self._run(None, x0, block_size=block_size, cache=cache, documents=documents)
         return cache
 
     def decode(
@@ -90,12 +107,16 @@ class DiT(nn.Module):
         block_size: int,
         sigma: Tensor | None = None,
         at: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Logits of `tokens` [B, T] at text positions start, start + 1, …, seen with the cached clean text.
 
-        Noisy tokens leave the cache as it is; a causal network's tokens are clean and join it.
+        Noisy tokens leave the cache as it is; a causal network's tokens are clean and join it. `documents` as for
+        `encode`.
         """
-        return self._run(tokens, None, block_size=block_size, sigma=sigma, at=at, cache=cache, start=start)
+        return self._run(
+            tokens, None, block_size=block_size, sigma=sigma, at=at, cache=cache, start=start, documents=documents
+        )
 
     def _run(
         self,
@@ -107,6 +128,7 @@ class DiT(nn.Module):
         at: Tensor | None = None,
         cache: KVCache | None = None,
         start: int | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """One pass over `first` (noisy; clean if causal) and `clean` tokens; logits of `first`."""
         past = len(cache) if cache is not None else 0
@@ -117,8 +139,12 @@ class DiT(nn.Module):
         tokens = torch.cat([part for part in (first, clean) if part is not None], dim=1)  # [B, T]
         begin = past if start is None else start
 
-        mask = pass_mask(noisy_count, clean_count, begin, past, block_size, False, tokens.device)
-        final = pass_mask(noisy_count, clean_count, begin, past, block_size, noisy_count > 0, tokens.device)
+        def mask_of(noisy_queries_only: bool) -> AttentionMask:
+            rule = pass_mask(noisy_count, clean_count, begin, past, block_size, noisy_queries_only, tokens.device)
+            return rule if documents is None else rule.within(documents)
+
+        mask = mask_of(noisy_queries_only=False)
+        final = mask_of(noisy_queries_only=True) if noisy_count and clean_count else mask
         position = mask.queries.position
         cos, sin = rotary_angles(position, self.network.hidden_size // self.network.heads, self.network.rope_base)
         cond = self._condition(sigma, tokens.device)

@@ -10,7 +10,8 @@ def training_flops_per_sequence(network: Network, objective: str, length: int, b
     """Forward and backward (3 x forward) on one sequence of `length` clean tokens; recomputation is not counted.
 
     A product of [m, k] and [k, n] costs 2 m k n. The head runs where a loss is due: everywhere for AR, at half of the
-    tokens for masked diffusion (the mean masking rate of the log-linear schedule).
+    tokens for masked diffusion (the mean masking rate of the log-linear schedule). Pairs that only data.document_mask
+    hides depend on the text and are counted.
     """
     width = network.hidden_size
     attention_weights, mlp_weights = 4 * width**2, 2 * network.mlp_ratio * width**2

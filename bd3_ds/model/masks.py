@@ -6,6 +6,7 @@ A packed sequence holds noisy tokens (of one or more views) and clean tokens; ea
   - if it is clean, the clean tokens of its own block.
 With block size 1 and clean tokens alone this is a causal mask (AR); with one block and noisy tokens alone it hides
 nothing (MDLM, SEDD); noisy and clean together it is the block-diffusion mask of Arriola et al. 2025, figure 2.
+Where the text is packed from several documents, the rule may be narrowed to each document (`AttentionMask.within`).
 """
 
 from __future__ import annotations
@@ -54,26 +55,40 @@ def may_attend(queries: Places, keys: Places) -> Tensor:
 
 
 class AttentionMask:
-    """The rule for fixed places, in the forms that the attention backends want; each is made once."""
+    """The rule for fixed places, in the forms that the attention backends want; each is made once.
 
-    def __init__(self, queries: Places, keys: Places):
+    `documents` [B, L], the document's number at each text position of B rows, hides all other documents as well.
+    """
+
+    def __init__(self, queries: Places, keys: Places, documents: Tensor | None = None):
         self.queries = queries
         self.keys = keys
+        self.documents = documents
+
+    def within(self, documents: Tensor) -> AttentionMask:
+        """The same rule for B rows of documents [B, L]: a token sees none but its own document."""
+        return AttentionMask(self.queries, self.keys, documents)
 
     @cached_property
     def dense(self) -> Tensor:
-        """Boolean [Q, K]."""
-        return may_attend(self.queries, self.keys)
+        """Boolean [Q, K], with documents [B, 1, Q, K]."""
+        rule = may_attend(self.queries, self.keys)
+        if self.documents is None:
+            return rule
+        q_document, k_document = self._documents_of(self.documents)
+        return (rule & (q_document[:, :, None] == k_document[:, None, :]))[:, None]
 
     @cached_property
     def is_full(self) -> bool:
-        """Nothing is hidden."""
-        return bool(self.dense.all())
+        """Nothing is hidden, whatever the row."""
+        return self.documents is None and bool(self.dense.all())
 
     @cached_property
     def is_causal(self) -> bool:
-        """The lower triangle, exactly."""
-        return len(self.queries) == len(self.keys) and torch.equal(self.dense, torch.ones_like(self.dense).tril())
+        """The lower triangle, exactly, whatever the row."""
+        if self.documents is not None or len(self.queries) != len(self.keys):
+            return False
+        return torch.equal(self.dense, torch.ones_like(self.dense).tril())
 
     @cached_property
     def flex(self) -> object:
@@ -86,7 +101,19 @@ class AttentionMask:
             own_block = (q.view[i] == k.view[j]) & (q.block[i] == k.block[j])
             return own_block | ((k.view[j] == CLEAN) & (k.block[j] < q.block[i]))
 
-        return create_block_mask(rule, None, None, len(q), len(k), device=str(q.view.device))
+        device = str(q.view.device)
+        if self.documents is None:
+            return create_block_mask(rule, None, None, len(q), len(k), device=device)
+        q_document, k_document = self._documents_of(self.documents)
+
+        def rule_within(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return rule(batch, head, i, j) & (q_document[batch, i] == k_document[batch, j])
+
+        return create_block_mask(rule_within, len(q_document), None, len(q), len(k), device=device)
+
+    def _documents_of(self, documents: Tensor) -> tuple[Tensor, Tensor]:
+        """The document's number of each query [B, Q] and key [B, K]."""
+        return documents[:, self.queries.position], documents[:, self.keys.position]
 
 
 @lru_cache(maxsize=64)

@@ -125,9 +125,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
     peak = torch.tensor(peak_flops(world.device, run.train.precision), device=world.device, dtype=torch.float64)
     search = run.objective.clip_search
     counts = read_token_counts(run.data.train) if run.objective.frequency.power > 0 else None
-    held_out = None
-    if search.method == "grid":
-        held_out = torch.from_numpy(open_pack(run.eval.sets[search.set]).all_tokens(search.sequences))
+    held_out = open_pack(run.eval.sets[search.set]) if search.method == "grid" else None
     return Trainer(
         run=run,
         world=world,

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bd3_ds.config.schema import RunConfig, block_sizes
+from bd3_ds.data.pack import Pack
 from bd3_ds.diffusion.clip_search import Spread, candidates, least, spread_sums
 from bd3_ds.diffusion.noise import make_noise
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import Interval, make_proposal
+from bd3_ds.model.dit import as_denoiser
 from bd3_ds.runtime.rng import Purpose, generator
 from bd3_ds.runtime.world import World
 from bd3_ds.train.engine import Engine
@@ -20,14 +21,18 @@ from bd3_ds.train.state import TrainState
 
 
 class ClipSearch:
-    """`held_out` [N, L] are the sequences that the grid method searches on; the moments method needs none."""
+    """`held_out` is the pack that the grid method searches on; the moments method needs none."""
 
-    def __init__(self, run: RunConfig, world: World, engine: Engine, mask_id: int, held_out: Tensor | None):
+    def __init__(self, run: RunConfig, world: World, engine: Engine, mask_id: int, held_out: Pack | None):
         self.run = run
         self.world = world
         self.engine = engine
         self.mask_id = mask_id
-        self.held_out = held_out
+        self._tokens = self._documents = None
+        if held_out is not None:
+            self._tokens = torch.from_numpy(held_out.all_tokens(run.objective.clip_search.sequences))
+            if run.data.document_mask:
+                self._documents = torch.from_numpy(held_out.all_documents(run.objective.clip_search.sequences))
 
     def search(self, state: TrainState) -> tuple[TrainState, list[str], dict[str, float]]:
         """The state with a new interval for each block size being trained, a line about each, and scalars to plot."""
@@ -65,10 +70,10 @@ class ClipSearch:
     @torch.no_grad()
     def _forward(self, tried: list[Interval], size: int, step: int, progress: float) -> dict[Interval, float]:
         """Variance of a block's estimate under each interval, with the present weights and common random numbers."""
-        assert self.held_out is not None
+        assert self._tokens is not None
         run, world = self.run, self.world
         micro, length = run.train.micro_batch, run.data.length
-        per_rank = len(self.held_out) // (micro * world.size) * micro
+        per_rank = len(self._tokens) // (micro * world.size) * micro
         blocks, total = length // size, per_rank * world.size * (length // size)
         rng = generator(run.seed, Purpose.CLIP_SEARCH, step, size)
         strata = (rng.permutation(total) + rng.random(total)).reshape(-1, blocks) / total  # [N, B]
@@ -76,14 +81,16 @@ class ClipSearch:
         self.engine.module.eval()
         for start in range(0, per_rank, micro):
             rows = np.arange(start, start + micro) * world.size + world.rank
-            x0 = self.held_out[rows].to(world.device)
+            x0 = self._tokens[rows].to(world.device)
+            documents = None if self._documents is None else self._documents[rows].to(world.device)
+            denoiser = as_denoiser(self.engine, size, documents)
             u = torch.from_numpy(strata[rows])
             masks = [generator(run.seed, Purpose.CLIP_SEARCH, step, size, 1 + int(row)).random(length) for row in rows]
             draws = torch.from_numpy(np.stack(masks))
             for number, interval in enumerate(tried):
                 proposal = make_proposal(run.objective.schedule, progress, interval)
                 noise = make_noise(u, draws, proposal, run.objective.weight).to(world.device)
-                loss = training_loss(run.objective.name, self.engine.denoiser(size), x0, noise, self.mask_id)
+                loss = training_loss(run.objective.name, denoiser, x0, noise, self.mask_id)
                 assert loss.block_nats is not None
                 sums[number] += spread_sums(loss.block_nats, noise.bound_weight)
         self.engine.module.train()

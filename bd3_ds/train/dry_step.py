@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bd3_ds.config.schema import AR, RunConfig, block_sizes
 from bd3_ds.diffusion.noise import choose_block_size, make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.model.build import initialise
-from bd3_ds.model.dit import DiT
+from bd3_ds.model.dit import DiT, as_denoiser
 from bd3_ds.parallel.apply import recompute_layers
 from bd3_ds.runtime.rng import Purpose, generator
 
@@ -33,12 +32,10 @@ def dry_step(model: DiT, run: RunConfig) -> float:
         proposal = make_proposal(run.objective.schedule)
         noise = make_noise(u, mask_draws(run.seed, 0, slots, length), proposal, run.objective.weight).to(device)
 
-    def denoise(x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor) -> Tensor:
-        logits: Tensor = model(x_t, x0, block_size=size, sigma=sigma, at=at)
-        return logits
+    documents = torch.arange(length, device=device)[None] * 2 // length if run.data.document_mask else None
 
     with torch.autocast(device.type, torch.bfloat16, enabled=run.train.precision == "bf16"):
         x0 = torch.from_numpy(tokens).to(device)
-        loss = training_loss(run.objective.name, denoise, x0, noise, run.model.mask_id)
+        loss = training_loss(run.objective.name, as_denoiser(model, size, documents), x0, noise, run.model.mask_id)
     loss.loss.backward()
     return float(loss.loss.detach())

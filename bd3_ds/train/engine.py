@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from bd3_ds.config.ds_json import complete_ds_json, zero_stage
 from bd3_ds.config.schema import RunConfig
-from bd3_ds.diffusion.objective import Denoiser
 from bd3_ds.model.build import without_decay
 from bd3_ds.runtime.world import World
 
@@ -62,14 +61,6 @@ class Engine:
         with torch.autocast(self.world.device.type, torch.bfloat16) if self._autocast else nullcontext():
             output: Tensor = self._deepspeed(*args, **kwargs)
         return output
-
-    def denoiser(self, block_size: int) -> Denoiser:
-        """The network as the objectives want it, at one block size."""
-
-        def denoise(x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor) -> Tensor:
-            return self(x_t, x0, block_size=block_size, sigma=sigma, at=at)
-
-        return denoise
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of one micro-batch's loss; DeepSpeed averages over micro-batches and ranks."""

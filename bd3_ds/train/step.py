@@ -17,6 +17,7 @@ from bd3_ds.diffusion.frequency import power_at, rarity
 from bd3_ds.diffusion.noise import Noise, choose_block_size, make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import BINS, training_loss
 from bd3_ds.diffusion.proposal import Interval, Proposal, make_proposal
+from bd3_ds.model.dit import as_denoiser
 from bd3_ds.runtime.rng import Purpose, integer_seed
 from bd3_ds.runtime.world import World
 from bd3_ds.train.ema import Ema
@@ -86,7 +87,7 @@ class Stepper:
             noise = self._noise(done, batch, size, proposal)
             loss = training_loss(
                 run.objective.name,
-                self.engine.denoiser(size),
+                as_denoiser(self.engine, size, self._documents(batch)),
                 batch.tokens.to(self.world.device, non_blocking=True),
                 noise,
                 self.mask_id,
@@ -120,6 +121,9 @@ class Stepper:
             waited=waited,
             stop_asked=values[2] > 0,
         )
+
+    def _documents(self, batch: MicroBatch) -> Tensor | None:
+        return None if batch.documents is None else batch.documents.to(self.world.device, non_blocking=True)
 
     def _noise(self, done: int, batch: MicroBatch, size: int, proposal: Proposal | None) -> Noise | None:
         if proposal is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import run as entry
@@ -343,6 +343,7 @@ ASSIGNMENTS = st.builds("{}={}".format, st.sampled_from(["optim.lr", "eval.sets"
 
 
 @given(st.lists(WORDS | ASSIGNMENTS, max_size=3))
+@example(["[=1"])
 @settings(max_examples=60, deadline=None)
 def test_no_override_crashes(words: list[str]) -> None:
     """Whatever the words: a configuration or a UserError."""
