@@ -1,9 +1,9 @@
-"""Schedules, weights, clips, frequencies and block-size schedules on real text: the true bound and the variances of each.
+"""Schedules, weights, clips, frequencies, block-size schedules on real text: the true bound and the variances of each.
 
     python -m benchmarks.ablations [--steps 150] [--seeds 1,2,3] [--only log_linear,edm] [--jobs 2] [--json FILE]
 
-Each variant fine-tunes the same pretrained full-diffusion model (that of `./run.sh`; --init) with L' = 4, as the paper's
-tables do, and is scored by the one bound, exactly, on the same held-out sequences. Variances are those of its own
+Each variant fine-tunes the same pretrained full-diffusion model (that of `./run.sh`; --init) with L' = 4, as in the
+paper's tables, and is scored by the one bound, exactly, on the same held-out sequences. Variances are those of its own
 schedule and weight at its last export. A run that has its result is not run again. On a GPU, raise --steps (the report
 takes 1,000 to 10,000) and name a larger --recipe and --init.
 """
