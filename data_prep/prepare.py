@@ -71,10 +71,10 @@ def main(argv: list[str]) -> int:
 
     tokenizer = load_tokenizer(options.tokenizer)
     settings = _settings(options, source, tokenizer, length, limit)
-    if _already_there(out, settings, options.overwrite):
+    if already_there(out, settings, options.overwrite):
         return 0
     manifest = prepare(source, tokenizer, out, settings, workers, options.overwrite)
-    _report(manifest, out)
+    report(manifest, out)
     return 0
 
 
@@ -296,7 +296,7 @@ def _settings(
     }
 
 
-def _already_there(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
+def already_there(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     """Whether `out` is this very pack; raises UserError for anything else there that may not be replaced."""
     from bd3_ds.data.pack import MANIFEST, read_index, read_manifest
     from bd3_ds.runtime.files import require_writable
@@ -320,11 +320,12 @@ def _already_there(out: Path, settings: dict[str, Any], overwrite: bool) -> bool
         )
     read_index(out)
     print(f"{out} already holds this pack; nothing to do")
-    _report(manifest, out)
+    report(manifest, out)
     return True
 
 
-def _report(manifest: Manifest, out: Path) -> None:
+def report(manifest: Manifest, out: Path) -> None:
+    """Print what a pack holds."""
     print(
         f"{out}: {manifest.documents} documents, {manifest.tokens} tokens, {manifest.bytes} bytes, "
         f"{manifest.chunks} chunks of {manifest.length}, {manifest.dropped_tokens} tokens dropped, "

@@ -13,9 +13,15 @@ import pytest
 from bd3_ds.data.pack import read_manifest
 from bd3_ds.data.tokenizer import number_tokenizer
 from bd3_ds.runtime.errors import UserError, run_command
-from data_prep import prepare, train_tokenizer, verify
+from data_prep import prepare, synthetic, train_tokenizer, verify
 
-COMMANDS = {"prepare": prepare.main, "verify": verify.main, "train_tokenizer": train_tokenizer.main}
+COMMANDS = {
+    "prepare": prepare.main,
+    "synthetic": synthetic.main,
+    "train_tokenizer": train_tokenizer.main,
+    "verify": verify.main,
+}
+CHAIN = "--symbols 8 --length 16 --chunks 4 --out {0}/out"
 GOOD = "--source {0}/good.txt --tokenizer {0}/tok --length 8 --workers 1 --out {0}/out"
 
 CASES = [
@@ -70,6 +76,16 @@ CASES = [
     ),
     ("train_tokenizer", "--source {0}/empty.txt --vocab-size 400 --out {0}/sp", ["holds no text"]),
     ("train_tokenizer", "--source {0}/good.txt --vocab-size 400 --out {0}/folder", ["not a tokenizer directory"]),
+    ("synthetic", "", ["--length", "--chunks", "--out"]),
+    ("synthetic", CHAIN + " --sead 2", ["--sead", "did you mean '--seed'?"]),
+    ("synthetic", CHAIN.replace("--symbols 8", "--symbols 1"), ["--symbols 1", "at least 2"]),
+    ("synthetic", CHAIN.replace("--symbols 8", "--symbols 5000"), ["--symbols 5000", "at most 1024"]),
+    ("synthetic", CHAIN.replace("--length 16", "--length 3"), ["--length 3", "at least 4"]),
+    ("synthetic", CHAIN.replace("--chunks 4", "--chunks many"), ["--chunks many", "whole number"]),
+    ("synthetic", CHAIN + " --seed -1", ["--seed -1", "at least 0"]),
+    ("synthetic", CHAIN + " --part 99999999999999999999", ["--part 99999999999999999999", "at most"]),
+    ("synthetic", CHAIN.replace("{0}/out", "{0}/folder"), ["not a data pack", "never overwritten"]),
+    ("synthetic", CHAIN.replace("{0}/out", "gs://bucket/pack"), ["gs://bucket/pack", "local directories"]),
 ]
 
 
