@@ -91,17 +91,21 @@ def spread_sums(block_nats: Tensor, weight: Tensor) -> Tensor:
 
 
 def moment_sums(block_nats: Tensor, rate: Tensor) -> Tensor:
-    """[3, RATE_BINS]: blocks, sum and sum of squares of nats / rate, by the block's rate; arguments as above."""
+    """[3, RATE_BINS]: blocks, sums of nats / rate and of nats^2 / rate, by the block's rate; arguments as above.
+
+    Both are of order 1 down to rate 0 (a block of L' tokens has nats^2 of order rate / L' there), so that their means
+    stand for a whole bin.
+    """
     known = ~block_nats.isnan() & (rate > 0)
-    value = (block_nats / rate)[known]
-    index = (rate[known] * RATE_BINS).long().clamp(max=RATE_BINS - 1)
-    sums = torch.zeros(3, RATE_BINS, dtype=torch.float64, device=value.device)
-    return sums.index_add_(1, index, torch.stack([torch.ones_like(value), value, value.square()]))
+    nats, p = block_nats[known], rate[known]
+    index = (p * RATE_BINS).long().clamp(max=RATE_BINS - 1)
+    sums = torch.zeros(3, RATE_BINS, dtype=torch.float64, device=p.device)
+    return sums.index_add_(1, index, torch.stack([torch.ones_like(p), nats / p, nats.square() / p]))
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What training has seen of a block size: per bin of rates the mean of nats / rate and of its square, and `fresh`.
+    """What training has seen of a block size: per bin of rates the means that `moment_sums` sums, and `fresh`.
 
     Sums since the last search replace a bin's means once there are ENOUGH blocks; a bin that the present interval never
     shows keeps its last ones. A defensive share keeps all of them fresh.
@@ -129,18 +133,18 @@ class Moments:
     def variance(self, proposal: Proposal) -> float:
         """Variance of a block's estimate under `proposal`; nan where a bin that it draws from was never seen.
 
-        A block of loss s (nats per maskable token) at rate p gives w(p) s = (s / p) / (q(p) r), r the covered range, so
-        E[(w s)^2] = integral of E[(s/p)^2 | p] / (q r^2) and E[w s] = integral of E[s/p | p] / r over the range.
+        A block of loss s (nats per maskable token) at rate p gives w(p) s = s / (p q(p) r), r the covered range, so
+        E[(w s)^2] = integral of E[s^2/p | p] / (p q r^2) and E[w s] = integral of E[s/p | p] / r over the range.
         """
         if proposal.schedule is None:  # one rate, that of the last bin: w s = s / p
             return self.square[-1] - self.mean[-1] ** 2
         reach = proposal.highest - proposal.lowest
-        points = 64  # per bin; midpoints, so that the ends of a bin are not asked for
+        points = 500  # per bin; midpoints, so that the ends of a bin are not asked for
         p = (torch.arange(RATE_BINS * points, dtype=torch.float64) + 0.5) / (RATE_BINS * points)
         density = proposal.schedule.density(p)
         inside = ((p >= proposal.lowest) & (p <= proposal.highest)).numpy()
         drawn = inside & (density > 1e-6).numpy()
-        over = np.where(drawn, 1 / density.clamp(min=1e-6).numpy(), 0.0).reshape(RATE_BINS, points).mean(1)
+        over = np.where(drawn, 1 / (p * density.clamp(min=1e-6)).numpy(), 0.0).reshape(RATE_BINS, points).mean(1)
         part = drawn.reshape(RATE_BINS, points).mean(1)
         used = part > 0
         square, mean = np.array(self.square)[used], np.array(self.mean)[used]

@@ -20,7 +20,7 @@ from bd3_ds.diffusion.schedule import Schedule, gaussian, moved_mu2
 from bd3_ds.diffusion.weighting import loss_weight
 
 QUANTILE_MIN = 1e-6  # its quantiles are clamped to [1e-6, 1 - 1e-6]
-RATE_MIN = 1e-3  # its square schedule is clamped from below, its slope is not
+RATE_MIN = 1e-3  # its square schedule has no smaller rates, and cosine's slope p'/p is divided by p + 1e-3
 
 
 def report_rates(u: Tensor, objective: ObjectiveConfig, progress: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,9 @@ def report_rates(u: Tensor, objective: ObjectiveConfig, progress: float = 0.0) -
     else:
         rate, slope = _rate_and_slope(base_schedule(schedule), t)
         if schedule.name == "square":
-            rate = rate.clamp(min=RATE_MIN)
+            rate, slope = rate.clamp(min=RATE_MIN), slope * (rate / rate.clamp(min=RATE_MIN))
+        if schedule.name == "cosine":
+            slope = slope * (rate / (rate + RATE_MIN))
     return rate, loss_weight(objective.weight, rate, slope)
 
 
