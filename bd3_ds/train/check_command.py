@@ -31,6 +31,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse(argv)
 
     if arguments.plot is not None:
+        if arguments.plot.is_dir():
+            raise UserError(f"--plot {arguments.plot} is a directory; name a PNG file")
         require_writable(arguments.plot.resolve().parent)
     ds_json = load_ds_json(arguments.deepspeed_config)
     run = preflight(load_recipe(arguments.recipe, arguments.overrides), arguments.world_size)

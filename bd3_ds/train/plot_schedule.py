@@ -39,6 +39,7 @@ def plot_schedule(run: RunConfig, path: Path) -> None:
         axes.set_xlim(0, 1)
         axes.legend()
         axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=110)
     share(path)
 
