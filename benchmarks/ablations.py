@@ -31,15 +31,14 @@ VARIANTS: dict[str, list[str]] = {
     "clip 0.3-0.8": [f"{SCHEDULE}.t_min=0.3", f"{SCHEDULE}.t_max=0.8"],
     "clip 0.45-0.95": [f"{SCHEDULE}.t_min=0.45", f"{SCHEDULE}.t_max=0.95"],
     "gaussian": [f"{SCHEDULE}.name=gaussian"],
-    "gaussian, defended": [f"{SCHEDULE}.name=gaussian", f"{SCHEDULE}.defensive=0.2"],
+    "gaussian + defensive": [f"{SCHEDULE}.name=gaussian", f"{SCHEDULE}.defensive=0.2"],
     "bimodal": [f"{SCHEDULE}.name=bimodal", f"{SCHEDULE}.bimodal.mu2_end=0.85"],
-    "search: grid": [
+    "grid search": [
         "objective.clip_search.method=grid",
         "objective.clip_search.every=50",
         "objective.clip_search.sequences=64",
     ],
-    "search: moments": ["objective.clip_search.method=moments", "objective.clip_search.every=25"],
-    "search: moments, defended": [
+    "moments search + defensive": [
         "objective.clip_search.method=moments",
         "objective.clip_search.every=25",
         f"{SCHEDULE}.defensive=0.1",
@@ -49,10 +48,9 @@ VARIANTS: dict[str, list[str]] = {
     "sigmoid": [f"{WEIGHT}.name=sigmoid"],
     "fm": [f"{WEIGHT}.name=fm"],
     "simple": [f"{WEIGHT}.name=simple"],
-    "clip 0.45-0.95, edm": [f"{SCHEDULE}.t_min=0.45", f"{SCHEDULE}.t_max=0.95", f"{WEIGHT}.name=edm"],
+    "clip 0.45-0.95 + edm": [f"{SCHEDULE}.t_min=0.45", f"{SCHEDULE}.t_max=0.95", f"{WEIGHT}.name=edm"],
     "frequency": ["objective.frequency.power=0.05", "objective.frequency.curriculum_steps=100"],
-    "blocks 64, 16, 4": ["objective.block_schedule={0: [64], 50: [16], 100: [4]}"],
-    "blocks of 4 or 16": ["objective.block_schedule={0: [4, 16]}"],
+    "blocks 64 to 16 to 4": ["objective.block_schedule={0: [64], 50: [16], 100: [4]}"],
 }
 
 
