@@ -31,6 +31,7 @@ def preflight(run: RunConfig, world_size: int) -> RunConfig:
         raise UserError(f"data.train: {error}") from None
     run = with_vocabulary(run, manifest)
     problems = [*_shards(run, manifest), *_sets(run, manifest), *_start(run), *_run_dir(run)]
+    problems = problems or _clip_search(run, world_size)
     if problems:
         raise UserError(*problems)
     return run
@@ -84,6 +85,22 @@ def _sets(run: RunConfig, manifest: Manifest) -> list[str]:
                 f"{run.data.length}; prepare the set with the same --length"
             )
     return problems
+
+
+def _clip_search(run: RunConfig, world_size: int) -> list[str]:
+    """The grid search gives every rank a whole micro-batch at least."""
+    search = run.objective.clip_search
+    if search.method != "grid":
+        return []
+    there = read_manifest(run.eval.sets[search.set]).chunks
+    needed = run.train.micro_batch * world_size
+    if min(there, search.sequences) >= needed:
+        return []
+    return [
+        f"objective.clip_search.sequences={search.sequences} on set {search.set} ({there} sequences) is less than "
+        f"train.micro_batch={run.train.micro_batch} x {world_size} ranks = {needed}, what one round of the grid search "
+        "takes; raise it, or use objective.clip_search.method=moments"
+    ]
 
 
 def _start(run: RunConfig) -> list[str]:

@@ -29,6 +29,7 @@ CASES = [
     ("objective.clip_search.widths=0.5", "must be a list such as [0.5, 0.9]"),
     ("objective.clip_search.widths=[0.5,2]", "objective.clip_search.widths holds 2.0"),
     ("objective.clip_search.method=grid objective.clip_search.set=no", "is not one of eval.sets (valid)"),
+    ("objective.clip_search.method=grid objective.clip_search.sequences=1", "x 1 ranks = 2, what one round"),
     ("objective.clip_search.method=moments objective.schedule.t_min=1.0", "set objective.schedule.t_min=0.001"),
     ("objective.clip_search.method=moments objective.frequency.power=0.1", "use grid"),
     ("'objective.block_schedule={0: 4}'", "'step: [block sizes]' pairs such as"),

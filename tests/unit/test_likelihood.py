@@ -3,13 +3,20 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from bd3_ds.config.schema import BD3, MDLM, WeightConfig
 from bd3_ds.diffusion import likelihood
+from bd3_ds.diffusion.noise import make_noise, mask_draws, stratified_times
+from bd3_ds.diffusion.objective import training_loss
+from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.evaluation.denoisers import causal_logits, conditioned
 from bd3_ds.model.build import initialise
-from bd3_ds.model.dit import DiT, Network
+from bd3_ds.model.dit import DiT, Network, as_denoiser
+from bd3_ds.model.kv_cache import KVCache
+from tests.helpers.schedules import schedule_config
 
 VOCAB, MASK = 11, 10
 
@@ -107,6 +114,34 @@ def test_two_passes_equal_one(model, text):
         together = model(x_t, text, block_size=size)
         apart = conditioned(model, size)(text)(x_t[:, None], torch.ones_like(x_t, dtype=torch.bool)[:, None])
         torch.testing.assert_close(apart.view_as(together), together, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_block_size_one_is_autoregression_by_the_same_network(model, text):
+    """Each token from a mask behind its clean prefix, one pass a token, as sampling would see it."""
+    bound = likelihood.exact(conditioned(model, 1), text, 1, MASK)
+    cache = KVCache(2)
+    mask = torch.full((len(text), 1), MASK)
+    for i in range(1, text.shape[1]):
+        model.encode(text[:, i - 1 : i], cache, block_size=1)
+        logits = model.decode(mask, cache, start=i, block_size=1)[:, 0]
+        logits[:, MASK] = -torch.inf
+        expected = -logits.log_softmax(-1).gather(-1, text[:, i : i + 1])[:, 0]
+        torch.testing.assert_close(bound.nelbo[:, i], expected, rtol=1e-5, atol=1e-5)
+    assert bound.tokens == 3 * 15 and bound.forwards == 3 * 2 and bound.total == float(bound.nelbo.sum())
+
+
+@torch.no_grad()
+def test_one_block_is_mdlm(model, text):
+    """The same noise costs the same; what BD3 is given of the clean text makes no difference in a single block."""
+    u, draws = stratified_times(5, 0, np.arange(3), 3, 1), mask_draws(5, 0, np.arange(3), 16)
+    noise = make_noise(u, draws, make_proposal(schedule_config()), WeightConfig("elbo", 0.0))
+    losses = [training_loss(name, as_denoiser(model, 16), text, noise, MASK) for name in (BD3, MDLM)]
+    assert torch.equal(losses[0].loss, losses[1].loss) and torch.equal(losses[0].nelbo, losses[1].nelbo)
+    without = conditioned(model, 16)(torch.zeros_like(text))  # sees no clean token whatever it is given
+    x_t = torch.where(draws < 0.5, MASK, text)[:, None]
+    everywhere = torch.ones_like(x_t, dtype=torch.bool)
+    torch.testing.assert_close(without(x_t, everywhere), conditioned(model, 16)(text)(x_t, everywhere))
 
 
 @torch.no_grad()
