@@ -38,11 +38,7 @@ VARIANTS: dict[str, list[str]] = {
         "objective.clip_search.every=50",
         "objective.clip_search.sequences=64",
     ],
-    "moments search + defensive": [
-        "objective.clip_search.method=moments",
-        "objective.clip_search.every=25",
-        f"{SCHEDULE}.defensive=0.1",
-    ],
+    "moments search": ["objective.clip_search.method=moments", "objective.clip_search.every=25"],
     "edm": [f"{WEIGHT}.name=edm"],
     "iddpm": [f"{WEIGHT}.name=iddpm"],
     "sigmoid": [f"{WEIGHT}.name=sigmoid"],

@@ -38,6 +38,7 @@ def diffusion_ranges(run: RunConfig) -> list[str]:
         "objective.schedule.defensive": (schedule.defensive, 0, 1, "[0, 1)"),
         "objective.schedule.bimodal.w1": (two.w1, 0, 1, "(0, 1)"),
         "objective.frequency.power": (objective.frequency.power, 0, 1, "[0, 1]"),
+        "objective.clip_search.explore": (search.explore, 0, 1, "(0, 1)"),
         "objective.clip_search.min_coverage": (search.min_coverage, 0, 1, "[0, 1]"),
     }
     problems += [

@@ -82,6 +82,7 @@ class ClipSearchConfig:
     every: int
     widths: List[float]
     min_coverage: float
+    explore: float
     set: str
     sequences: int
 

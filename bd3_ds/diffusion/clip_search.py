@@ -107,8 +107,8 @@ def moment_sums(block_nats: Tensor, rate: Tensor) -> Tensor:
 class Moments:
     """What training has seen of a block size: per bin of rates the means that `moment_sums` sums, and `fresh`.
 
-    Sums since the last search replace a bin's means once there are ENOUGH blocks; a bin that the present interval never
-    shows keeps its last ones. A defensive share keeps all of them fresh.
+    Sums since the last search replace a bin's means once there are ENOUGH blocks; until then a bin keeps its last ones.
+    The exploring share of the blocks sees to it that every bin gets there.
     """
 
     mean: tuple[float, ...] = (float("nan"),) * RATE_BINS

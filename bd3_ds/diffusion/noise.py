@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bd3_ds.config.schema import WeightConfig
 from bd3_ds.diffusion.frequency import token_rates
-from bd3_ds.diffusion.proposal import Proposal
+from bd3_ds.diffusion.proposal import Exploring, Proposal
 from bd3_ds.diffusion.weighting import loss_weight
 from bd3_ds.runtime.rng import Purpose, generator
 
@@ -46,13 +46,14 @@ class Noise:
         return Noise(rate, bound, loss, token_rate, draws)
 
 
-def make_noise(u: Tensor, draws: Tensor, proposal: Proposal, weight: WeightConfig, wish: Tensor | None = None) -> Noise:
+def make_noise(
+    u: Tensor, draws: Tensor, proposal: Proposal | Exploring, weight: WeightConfig, wish: Tensor | None = None
+) -> Noise:
     """Noise from uniform numbers: u [b, B] for the blocks' rates, draws [b, L] for the masks.
 
     wish [b, L] are the tokens' wishes to be masked (`frequency.py`), None where all are alike.
     """
-    rate = proposal.rate(u)
-    bound_weight = proposal.weight(rate)
+    rate, bound_weight = proposal.draw(u)
     tokens = None
     if wish is not None:
         tokens = token_rates(wish.view(*rate.shape, -1), rate).flatten(1)

@@ -38,6 +38,11 @@ class Proposal:
         u = u.double()
         return torch.full_like(u, self.lowest) if self.schedule is None else self.schedule.rate(u)
 
+    def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Masking rates for uniform numbers u in [0, 1), and their weights."""
+        p = self.rate(u)
+        return p, self.weight(p)
+
     def weight(self, p: Tensor) -> Tensor:
         """1 / (p q(p)), over the length of the range that q covers; its limit 1/p for a single rate."""
         if self.schedule is None:
@@ -53,6 +58,30 @@ class Proposal:
         """The probability that all `tokens` tokens of a block are masked, where sampling starts: E_q[p^tokens]."""
         u = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
         return float((self.rate(u) ** tokens).mean())
+
+
+@dataclass(frozen=True)
+class Exploring:
+    """A clipped proposal that looks beyond its interval: a `share` of the blocks is drawn from `whole` instead.
+
+    Each block has the weight of the proposal that it came from. So the estimate is a mean of two estimates, steady
+    where the clipped one is, and no bound; one density for both would weight the rare outer rates by 1/share.
+    """
+
+    clipped: Proposal
+    whole: Proposal
+    share: float
+    covers_all = False
+
+    def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Masking rates for uniform numbers u in [0, 1), and their weights; strata of u are strata of both parts."""
+        u = u.double()
+        explores = u < self.share
+        outer, inner = self.whole.draw((u / self.share).clamp(max=1)), self.clipped.draw(self._inner(u))
+        return torch.where(explores, outer[0], inner[0]), torch.where(explores, outer[1], inner[1])
+
+    def _inner(self, u: Tensor) -> Tensor:
+        return ((u - self.share) / (1 - self.share)).clamp(min=0)
 
 
 def base_schedule(config: ScheduleConfig, progress: float = 0.0) -> Schedule:

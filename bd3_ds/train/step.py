@@ -16,7 +16,7 @@ from bd3_ds.diffusion.clip_search import RATE_BINS, Spread, moment_sums, spread_
 from bd3_ds.diffusion.frequency import power_at, rarity
 from bd3_ds.diffusion.noise import Noise, choose_block_size, make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import BINS, training_loss
-from bd3_ds.diffusion.proposal import Interval, Proposal, make_proposal
+from bd3_ds.diffusion.proposal import Exploring, Interval, Proposal, make_proposal
 from bd3_ds.model.dit import as_denoiser
 from bd3_ds.runtime.rng import Purpose, integer_seed
 from bd3_ds.runtime.world import World
@@ -65,10 +65,16 @@ class Stepper:
         self.accumulation = run.train.global_batch // (run.train.micro_batch * world.size)
         self._rarity = None if token_counts is None else rarity(token_counts)
 
-    def proposal(self, state: TrainState, block_size: int) -> Proposal:
+    def proposal(self, state: TrainState, block_size: int) -> Proposal | Exploring:
         """What the step after `state` draws masking rates from."""
+        schedule, search = self.run.objective.schedule, self.run.objective.clip_search
         progress = state.step / self.run.train.total_steps
-        return make_proposal(self.run.objective.schedule, progress, state.clip(block_size).interval)
+        found = state.clip(block_size).interval
+        whole = make_proposal(schedule, progress)
+        if found is None or found == (schedule.t_min, schedule.t_max):
+            return whole
+        clipped = make_proposal(schedule, progress, found)
+        return Exploring(clipped, whole, search.explore) if search.method == "moments" else clipped
 
     def step(self, batches: Iterator[MicroBatch], state: TrainState, stop_asked: bool) -> StepResult:
         """The update after `state`; `stop_asked` on any rank reaches all through the result."""
@@ -125,7 +131,7 @@ class Stepper:
     def _documents(self, batch: MicroBatch) -> Tensor | None:
         return None if batch.documents is None else batch.documents.to(self.world.device, non_blocking=True)
 
-    def _noise(self, done: int, batch: MicroBatch, size: int, proposal: Proposal | None) -> Noise | None:
+    def _noise(self, done: int, batch: MicroBatch, size: int, proposal: Proposal | Exploring | None) -> Noise | None:
         if proposal is None:
             return None
         seed, length = self.run.seed, self.run.data.length

@@ -25,6 +25,7 @@ CASES = [
     ("objective.frequency.power=2", "objective.frequency.power=2.0 must lie in [0, 1]"),
     ("objective.frequency.curriculum_steps=-1", "must not be negative"),
     ("objective.clip_search.method=grd", "did you mean 'grid'?"),
+    ("objective.clip_search.explore=0", "objective.clip_search.explore=0.0 must lie in (0, 1)"),
     ("objective.clip_search.every=0", "objective.clip_search.every=0 must be at least 1"),
     ("objective.clip_search.widths=0.5", "must be a list such as [0.5, 0.9]"),
     ("objective.clip_search.widths=[0.5,2]", "objective.clip_search.widths holds 2.0"),

@@ -28,7 +28,7 @@ from bd3_ds.diffusion.clip_search import (
     moment_sums,
     spread_sums,
 )
-from bd3_ds.diffusion.proposal import make_proposal
+from bd3_ds.diffusion.proposal import Exploring, make_proposal
 from bd3_ds.train.state import Clip, TrainState
 from tests.helpers.schedules import schedule_config
 
@@ -135,6 +135,34 @@ def test_stale_bins_keep_their_last_means() -> None:
     after = before.add(moment_sums(2 * nats[upper], rate[upper])).settled()
     assert after.mean[:10] == before.mean[:10]
     assert after.mean[10:] == pytest.approx([2 * mean for mean in before.mean[10:]], rel=1e-9)
+
+
+@given(st.floats(0.05, 0.6), st.floats(0.01, 0.5))
+@settings(deadline=None, max_examples=25)
+def test_exploring_shows_all_rates_and_keeps_the_scale(low: float, share: float) -> None:
+    """A share of the blocks comes from the whole interval; a constant cost is still estimated as itself."""
+    clipped, whole = (make_proposal(schedule_config(), interval=each) for each in ((low, low + 0.3), (0.001, 1.0)))
+    u = (torch.arange(40_000, dtype=torch.float64) + 0.5) / 40_000
+    p, weight = Exploring(clipped, whole, share).draw(u)
+    outside = ((p < low) | (p > low + 0.3)).double().mean()
+    assert float(outside) == pytest.approx(share * (1 - 0.3 / 0.999), abs=1e-3)
+    assert float((weight * p).mean()) == pytest.approx(1.0, rel=1e-6)
+    torch.testing.assert_close(weight, 1 / p)  # log-linear time: 1/t in both parts
+
+
+def test_one_density_for_clip_and_rest_is_no_clip_at_all() -> None:
+    """Why exploring has weights of its own: an unbiased defended clip varies more than none, the exploring one less."""
+    u = torch.rand(400_000, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+    def variance(proposal) -> float:
+        rate, weight = proposal.draw(u)
+        masked = torch.rand(len(u), 4, generator=torch.Generator().manual_seed(6), dtype=torch.float64) < rate
+        return Spread.of(spread_sums(masked.double().mean(1, keepdim=True), weight)).variance
+
+    whole, clipped = make_proposal(schedule_config()), make_proposal(schedule_config(), interval=(0.45, 0.95))
+    defended = make_proposal(schedule_config(defensive=0.1), interval=(0.45, 0.95))
+    assert variance(clipped) < variance(Exploring(clipped, whole, 0.1)) < 0.6 * variance(whole)
+    assert variance(defended) > 2 * variance(whole)
 
 
 def test_first_block_has_a_token_less() -> None:
