@@ -97,10 +97,11 @@ def moment_sums(block_nats: Tensor, rate: Tensor) -> Tensor:
     stand for a whole bin.
     """
     known = ~block_nats.isnan() & (rate > 0)
-    nats, p = block_nats[known], rate[known]
+    # No indexing by `known`, for which a GPU's host would have to wait.
+    nats, p = torch.where(known, block_nats, 0.0).flatten(), torch.where(known, rate, 1.0).flatten()
     index = (p * RATE_BINS).long().clamp(max=RATE_BINS - 1)
     sums = torch.zeros(3, RATE_BINS, dtype=torch.float64, device=p.device)
-    return sums.index_add_(1, index, torch.stack([torch.ones_like(p), nats / p, nats.square() / p]))
+    return sums.index_add_(1, index, torch.stack([known.flatten().double(), nats / p, nats.square() / p]))
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Moments:
         E[(w s)^2] = integral of E[s^2/p | p] / (p q r^2) and E[w s] = integral of E[s/p | p] / r over the range.
         """
         if proposal.schedule is None:  # one rate, that of the last bin: w s = s / p
-            return self.square[-1] - self.mean[-1] ** 2
+            return _not_negative(self.square[-1] - self.mean[-1] ** 2)
         reach = proposal.highest - proposal.lowest
         points = 500  # per bin; midpoints, so that the ends of a bin are not asked for
         p = (torch.arange(RATE_BINS * points, dtype=torch.float64) + 0.5) / (RATE_BINS * points)
@@ -150,7 +151,7 @@ class Moments:
         square, mean = np.array(self.square)[used], np.array(self.mean)[used]
         second = float((square * over[used]).sum() / RATE_BINS) / reach**2
         first = float((mean * part[used]).sum() / RATE_BINS) / reach
-        return second - first**2
+        return _not_negative(second - first**2)
 
     def to_json(self) -> dict[str, list[float | None] | list[list[float]]]:
         """For a checkpoint's manifest; nan as null."""
@@ -162,6 +163,11 @@ class Moments:
         """What `to_json` wrote."""
         mean, square = (tuple(float("nan") if x is None else x for x in value[key]) for key in ("mean", "square"))
         return cls(mean, square, tuple(map(tuple, value["fresh"])))  # type: ignore[arg-type]
+
+
+def _not_negative(variance: float) -> float:
+    """A difference of two sampled moments may fall below 0; nan stays nan."""
+    return 0.0 if variance < 0 else variance
 
 
 def least(variances: dict[Interval, float]) -> Interval | None:

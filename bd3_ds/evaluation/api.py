@@ -32,12 +32,13 @@ class Score:
 
     nelbo [B, L] fp64 by token: position 0 is given and 0; a block's bound is spread over its tokens, so only sums over
     whole blocks have meaning. stderr [B]: what the estimator adds to each row's sum, 0 when exact. forwards: passes of
-    the network over a sequence.
+    the network over a sequence. tokens: scored ones, all but each row's first.
     """
 
     nelbo: Tensor
     stderr: Tensor
     forwards: int
+    tokens: int
 
 
 def load(place: str, device: str | torch.device = "cpu") -> LanguageModel:
@@ -122,6 +123,7 @@ class LanguageModel:
             torch.cat([bound.nelbo.double() for bound in bounds]),
             torch.cat([bound.stderr.double() for bound in bounds]),
             sum(bound.forwards for bound in bounds),
+            sum(bound.tokens for bound in bounds),
         )
 
     def generate(

@@ -37,6 +37,8 @@ class Engine:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # DeepSpeed calls collectives by names that newer torch wants to rename; nothing of ours to mend.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
+        # Recomputed layers warn in passes without gradients, which the clip search makes.
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
         self.stage = zero_stage(ds_json)
         self.world = world
         self.clip = run.optim.clip
