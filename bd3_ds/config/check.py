@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 
@@ -12,6 +13,7 @@ from bd3_ds.config.check_diffusion import (
     diffusion_choices,
     diffusion_ranges,
     diffusion_shapes,
+    exported_sizes,
 )
 from bd3_ds.config.schema import AR, BD3, OBJECTIVES, SEDD, RunConfig, block_size
 from bd3_ds.runtime.errors import UserError, did_you_mean
@@ -179,7 +181,10 @@ def _shapes(run: RunConfig) -> list[str]:
         )
     else:
         scored = None if run.eval.max_chunks is None else run.eval.max_chunks * (length - 1)
-        problems += [*diffusion_shapes(run), *_estimator(run, run.eval.estimator, "eval.estimator", scored)]
+        problems += diffusion_shapes(run)
+        for size in exported_sizes(run):
+            at_size = dataclasses.replace(run, objective=dataclasses.replace(run.objective, block_size=size))
+            problems += _estimator(at_size, run.eval.estimator, "eval.estimator", scored)
     if run.eval.sample_length is not None and run.eval.sample_length > length:
         problems.append(f"eval.sample_length={run.eval.sample_length} must not exceed data.length={length}")
     return problems

@@ -106,17 +106,23 @@ def _block_schedule(run: RunConfig) -> list[str]:
         for size in sizes
         if size < 1 or length % size
     ]
-    last = stages[max(stages)]
-    if not problems and block_size(run) not in last:
-        problems.append(
-            f"objective.block_size={block_size(run)} is what the model is scored and sampled at in the end, but the "
-            f"last stage of {key} trains {', '.join(map(str, last))}; make it one of them"
-        )
+    problems = problems or [
+        f"objective.block_size={block_size(run)} is what the exports of the stage from step {step} on are scored and "
+        f"sampled with, but {key} trains {', '.join(map(str, sizes))} there; make it one of them"
+        for step, sizes in stages.items()
+        if (len(sizes) > 1 or step == max(stages)) and block_size(run) not in sizes
+    ]
     return problems
 
 
+def exported_sizes(run: RunConfig) -> list[int | None]:
+    """The values of objective.block_size that exports of the run can have."""
+    stages = run.objective.block_schedule.values()
+    return list(dict.fromkeys([*(sizes[0] for sizes in stages if len(sizes) == 1), run.objective.block_size]))
+
+
 def _ignored(run: RunConfig) -> list[str]:
-    """Settings that the objective would not look at are mistakes."""
+    """Settings that change the noise but not for this objective."""
     objective = run.objective
     set_ones = {
         "schedule.name": objective.schedule.name if objective.schedule.name != "log_linear" else None,
@@ -130,6 +136,12 @@ def _ignored(run: RunConfig) -> list[str]:
             f"objective.{key}={value} is for diffusion; objective.name=ar masks nothing: leave it out"
             for key, value in set_ones.items()
             if value is not None
+        ]
+    sizes = {size for stage in objective.block_schedule.values() for size in stage} or {block_size(run)}
+    if objective.frequency.power and sizes == {1}:
+        return [
+            f"objective.frequency.power={objective.frequency.power} moves masks between the tokens of a block, and "
+            "blocks of 1 have but one; leave it out"
         ]
     if objective.name == SEDD and objective.frequency.power:
         return [
@@ -146,6 +158,11 @@ def _search(run: RunConfig) -> list[str]:
             f"objective.schedule.t_min=t_max={schedule.t_min} draws a single rate, which has no density to mix with "
             f"objective.schedule.defensive={schedule.defensive}; make t_min smaller or defensive 0"
         ]
+    if schedule.t_min == schedule.t_max and run.objective.weight.name not in ("elbo", "simple"):
+        return [
+            f"objective.schedule.t_min=t_max={schedule.t_min} trains at a single rate, where "
+            f"objective.weight.name={run.objective.weight.name} is but a factor; leave the weight out"
+        ]
     if search.method == "none":
         return []
     problems = []
@@ -160,9 +177,11 @@ def _search(run: RunConfig) -> list[str]:
             f"objective.clip_search.set={search.set} is not one of eval.sets ({known}); the grid search needs held-out "
             "text, or use objective.clip_search.method=moments"
         )
-    if search.method == "moments" and run.objective.frequency.power > 0:
+    if search.method == "moments" and schedule.defensive > 0:
         problems.append(
-            "objective.clip_search.method=moments takes its moments from plain masks, which "
-            f"objective.frequency.power={run.objective.frequency.power} does not draw; use grid"
+            "objective.clip_search.method=moments sees to rates outside the clip by objective.clip_search.explore; set "
+            f"objective.schedule.defensive={schedule.defensive} to 0"
         )
+    if not search.widths:
+        problems.append("objective.clip_search.widths is empty, so there is no interval to try; give one such as [0.5]")
     return problems

@@ -32,9 +32,9 @@ def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
 
 
 def load_resolved(path: Path) -> RunConfig:
-    """A complete configuration as `to_yaml` wrote it."""
+    """A configuration as `to_yaml` wrote it; keys that came into being since then have their defaults."""
     tree = _empty(RunConfig)
-    problems = _merge_file(tree, path, "configuration")
+    problems = [*_merge_file(tree, CONFIGS / "base.yaml"), *_merge_file(tree, path, "configuration")]
     missing = sorted(OmegaConf.missing_keys(tree))
     if missing and not problems:
         rest = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -58,10 +58,8 @@ def load_defaults(values: dict[str, Any], origin: str) -> RunConfig:
 
 def override(run: RunConfig, words: list[str], allowed: tuple[str, ...]) -> RunConfig:
     """`run` with key=value words over it, of keys that begin with one of `allowed`; raises UserError."""
-    tree = OmegaConf.structured(run)
-    OmegaConf.set_readonly(tree, False)
     merged = _empty(RunConfig)
-    problems = _merge_tree(merged, tree, "the export")
+    problems = _merge_tree(merged, OmegaConf.structured(run), "the export")
     problems += [
         f"{word.partition('=')[0]} cannot be changed here; keys that can begin with {', '.join(allowed)}"
         for word in words

@@ -1,57 +1,60 @@
 """Which interval of times to train on: the one whose estimate of the bound varies least (paper, section 5.3).
 
 Two ways to know an interval's variance:
-  grid     a forward pass of every candidate on held-out batches, as in the paper (`candidates`, `Spread`)
-  moments  none at all: training batches leave moments of a block's loss by its masking rate (`Moments`), from which the
+  grid     a forward pass of every candidate on held-out batches, as in the paper (`candidates`, `binned`, `within`)
+  moments  none at all: training batches leave moments of a block's estimate by its time (`Moments`), from which the
            variance under any interval is a weighted sum
 
-The variance is that of a block's estimate, in (nats per token)^2; a batch's is this over the number of its blocks.
+The variance is that of a batch's estimate times the number of its blocks, in (nats per token)^2. Times are stratified
+over the batch, so it is the variance at a given time, averaged over times: how the mean moves with time adds nothing.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bd3_ds.config.schema import ClipSearchConfig, ScheduleConfig
-from bd3_ds.diffusion.proposal import Interval, Proposal, make_proposal
+from bd3_ds.config.schema import ObjectiveConfig
+from bd3_ds.diffusion.proposal import Interval, make_proposal
+from bd3_ds.diffusion.schedule import Schedule
 
 GRID = 0.05
-RATE_BINS = 20  # bins of `Moments`, as wide as the grid
+TIME_BINS = 20  # bins of `Moments`, as wide as the grid
+HELD_OUT_BINS = 256  # at most, of the grid search
 ENOUGH = 16  # blocks that a bin must have seen to count
 SINGLE: Interval = (1.0, 1.0)
+SINGLE_WEIGHTS = ("elbo", "simple")  # those that neither vanish nor explode at rate 1
 
 
-def candidates(
-    search: ClipSearchConfig, schedule: ScheduleConfig, block_size: int, progress: float = 0.0
-) -> list[Interval]:
-    """The configured interval, then each width at each place of a 0.05 grid, as far as sampling's start stays covered.
+def candidates(objective: ObjectiveConfig, block_size: int, progress: float = 0.0) -> list[Interval]:
+    """The configured interval, then those on a 0.05 grid inside it, of each width, where sampling's start is covered.
 
     Sampling starts from a block of masks alone. An interval counts if the proposal shows such a block at least
-    `min_coverage` times as often as unclipped log-linear time would, 1 / (L' + 1). With block size 1 the one other
-    candidate is the rate 1, at which the bound is the likelihood.
+    `min_coverage` times as often as log-linear time on (0, 1] does, which is 1 / (L' + 1). With block size 1 the one
+    other candidate is the time 1, at which the bound is the likelihood; weights that vanish or explode there forbid it.
     """
+    search, schedule = objective.clip_search, objective.schedule
     whole = (schedule.t_min, schedule.t_max)
     if block_size == 1:
-        return [whole, SINGLE] if schedule.defensive == 0 else [whole]
+        single = schedule.defensive == 0 and schedule.t_max == 1 and objective.weight.name in SINGLE_WEIGHTS
+        return [whole, SINGLE] if single else [whole]
     found = [whole]
     for width in search.widths:
         for place in range(round((1 - width) / GRID) + 1):
-            interval = (max(round(place * GRID, 6), schedule.t_min), min(round(place * GRID + width, 6), 1.0))
+            interval = (
+                max(round(place * GRID, 6), schedule.t_min),
+                min(round(place * GRID + width, 6), schedule.t_max),
+            )
+            if interval[1] - interval[0] < width - GRID / 2 or interval in found:
+                continue
             share = make_proposal(schedule, progress, interval).all_masked_share(block_size)
-            if share >= search.min_coverage / (block_size + 1) and interval not in found:
+            if share >= search.min_coverage / (block_size + 1):
                 found.append(interval)
     return found
-
-
-def maskable(blocks: int, block_size: int, device: torch.device | str = "cpu") -> Tensor:
-    """Tokens [B] of each block that can be masked: all, but for the first block's given token."""
-    count = torch.full((blocks,), block_size, dtype=torch.float64, device=device)
-    count[0] -= 1
-    return count
 
 
 @dataclass(frozen=True)
@@ -74,47 +77,62 @@ class Spread:
 
     @property
     def variance(self) -> float:
-        """Unbiased; nan for fewer than two numbers."""
-        if self.count < 2:
+        """Unbiased; nan for fewer than two numbers and where one is not finite."""
+        if self.count < 2 or not math.isfinite(self.squares):
             return float("nan")
         return max(0.0, self.squares - self.total**2 / self.count) / (self.count - 1)
 
 
 def spread_sums(block_nats: Tensor, weight: Tensor) -> Tensor:
-    """[3] for `Spread` of the blocks' estimates weight * nats, with the proposal's weight [b, B].
+    """[3] for `Spread` of the blocks' estimates weight * nats; arguments as for `binned`."""
+    return binned(block_nats, weight, torch.zeros_like(weight), 1)[:, 0]
 
-    block_nats [b, B] are nats per maskable token, nan where a block has none.
+
+def binned(block_nats: Tensor, weight: Tensor, place: Tensor, bins: int) -> Tensor:
+    """[3, bins]: number, sum and sum of squares of the blocks' estimates weight * nats, by `place` in [0, 1].
+
+    All arguments are [b, B]; block_nats are nats per maskable token, nan where a block has no such token.
     """
     known = ~block_nats.isnan()
-    estimate = torch.where(known, weight * block_nats, 0.0)
-    return torch.stack([known.double().sum(), estimate.sum(), estimate.square().sum()])
+    # No indexing by `known`, for which a GPU's host would have to wait.
+    estimate = torch.where(known, weight * block_nats, 0.0).flatten()
+    index = (place * bins).long().clamp(0, bins - 1).flatten()
+    sums = torch.zeros(3, bins, dtype=torch.float64, device=estimate.device)
+    return sums.index_add_(1, index, torch.stack([known.flatten().double(), estimate, estimate.square()]))
 
 
-def moment_sums(block_nats: Tensor, rate: Tensor) -> Tensor:
-    """[3, RATE_BINS]: blocks, sums of nats / rate and of nats^2 / rate, by the block's rate; arguments as above.
+def within(sums: Tensor) -> float:
+    """The variance inside the bins of `binned` sums, averaged over numbers; nan where too little is known."""
+    spreads = [Spread.of(column) for column in sums.T if column[0] >= 2]
+    total = sum(spread.count for spread in spreads)
+    return sum(spread.count * spread.variance for spread in spreads) / total if total else float("nan")
 
-    Both are of order 1 down to rate 0 (a block of L' tokens has nats^2 of order rate / L' there), so that their means
-    stand for a whole bin.
+
+def moment_sums(block_nats: Tensor, rate: Tensor, schedule: Schedule) -> Tensor:
+    """[3, TIME_BINS]: number of blocks, sums of s/p and of (w0 s)^2, by the time that `schedule` gives the rate p.
+
+    s are nats per maskable token, w0 = 1/(p q(p)) the weight under the unclipped schedule; all else as for `binned`.
     """
     known = ~block_nats.isnan() & (rate > 0)
-    # No indexing by `known`, for which a GPU's host would have to wait.
-    nats, p = torch.where(known, block_nats, 0.0).flatten(), torch.where(known, rate, 1.0).flatten()
-    index = (p * RATE_BINS).long().clamp(max=RATE_BINS - 1)
-    sums = torch.zeros(3, RATE_BINS, dtype=torch.float64, device=p.device)
-    return sums.index_add_(1, index, torch.stack([known.flatten().double(), nats / p, nats.square() / p]))
+    p = torch.where(known, rate, 1.0)
+    per_rate = torch.where(known, block_nats, 0.0) / p
+    values = torch.stack([known.double(), per_rate, (per_rate / schedule.density(p)).square()])
+    index = (schedule.time(p) * TIME_BINS).long().clamp(0, TIME_BINS - 1).flatten()
+    sums = torch.zeros(3, TIME_BINS, dtype=torch.float64, device=p.device)
+    return sums.index_add_(1, index, torch.where(known, values, 0.0).flatten(1))
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What training has seen of a block size: per bin of rates the means that `moment_sums` sums, and `fresh`.
+    """What training has seen of a block size: per bin of times the means of s/p and of (w0 s)^2, and `fresh`.
 
-    Sums since the last search replace a bin's means once there are ENOUGH blocks; until then a bin keeps its last ones.
-    The exploring share of the blocks sees to it that every bin gets there.
+    `fresh` are `moment_sums` since the last search. They replace a bin's means once there are ENOUGH blocks; until then
+    a bin keeps its last ones. The exploring share of the blocks sees to it that every bin gets there.
     """
 
-    mean: tuple[float, ...] = (float("nan"),) * RATE_BINS
-    square: tuple[float, ...] = (float("nan"),) * RATE_BINS
-    fresh: tuple[tuple[float, ...], ...] = ((0.0,) * RATE_BINS,) * 3
+    mean: tuple[float, ...] = (float("nan"),) * TIME_BINS
+    square: tuple[float, ...] = (float("nan"),) * TIME_BINS
+    fresh: tuple[tuple[float, ...], ...] = ((0.0,) * TIME_BINS,) * 3
 
     def add(self, sums: Tensor) -> Moments:
         """With one step's `moment_sums`."""
@@ -131,27 +149,44 @@ class Moments:
         left = np.where(enough, 0.0, np.array(self.fresh))
         return Moments(tuple(mean.tolist()), tuple(square.tolist()), tuple(map(tuple, left.tolist())))
 
-    def variance(self, proposal: Proposal) -> float:
-        """Variance of a block's estimate under `proposal`; nan where a bin that it draws from was never seen.
+    def variance(self, schedule: Schedule, interval: Interval) -> float:
+        """That of a batch's estimate, times its blocks, on `interval`; nan where a bin of it was not seen enough.
 
-        A block of loss s (nats per maskable token) at rate p gives w(p) s = s / (p q(p) r), r the covered range, so
-        E[(w s)^2] = integral of E[s^2/p | p] / (p q r^2) and E[w s] = integral of E[s/p | p] / r over the range.
+        On a clip of length T that covers a range r of rates a block counts w0 s T / r. The mean at a time t is that of
+        s/p, which is nearly straight in p, over q(p(t)), which is known:
+
+            (T / r)^2 mean over t of (E[(w0 s)^2 | t] - (E[s/p | t] / q(p(t)))^2)
+
+        Where blocks are so long that the difference is a hundredth of its terms, and q steep (Gaussians), 20 bins give
+        it to a factor of about two.
         """
-        if proposal.schedule is None:  # one rate, that of the last bin: w s = s / p
-            return _not_negative(self.square[-1] - self.mean[-1] ** 2)
-        reach = proposal.highest - proposal.lowest
-        points = 500  # per bin; midpoints, so that the ends of a bin are not asked for
-        p = (torch.arange(RATE_BINS * points, dtype=torch.float64) + 0.5) / (RATE_BINS * points)
-        density = proposal.schedule.density(p)
-        inside = ((p >= proposal.lowest) & (p <= proposal.highest)).numpy()
-        drawn = inside & (density > 1e-6).numpy()
-        over = np.where(drawn, 1 / (p * density.clamp(min=1e-6)).numpy(), 0.0).reshape(RATE_BINS, points).mean(1)
-        part = drawn.reshape(RATE_BINS, points).mean(1)
-        used = part > 0
-        square, mean = np.array(self.square)[used], np.array(self.mean)[used]
-        second = float((square * over[used]).sum() / RATE_BINS) / reach**2
-        first = float((mean * part[used]).sum() / RATE_BINS) / reach
-        return _not_negative(second - first**2)
+        low, high = interval
+        if low == high:
+            single = torch.tensor([low], dtype=torch.float64)
+            factor = float(schedule.density(schedule.rate(single)))
+            at = min(int(low * TIME_BINS), TIME_BINS - 1)
+            return _not_negative(self.square[at] * factor**2 - self.mean[at] ** 2)
+        points = TIME_BINS * 200
+        t = low + (high - low) * (torch.arange(points, dtype=torch.float64) + 0.5) / points
+        edges = schedule.rate(torch.tensor([low, high], dtype=torch.float64))
+        factor = (high - low) / float(edges[1] - edges[0])
+        bins = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+        square = torch.tensor(self.square, dtype=torch.float64)[bins]
+        p = schedule.rate(t)
+        mean = self._mean_at(p, bins, schedule)
+        return _not_negative(float((square - (mean / schedule.density(p)) ** 2).mean()) * factor**2)
+
+    def _mean_at(self, p: Tensor, bins: Tensor, schedule: Schedule) -> Tensor:
+        """E[s/p | p] at rates p in these bins: straight lines through the bins' means, nan for unseen bins."""
+        means = np.array(self.mean)
+        seen = np.flatnonzero(~np.isnan(means))
+        if len(seen) < 2:
+            return torch.from_numpy(means)[bins]
+        centres = schedule.rate(torch.from_numpy((seen + 0.5) / TIME_BINS)).numpy()
+        left = np.clip(np.searchsorted(centres, p.numpy()) - 1, 0, len(seen) - 2)
+        slope = (means[seen[left + 1]] - means[seen[left]]) / (centres[left + 1] - centres[left])
+        line = means[seen[left]] + slope * (p.numpy() - centres[left])
+        return torch.from_numpy(np.where(np.isnan(means[bins.numpy()]), np.nan, line))
 
     def to_json(self) -> dict[str, list[float | None] | list[list[float]]]:
         """For a checkpoint's manifest; nan as null."""
@@ -172,5 +207,5 @@ def _not_negative(variance: float) -> float:
 
 def least(variances: dict[Interval, float]) -> Interval | None:
     """The interval of least variance; the first of equals; None where none is known."""
-    known = {interval: value for interval, value in variances.items() if value == value}
+    known = {interval: value for interval, value in variances.items() if math.isfinite(value)}
     return min(known, key=lambda interval: known[interval]) if known else None

@@ -31,10 +31,14 @@ def power_at(config: FrequencyConfig, step: int) -> float:
 def token_rates(wish: Tensor, rate: Tensor) -> Tensor:
     """Masking rates [b, B, L'] of tokens with these wishes in (0, 1], whose mean over a block is its `rate` [b, B].
 
+    The first token of the first block is given and does not count; its own rate means nothing.
+
     Below their mean wish, rates are wishes scaled down; above it, what is left to 1 is scaled down instead, so that all
     rates stay in [0, 1] and keep their order.
     """
-    mean = wish.mean(-1, keepdim=True)
+    counts = torch.ones_like(wish)
+    counts[:, 0, 0] = 0
+    mean = ((wish * counts).sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp(min=1)).clamp(min=1e-300)
     p = rate[..., None]
     down = wish * (p / mean)
     up = 1 - (1 - wish) * ((1 - p) / (1 - mean).clamp(min=1e-300))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bd3_ds.config.schema import WeightConfig
 from bd3_ds.diffusion.frequency import token_rates
-from bd3_ds.diffusion.proposal import Exploring, Proposal
+from bd3_ds.diffusion.proposal import Draws
 from bd3_ds.diffusion.weighting import loss_weight
 from bd3_ds.runtime.rng import Purpose, generator
 
@@ -46,9 +46,7 @@ class Noise:
         return Noise(rate, bound, loss, token_rate, draws)
 
 
-def make_noise(
-    u: Tensor, draws: Tensor, proposal: Proposal | Exploring, weight: WeightConfig, wish: Tensor | None = None
-) -> Noise:
+def make_noise(u: Tensor, draws: Tensor, proposal: Draws, weight: WeightConfig, wish: Tensor | None = None) -> Noise:
     """Noise from uniform numbers: u [b, B] for the blocks' rates, draws [b, L] for the masks.
 
     wish [b, L] are the tokens' wishes to be masked (`frequency.py`), None where all are alike.
@@ -78,6 +76,13 @@ def choose_block_size(seed: int, step: int, sizes: Sequence[int]) -> int:
     if len(sizes) == 1:
         return sizes[0]
     return int(sizes[generator(seed, Purpose.BLOCK_SIZE, step).integers(len(sizes))])
+
+
+def maskable(blocks: int, block_size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Tokens [B] of each block that can be masked: all, but for the first block's given token."""
+    count = torch.full((blocks,), block_size, dtype=torch.float64, device=device)
+    count[0] -= 1
+    return count
 
 
 def corrupt(x0: Tensor, rate: Tensor, draws: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from bd3_ds.config.schema import AR, SEDD
-from bd3_ds.diffusion.clip_search import maskable
-from bd3_ds.diffusion.noise import Noise, corrupt
+from bd3_ds.diffusion.noise import Noise, corrupt, maskable
 from bd3_ds.diffusion.score_entropy import score_nll, sigma_of
 from bd3_ds.diffusion.subs import subs_nll
 

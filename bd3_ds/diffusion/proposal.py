@@ -8,6 +8,7 @@ whatever the range is: a clip that moves during a run does not scale the gradien
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,17 @@ Interval = tuple[float, float]  # of times t
 DEFENSIVE_MIN = 1e-3  # the defensive share's smallest rate: 1/p has no variance down to 0
 
 
+class Draws(Protocol):
+    """What masking rates are drawn from."""
+
+    @property
+    def covers_all(self) -> bool:
+        """Whether all rates but a thousandth of them can be drawn, so that the training estimate is of the bound."""
+
+    def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Masking rates for uniform numbers u in [0, 1), and their weights; strata of u are strata of the rates."""
+
+
 @dataclass(frozen=True)
 class Proposal:
     """A schedule to draw from, or, without one, the single rate `lowest` = `highest`."""
@@ -30,7 +42,7 @@ class Proposal:
 
     @property
     def covers_all(self) -> bool:
-        """Whether every rate but a thousandth of them can be drawn, so that the training estimate is of the bound."""
+        """See `Draws`; one rate alone covers nothing."""
         return self.highest - self.lowest >= 1 - 2e-3
 
     def rate(self, u: Tensor) -> Tensor:
@@ -39,7 +51,7 @@ class Proposal:
         return torch.full_like(u, self.lowest) if self.schedule is None else self.schedule.rate(u)
 
     def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Masking rates for uniform numbers u in [0, 1), and their weights."""
+        """See `Draws`."""
         p = self.rate(u)
         return p, self.weight(p)
 
@@ -48,6 +60,12 @@ class Proposal:
         if self.schedule is None:
             return 1 / p
         return 1 / (p * self.schedule.density(p) * (self.highest - self.lowest))
+
+    @property
+    def effective_share(self) -> float:
+        """The share of blocks that would do as well if all counted alike: (sum of w p)^2 / (n sum of (w p)^2)."""
+        p, weight = self.draw((torch.arange(4096, dtype=torch.float64) + 0.5) / 4096)
+        return float((p * weight).mean() ** 2 / (p * weight).square().mean())
 
     @property
     def mean_rate(self) -> float:
@@ -74,14 +92,12 @@ class Exploring:
     covers_all = False
 
     def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Masking rates for uniform numbers u in [0, 1), and their weights; strata of u are strata of both parts."""
+        """See `Draws`."""
         u = u.double()
         explores = u < self.share
-        outer, inner = self.whole.draw((u / self.share).clamp(max=1)), self.clipped.draw(self._inner(u))
+        outer = self.whole.draw((u / self.share).clamp(max=1))
+        inner = self.clipped.draw(((u - self.share) / (1 - self.share)).clamp(min=0))
         return torch.where(explores, outer[0], inner[0]), torch.where(explores, outer[1], inner[1])
-
-    def _inner(self, u: Tensor) -> Tensor:
-        return ((u - self.share) / (1 - self.share)).clamp(min=0)
 
 
 def base_schedule(config: ScheduleConfig, progress: float = 0.0) -> Schedule:

@@ -126,7 +126,7 @@ def _inverse(time: Function, density: Function, t: Tensor, lowest: float, highes
         error = time(p) - t
         low, high = torch.where(error < 0, p, low), torch.where(error < 0, high, p)
         newton = p - error / density(p)
-        moved = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
+        moved = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
         if float((moved - p).abs().max()) < 1e-14:
             break
         p = moved

@@ -9,6 +9,7 @@ The variance of the gradient is the paper's eq. (10):
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from bd3_ds.config.schema import AR, RunConfig, block_size
 from bd3_ds.diffusion.clip_search import Spread, spread_sums
-from bd3_ds.diffusion.frequency import rarity
+from bd3_ds.diffusion.frequency import power_at, rarity
 from bd3_ds.diffusion.noise import make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import Interval, make_proposal
@@ -55,27 +56,30 @@ def variances(
     gradient: bool,
     seed: int = 0,
     interval: Interval | None = None,
-    progress: float = 0.0,
+    step: int = 0,
     token_counts: np.ndarray | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> Variances:
     """The variances of `run`'s objective under `model`, on batches drawn from tokens [N, L] of these documents [N, L].
 
-    Batch m is `sequences` of the N without repetition; its noise is stratified over it as in training. `at_once`
-    sequences go through the network together. `interval` stands for the configured t_min and t_max. `token_counts` [V]
-    are needed where the run masks by frequency.
+    Batch m is `sequences` draws from the N; its noise is stratified over it as in training after `step` steps.
+    `at_once` sequences go through the network together. `interval` stands for the configured t_min and t_max.
+    `token_counts` [V] are needed where the run masks by frequency. `progress` is called after every batch.
     """
     assert run.model.mask_id is not None
     device, size, length = next(model.parameters()).device, block_size(run), tokens.shape[1]
-    sequences = min(sequences, len(tokens))
-    proposal = None if run.objective.name == AR else make_proposal(run.objective.schedule, progress, interval)
-    wishes = None if token_counts is None else rarity(token_counts) ** run.objective.frequency.power
+    moved = min(1.0, step / run.train.total_steps)
+    proposal = None if run.objective.name == AR else make_proposal(run.objective.schedule, moved, interval)
+    wishes = None if token_counts is None else rarity(token_counts) ** power_at(run.objective.frequency, step)
     noise_seed = integer_seed(seed, Purpose.VARIANCE)
     estimates: list[float] = []
     blocks = torch.zeros(3, dtype=torch.float64, device=device)
-    mean, squares = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()], 0.0
+    weights = list(model.parameters()) if gradient else []
+    mean = [torch.zeros_like(p, dtype=torch.float64) for p in weights]
+    squares = torch.zeros((), dtype=torch.float64, device=device)
 
     for number in range(batches):
-        rows = generator(seed, Purpose.VARIANCE, number).permutation(len(tokens))[:sequences]
+        rows = generator(seed, Purpose.VARIANCE, number).integers(len(tokens), size=sequences)
         model.zero_grad(set_to_none=True)
         estimate = 0.0
         for start in range(0, sequences, at_once):
@@ -98,14 +102,14 @@ def variances(
             if gradient:
                 (loss.loss * share).backward()
         estimates.append(estimate)
-        if gradient:
-            for total, parameter in zip(mean, model.parameters(), strict=True):
-                if parameter.grad is not None:
-                    total += parameter.grad.double() / batches
-                    squares += float(parameter.grad.double().square().sum())
+        for total, parameter in zip(mean, weights, strict=True):
+            if parameter.grad is not None:
+                total += parameter.grad.double() / batches
+                squares += parameter.grad.double().square().sum()
+        progress()
     model.zero_grad(set_to_none=True)
     variance = float(np.var(estimates, ddof=1))
-    spread = squares - batches * sum(float(total.square().sum()) for total in mean)
+    spread = float(squares) - batches * sum(float(total.square().sum()) for total in mean)
     return Variances(
         batches=batches,
         sequences=sequences,

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bd3_ds.config.schema import AR
 from bd3_ds.evaluation.options import DEVICES, open_device
 from bd3_ds.evaluation.packs import check_pack, choose_sets
 from bd3_ds.runtime.cli import Parser, at_least_one
@@ -13,6 +14,7 @@ from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import require_writable, write_json
 
 if TYPE_CHECKING:
+    from bd3_ds.config.schema import RunConfig
     from bd3_ds.diffusion.proposal import Interval
 
 FREE = ("objective.schedule.", "objective.weight.", "objective.frequency.")
@@ -33,17 +35,23 @@ def main(argv: list[str]) -> int:
     from bd3_ds.data.pack import open_pack, read_token_counts
 
     export = find_export(options.export)
-    run = override(export.run, options.overrides, FREE)
+    run = override(as_trained_now(export.run), options.overrides, FREE)
     check_run(run, world_size=1)
+    if options.intervals and run.objective.name == AR:
+        raise UserError(
+            f"--intervals {options.intervals}: objective.name=ar masks nothing, so there is nothing to clip"
+        )
     name, directory = next(iter(choose_sets([options.set] if options.set else None, export, None).items()))
     check_pack(export, name, directory)
     counts = read_token_counts(run.data.train) if run.objective.frequency.power > 0 else None
 
     import torch
 
+    from bd3_ds.evaluation.arguments import check_seed
     from bd3_ds.evaluation.network import load_model
     from bd3_ds.evaluation.variance import variances
 
+    check_seed(options.seed)
     device = open_device(options.device)
     pack = open_pack(directory)
     tokens = torch.from_numpy(pack.all_tokens())
@@ -62,7 +70,7 @@ def main(argv: list[str]) -> int:
             gradient=options.gradients,
             seed=options.seed,
             interval=interval,
-            progress=min(1.0, export.step / run.train.total_steps),
+            step=export.step,
             token_counts=counts,
         )
         t_min, t_max = interval or (run.objective.schedule.t_min, run.objective.schedule.t_max)
@@ -75,6 +83,16 @@ def main(argv: list[str]) -> int:
     if options.json is not None:
         write_json(options.json, records)
     return 0
+
+
+def as_trained_now(run: RunConfig) -> RunConfig:
+    """An export's run without what only matters to training on: stages of block sizes and the search for a clip.
+
+    Its block size and interval are those in force when the export was written.
+    """
+    search = dataclasses.replace(run.objective.clip_search, method="none")
+    objective = dataclasses.replace(run.objective, block_schedule={}, clip_search=search)
+    return dataclasses.replace(run, objective=objective)
 
 
 def format_variances(records: list[dict[str, Any]]) -> str:

@@ -201,8 +201,13 @@ class Worker:
         )
         tags = ["ppl", "nelbo", "stderr"]
         if wanted.variance_batches > 1:
-            record |= self._variances(model, name, wanted)
-            tags += ["var_nelbo", "var_block", "var_gradient"]
+            try:
+                record |= self._variances(model, name, wanted)
+                tags += ["var_nelbo", "var_block", "var_gradient"]
+            except UserError as error:  # the perplexity is worth having all the same
+                self.say(f"{export.name} {name}: no variances ({error})")
+        if "report_loss" in record:
+            tags += ["report_loss"]
         # TensorBoard first: killed in between, the next worker writes the point again, which does no harm.
         for tag in (tag for tag in tags if record[tag] is not None):
             self._tensorboard().add_scalar(f"eval/{name}/{tag}", record[tag], export.step)
@@ -226,7 +231,8 @@ class Worker:
             sequences=wanted.batch,
             at_once=wanted.batch,
             gradient=True,
-            progress=min(1.0, model.export.step / run.train.total_steps),
+            step=model.export.step,
+            progress=self._check,
             token_counts=read_token_counts(run.data.train) if run.objective.frequency.power > 0 else None,
         )
         return {key: getattr(measured, key) for key in ("var_nelbo", "var_block", "var_gradient")}

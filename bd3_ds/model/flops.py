@@ -6,11 +6,13 @@ from bd3_ds.config.schema import AR
 from bd3_ds.model.dit import Network
 
 
-def training_flops_per_sequence(network: Network, objective: str, length: int, block_size: int) -> float:
+def training_flops_per_sequence(
+    network: Network, objective: str, length: int, block_size: int, masked_share: float = 0.5
+) -> float:
     """Forward and backward (3 x forward) on one sequence of `length` clean tokens; recomputation is not counted.
 
-    A product of [m, k] and [k, n] costs 2 m k n. The head runs where a loss is due: everywhere for AR, at half of the
-    tokens for masked diffusion (the mean masking rate of the log-linear schedule). Pairs that only data.document_mask
+    A product of [m, k] and [k, n] costs 2 m k n. The head runs where a loss is due: everywhere for AR, at the masked
+    tokens for masked diffusion (half of them under the log-linear schedule). Pairs that only data.document_mask
     hides depend on the text and are counted.
     """
     width = network.hidden_size
@@ -29,5 +31,5 @@ def training_flops_per_sequence(network: Network, objective: str, length: int, b
         # The last layer's clean tokens give keys and values, nothing more.
         spared = clean * (per_token - 2 * 2 * width**2) + (4 * width * (earlier + own) if clean else 0)
         body = network.layers * one_layer - spared
-        scored = (length - 1) / 2
+        scored = (length - 1) * masked_share
     return 3.0 * (body + scored * 2 * width * network.vocab_size)

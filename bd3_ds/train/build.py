@@ -126,13 +126,14 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
     search = run.objective.clip_search
     counts = read_token_counts(run.data.train) if run.objective.frequency.power > 0 else None
     held_out = open_pack(run.eval.sets[search.set]) if search.method == "grid" else None
+    stepper = Stepper(run, world, engine, ema, run.model.mask_id, counts)
     return Trainer(
         run=run,
         world=world,
         engine=engine,
         ema=ema,
-        stepper=Stepper(run, world, engine, ema, run.model.mask_id, counts),
-        clip_search=ClipSearch(run, world, engine, run.model.mask_id, held_out),
+        stepper=stepper,
+        clip_search=ClipSearch(stepper, held_out),
         loader=Loader(run.data, share, state.samples),
         log=log,
         meter=Meter(model.network, run, float(world.sum(peak))),

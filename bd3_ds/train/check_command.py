@@ -36,13 +36,13 @@ def main(argv: list[str]) -> int:
         require_writable(arguments.plot.resolve().parent)
     ds_json = load_ds_json(arguments.deepspeed_config)
     run = preflight(load_recipe(arguments.recipe, arguments.overrides), arguments.world_size)
+    if arguments.plot is not None and run.objective.name == AR:
+        raise UserError("--plot draws a noise schedule, and objective.name=ar has none")
     lines = plan(run, arguments.world_size, zero_stage(ds_json))
     print(to_yaml(run))
     for line in lines:
         print(f"# {line}")
     if arguments.plot is not None:
-        if run.objective.name == AR:
-            raise UserError("--plot draws a noise schedule, and objective.name=ar has none")
         from bd3_ds.train.plot_schedule import plot_schedule
 
         plot_schedule(run, arguments.plot)
@@ -103,9 +103,17 @@ def _masking(run: RunConfig) -> list[str]:
     from bd3_ds.config.schema import block_sizes
     from bd3_ds.diffusion.proposal import make_proposal
 
-    lines = []
+    proposal = make_proposal(run.objective.schedule)
+    effective = proposal.effective_share
+    lines = [
+        f"masking rates from {proposal.lowest:.3g} to {proposal.highest:.3g}; blocks weigh as if {effective:.1%} of "
+        "them counted, and those alike"
+    ]
+    if effective < 0.1:
+        lines.append(
+            "warning: a few blocks carry nearly all of the weight; objective.schedule.defensive=0.1 would spread it"
+        )
     for size in sorted({size for step in {0, *run.objective.block_schedule} for size in block_sizes(run, step)}):
-        proposal = make_proposal(run.objective.schedule)
         mean, covered, usual = proposal.mean_rate, proposal.all_masked_share(size), 1 / (size + 1)
         lines.append(
             f"block size {size}: {mean:.1%} of tokens are masked on average, {covered:.3g} of blocks wholly (unclipped "

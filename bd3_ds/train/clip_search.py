@@ -7,27 +7,24 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from bd3_ds.config.schema import RunConfig, block_sizes
+from bd3_ds.config.schema import block_sizes
 from bd3_ds.data.pack import Pack
-from bd3_ds.diffusion.clip_search import Spread, candidates, least, spread_sums
+from bd3_ds.diffusion.clip_search import ENOUGH, HELD_OUT_BINS, binned, candidates, least, within
 from bd3_ds.diffusion.noise import make_noise
 from bd3_ds.diffusion.objective import training_loss
-from bd3_ds.diffusion.proposal import Interval, make_proposal
+from bd3_ds.diffusion.proposal import Interval, base_schedule, make_proposal
 from bd3_ds.model.dit import as_denoiser
 from bd3_ds.runtime.rng import Purpose, generator
-from bd3_ds.runtime.world import World
-from bd3_ds.train.engine import Engine
 from bd3_ds.train.state import TrainState
+from bd3_ds.train.step import Stepper
 
 
 class ClipSearch:
     """`held_out` is the pack that the grid method searches on; the moments method needs none."""
 
-    def __init__(self, run: RunConfig, world: World, engine: Engine, mask_id: int, held_out: Pack | None):
-        self.run = run
-        self.world = world
-        self.engine = engine
-        self.mask_id = mask_id
+    def __init__(self, stepper: Stepper, held_out: Pack | None):
+        self.stepper = stepper
+        self.run = run = stepper.run
         self._tokens = self._documents = None
         if held_out is not None:
             self._tokens = torch.from_numpy(held_out.all_tokens(run.objective.clip_search.sequences))
@@ -41,12 +38,12 @@ class ClipSearch:
         run = self.run
         progress = state.step / run.train.total_steps
         for size in block_sizes(run, state.step):
-            tried = candidates(run.objective.clip_search, run.objective.schedule, size, progress)
+            tried = candidates(run.objective, size, progress)
             clip = state.clip(size)
             if run.objective.clip_search.method == "moments":
                 clip = replace(clip, moments=clip.moments.settled())
-                schedule = run.objective.schedule
-                variances = {each: clip.moments.variance(make_proposal(schedule, progress, each)) for each in tried}
+                schedule = base_schedule(run.objective.schedule, progress)
+                variances = {each: clip.moments.variance(schedule, each) for each in tried}
             else:
                 variances = self._forward(tried, size, state.step, progress)
             chosen = least(variances)
@@ -71,28 +68,30 @@ class ClipSearch:
     def _forward(self, tried: list[Interval], size: int, step: int, progress: float) -> dict[Interval, float]:
         """Variance of a block's estimate under each interval, with the present weights and common random numbers."""
         assert self._tokens is not None
-        run, world = self.run, self.world
+        run, world, engine = self.run, self.stepper.world, self.stepper.engine
         micro, length = run.train.micro_batch, run.data.length
         per_rank = len(self._tokens) // (micro * world.size) * micro
         blocks, total = length // size, per_rank * world.size * (length // size)
         rng = generator(run.seed, Purpose.CLIP_SEARCH, step, size)
         strata = (rng.permutation(total) + rng.random(total)).reshape(-1, blocks) / total  # [N, B]
-        sums = torch.zeros(len(tried), 3, dtype=torch.float64, device=world.device)
-        self.engine.module.eval()
+        bins = max(1, min(HELD_OUT_BINS, total // ENOUGH))
+        sums = torch.zeros(len(tried), 3, bins, dtype=torch.float64, device=world.device)
+        engine.module.eval()
         for start in range(0, per_rank, micro):
             rows = np.arange(start, start + micro) * world.size + world.rank
-            x0 = self._tokens[rows].to(world.device)
+            tokens = self._tokens[rows]
+            x0, wish = tokens.to(world.device), self.stepper.wish(tokens, step)
             documents = None if self._documents is None else self._documents[rows].to(world.device)
-            denoiser = as_denoiser(self.engine, size, documents)
+            denoiser = as_denoiser(engine, size, documents)
             u = torch.from_numpy(strata[rows])
             masks = [generator(run.seed, Purpose.CLIP_SEARCH, step, size, 1 + int(row)).random(length) for row in rows]
             draws = torch.from_numpy(np.stack(masks))
             for number, interval in enumerate(tried):
                 proposal = make_proposal(run.objective.schedule, progress, interval)
-                noise = make_noise(u, draws, proposal, run.objective.weight).to(world.device)
-                loss = training_loss(run.objective.name, denoiser, x0, noise, self.mask_id)
+                noise = make_noise(u, draws, proposal, run.objective.weight, wish).to(world.device)
+                loss = training_loss(run.objective.name, denoiser, x0, noise, self.stepper.mask_id)
                 assert loss.block_nats is not None
-                sums[number] += spread_sums(loss.block_nats, noise.bound_weight)
-        self.engine.module.train()
+                sums[number] += binned(loss.block_nats, noise.bound_weight, u.to(world.device), bins)
+        engine.module.train()
         world.sum(sums)
-        return {interval: Spread.of(row).variance for interval, row in zip(tried, sums, strict=True)}
+        return {interval: within(each.cpu()) for interval, each in zip(tried, sums, strict=True)}

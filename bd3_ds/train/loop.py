@@ -34,9 +34,9 @@ def train(run: RunConfig, ds_json: dict[str, Any], world: World) -> TrainState:
             guard.check(result)
             trainer.state = learn(trainer.state.advance(run.train.global_batch, run.data.length), result)
             report(trainer, result, bar)
-            if run.objective.clip_search.method != "none" and due(run.objective.clip_search.every, trainer.state.step):
-                search_clip(trainer)
             last = trainer.state.step == run.train.total_steps
+            if searches(run) and due(run.objective.clip_search.every, trainer.state.step) and not last:
+                search_clip(trainer)
             if due(run.train.export_every, trainer.state.step) or last:
                 trainer.export()
             if due(run.train.checkpoint_every, trainer.state.step) or last or guard.wants_stop:
@@ -53,6 +53,11 @@ def train(run: RunConfig, ds_json: dict[str, Any], world: World) -> TrainState:
 def due(every: int, step: int) -> bool:
     """Whether something that happens every `every` steps happens after `step`."""
     return step % every == 0
+
+
+def searches(run: RunConfig) -> bool:
+    """Whether the clip interval is looked for while training."""
+    return run.objective.clip_search.method != "none"
 
 
 def learn(state: TrainState, result: StepResult) -> TrainState:
@@ -90,6 +95,7 @@ def report(trainer: Trainer, result: StepResult, bar: Any) -> None:
             "t_min": t_min,
             "t_max": t_max,
             "block_variance": result.block_variance,
+            "nelbo_is_bound": result.nelbo_is_bound,
         }
     )
     bar.update(1)

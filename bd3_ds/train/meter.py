@@ -67,7 +67,7 @@ class Meter:
     def _reset(self) -> None:
         self._steps = 0
         self._flops = 0.0
-        self._nelbo: list[float] = []
+        self._nelbo: list[tuple[float, object]] = []  # and what its noise was
         self._waited = 0.0
         self._seconds = 0.0
 
@@ -76,17 +76,17 @@ class Meter:
         run = self._run
         self._steps += 1
         self._flops += run.train.global_batch * training_flops_per_sequence(
-            self._network, run.objective.name, run.data.length, result.block_size
+            self._network, run.objective.name, run.data.length, result.block_size, result.masked_share
         )
         self._seconds += result.seconds
         self._waited += result.waited
-        self._nelbo.append(result.nelbo)
+        self._nelbo.append((result.nelbo, (result.block_size, result.interval)))
 
     def read(self) -> dict[str, float]:
         """TensorBoard scalars since the last call, and a fresh start.
 
-        train/var_nelbo is the variance over batches of the training estimate, from the differences of neighbours: the
-        fall of the loss itself, slow beside it, is not in it.
+        train/var_nelbo is the variance over batches of the training estimate, from the differences of neighbours of one
+        block size and interval: the fall of the loss itself, slow beside it, is not in it.
         """
         seconds = max(self._seconds, 1e-9)
         values = {
@@ -94,8 +94,9 @@ class Meter:
             "perf/mfu": self._flops / seconds / self._peak,
             "perf/data_wait": self._waited / seconds,
         }
-        if len(self._nelbo) > 1:
-            pairs = itertools.pairwise(self._nelbo)
-            values["train/var_nelbo"] = sum((b - a) ** 2 for a, b in pairs) / (2 * (len(self._nelbo) - 1))
+        pairs = itertools.pairwise(self._nelbo)
+        jumps = [(later - earlier) ** 2 for (earlier, kind), (later, other) in pairs if kind == other]
+        if jumps:
+            values["train/var_nelbo"] = sum(jumps) / (2 * len(jumps))
         self._reset()
         return values

@@ -46,8 +46,8 @@ def plot_schedule(run: RunConfig, path: Path) -> None:
 
 def curves(run: RunConfig, proposal: Proposal) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rates p that can be drawn, their density, their weight in the bound and in the loss; each [N] fp64."""
-    share = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    p = proposal.lowest + (proposal.highest - proposal.lowest) * share
+    between = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    p = proposal.lowest + (proposal.highest - proposal.lowest) * between
     bound = proposal.weight(p)
     density = torch.ones_like(p) if proposal.schedule is None else proposal.schedule.density(p)
     return p, density, bound, loss_weight(run.objective.weight, p, bound)
@@ -58,6 +58,6 @@ def masked_counts(proposal: Proposal, tokens: int) -> tuple[Tensor, Tensor]:
     u = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
     p = proposal.rate(u).clamp(1e-12, 1 - 1e-12)
     count = torch.arange(tokens + 1, dtype=torch.float64)
-    choose = torch.lgamma(torch.tensor(tokens + 1.0)) - torch.lgamma(count + 1) - torch.lgamma(tokens - count + 1)
+    choose = torch.lgamma(count.max() + 1) - torch.lgamma(count + 1) - torch.lgamma(tokens - count + 1)
     log_chance = choose + count * p[:, None].log() + (tokens - count) * (-p[:, None]).log1p()  # [N, tokens + 1]
     return count, log_chance.exp().mean(0)

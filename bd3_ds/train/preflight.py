@@ -9,7 +9,7 @@ from bd3_ds.checkpoint.export import find_export
 from bd3_ds.config.check import check_run
 from bd3_ds.config.load import flat, load_resolved
 from bd3_ds.config.schema import AR, RunConfig
-from bd3_ds.data.pack import Manifest, check_same_tokenizer, read_index, read_manifest
+from bd3_ds.data.pack import Manifest, check_same_tokenizer, read_index, read_manifest, read_token_counts
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import require_writable
 
@@ -31,7 +31,7 @@ def preflight(run: RunConfig, world_size: int) -> RunConfig:
         raise UserError(f"data.train: {error}") from None
     run = with_vocabulary(run, manifest)
     problems = [*_shards(run, manifest), *_sets(run, manifest), *_start(run), *_run_dir(run)]
-    problems = problems or _clip_search(run, world_size)
+    problems = problems or [*_clip_search(run, world_size), *_token_counts(run)]
     if problems:
         raise UserError(*problems)
     return run
@@ -101,6 +101,17 @@ def _clip_search(run: RunConfig, world_size: int) -> list[str]:
         f"train.micro_batch={run.train.micro_batch} x {world_size} ranks = {needed}, what one round of the grid search "
         "takes; raise it, or use objective.clip_search.method=moments"
     ]
+
+
+def _token_counts(run: RunConfig) -> list[str]:
+    """Masking by frequency finds its counts."""
+    if run.objective.frequency.power == 0:
+        return []
+    try:
+        read_token_counts(run.data.train)
+    except UserError as error:
+        return [f"objective.frequency.power={run.objective.frequency.power}: {error}"]
+    return []
 
 
 def _start(run: RunConfig) -> list[str]:

@@ -58,6 +58,6 @@ class TrainState:
             int(size): Clip(
                 tuple(clip["interval"]) if clip["interval"] is not None else None, Moments.from_json(clip["moments"])
             )
-            for size, clip in saved["clips"].items()
+            for size, clip in saved.get("clips", {}).items()  # absent before there was a search
         }
         return cls(saved["step"], saved["samples"], saved["tokens"], clips)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from bd3_ds.config.schema import AR, RunConfig, block_sizes
 from bd3_ds.data.loader import MicroBatch
-from bd3_ds.diffusion.clip_search import RATE_BINS, Spread, moment_sums, spread_sums
+from bd3_ds.diffusion.clip_search import TIME_BINS, Spread, moment_sums, spread_sums
 from bd3_ds.diffusion.frequency import power_at, rarity
 from bd3_ds.diffusion.noise import Noise, choose_block_size, make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import BINS, training_loss
-from bd3_ds.diffusion.proposal import Exploring, Interval, Proposal, make_proposal
+from bd3_ds.diffusion.proposal import Draws, Exploring, Interval, base_schedule, make_proposal
 from bd3_ds.model.dit import as_denoiser
 from bd3_ds.runtime.rng import Purpose, integer_seed
 from bd3_ds.runtime.world import World
@@ -31,8 +31,8 @@ class StepResult:
     """Means over the global batch, the same on every rank; loss and nelbo in nats per scored token.
 
     nats_by_rate: mean -log p(x0) of a masked token by its block's masking rate, in BINS equal bins; nan where a bin saw
-    none. block_variance: variance over the batch's blocks of their estimates of the bound. moments: `moment_sums` of
-    the batch. `interval` is that of the times drawn; all of these are None for AR.
+    none. masked_share: of all tokens. block_variance: variance over the batch's blocks of their estimates of the bound.
+    moments: the batch's sums for the clip search. interval: that of the times drawn. These three are None for AR.
     """
 
     step: int
@@ -40,6 +40,7 @@ class StepResult:
     nelbo: float
     nelbo_is_bound: bool
     nats_by_rate: list[float]
+    masked_share: float
     block_size: int
     interval: Interval | None
     block_variance: float | None
@@ -65,7 +66,7 @@ class Stepper:
         self.accumulation = run.train.global_batch // (run.train.micro_batch * world.size)
         self._rarity = None if token_counts is None else rarity(token_counts)
 
-    def proposal(self, state: TrainState, block_size: int) -> Proposal | Exploring:
+    def proposal(self, state: TrainState, block_size: int) -> Draws:
         """What the step after `state` draws masking rates from."""
         schedule, search = self.run.objective.schedule, self.run.objective.clip_search
         progress = state.step / self.run.train.total_steps
@@ -83,8 +84,9 @@ class Stepper:
         lr = learning_rate(run.optim, done, run.train.total_steps)
         size = choose_block_size(run.seed, done, block_sizes(run, done))
         proposal = None if run.objective.name == AR else self.proposal(state, size)
+        schedule = base_schedule(run.objective.schedule, done / run.train.total_steps)
         totals = torch.zeros(6 + 2 * BINS, device=self.world.device, dtype=torch.float64)
-        moments = torch.zeros(3, RATE_BINS, device=self.world.device, dtype=torch.float64)
+        moments = torch.zeros(3, TIME_BINS, device=self.world.device, dtype=torch.float64)
         waited = 0.0
         for micro_step in range(self.accumulation):
             batch = next(batches)
@@ -104,23 +106,24 @@ class Stepper:
             totals[6:] += torch.cat([loss.bin_nats, loss.bin_masked])
             if noise is not None and loss.block_nats is not None:
                 totals[3:6] += spread_sums(loss.block_nats, noise.bound_weight)
-                moments += moment_sums(loss.block_nats, noise.rate)
+                moments += moment_sums(loss.block_nats, noise.rate, schedule)
         self.ema.update()
         totals[2] = float(stop_asked)
         summed = self.world.sum(torch.cat([totals, moments.flatten()])).cpu()
         values = summed[: len(totals)].tolist()
         nats, masked = values[6 : 6 + BINS], values[6 + BINS :]
-        schedule = run.objective.schedule
+        configured = (run.objective.schedule.t_min, run.objective.schedule.t_max)
         return StepResult(
             step=done + 1,
             loss=values[0],
             nelbo=values[1],
-            nelbo_is_bound=proposal is None or (proposal.covers_all and self._rarity is None),
+            nelbo_is_bound=proposal is None or ((proposal.covers_all or size == 1) and self._rarity is None),
             nats_by_rate=[n / m if m else float("nan") for n, m in zip(nats, masked, strict=True)],
+            masked_share=sum(masked) / (run.train.global_batch * run.data.length),
             block_size=size,
-            interval=None if proposal is None else state.clip(size).interval or (schedule.t_min, schedule.t_max),
+            interval=None if proposal is None else state.clip(size).interval or configured,
             block_variance=None if proposal is None else Spread(*values[3:6]).variance,
-            moments=None if proposal is None else summed[len(totals) :].view(3, RATE_BINS),
+            moments=None if proposal is None else summed[len(totals) :].view(3, TIME_BINS),
             grad_norm=self.engine.grad_norm(),
             lr=lr,
             seconds=time.perf_counter() - start,
@@ -131,13 +134,17 @@ class Stepper:
     def _documents(self, batch: MicroBatch) -> Tensor | None:
         return None if batch.documents is None else batch.documents.to(self.world.device, non_blocking=True)
 
-    def _noise(self, done: int, batch: MicroBatch, size: int, proposal: Proposal | Exploring | None) -> Noise | None:
+    def _noise(self, done: int, batch: MicroBatch, size: int, proposal: Draws | None) -> Noise | None:
         if proposal is None:
             return None
         seed, length = self.run.seed, self.run.data.length
         u = stratified_times(seed, done, batch.slots, self.run.train.global_batch, length // size)
         draws = mask_draws(seed, done, batch.slots, length)
-        wish = None
-        if self._rarity is not None:
-            wish = self._rarity[batch.tokens] ** power_at(self.run.objective.frequency, done)
+        wish = self.wish(batch.tokens, done)
         return make_noise(u, draws, proposal, self.run.objective.weight, wish).to(self.world.device)
+
+    def wish(self, tokens: Tensor, step: int) -> Tensor | None:
+        """The wishes of tokens [b, L] to be masked after `step` steps; None where all are alike."""
+        if self._rarity is None:
+            return None
+        return self._rarity[tokens] ** power_at(self.run.objective.frequency, step)

@@ -102,7 +102,7 @@ OVERRIDES = [
     ("run_dir=/dev/null/x", ["run_dir", "cannot write to /dev/null/x", "Not a directory"]),
     ("run_dir={0}/binary.yaml", ["run_dir", "cannot write to {0}/binary.yaml"]),
     ("run_dir={0}/other", ["model.layers was 3", "is 2 now", "run_dir of its own"]),
-    ("run_dir={0}/torn", ["run_dir", "torn/run.yaml is not complete", "it lacks data.canonical_nodes"]),
+    ("run_dir={0}/torn", ["run_dir", "torn/run.yaml is not complete", "it lacks data.train"]),
     ("train.init_from={0}/nowhere", ["train.init_from", "export {0}/nowhere not found"]),
     ("train.init_from={0}/folder", ["train.init_from", "neither an export nor a run"]),
     ("train.init_from={0}/other", ["train.init_from={0}/other", "model.layers=3, this run has 2"]),

@@ -88,11 +88,13 @@ def test_run_yaml_comes_back(path: Path, tmp_path: Path) -> None:
     assert load_resolved(file) == run
 
 
-def test_a_resolved_run_needs_every_key(tmp_path: Path) -> None:
-    """Nothing is filled in behind an old run's back: a missing key is named."""
+def test_a_run_from_before_a_key_existed_is_read(tmp_path: Path) -> None:
+    """It has the key's default, which is what was done before; what has no default is missed by name."""
     file = tmp_path / "run.yaml"
-    file.write_text(to_yaml(recipe()).replace("  rope_base: 10000.0\n", ""))
-    with pytest.raises(UserError, match=r"lacks model\.rope_base$"):
+    file.write_text(to_yaml(recipe()).replace("  document_mask: false\n", ""))
+    assert load_resolved(file) == recipe()
+    file.write_text(to_yaml(recipe()).replace("  train: runs/docs/data/train\n", ""))
+    with pytest.raises(UserError, match=r"lacks data\.train$"):
         load_resolved(file)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bd3_ds.config.check_diffusion import SCHEDULES
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, WeightConfig
-from bd3_ds.diffusion.clip_search import Spread, moment_sums, spread_sums
+from bd3_ds.diffusion.clip_search import Spread, binned, spread_sums
 from bd3_ds.diffusion.noise import Noise, choose_block_size, corrupt, make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import Loss, training_loss
 from bd3_ds.diffusion.proposal import make_proposal
@@ -217,12 +217,10 @@ def test_sums_for_the_clip_search_add_up(seed: int, batch: int, blocks: int) -> 
     assert Spread.of(whole).mean == pytest.approx(values.mean())
     if len(values) > 1:
         assert Spread.of(whole).variance == pytest.approx(values.var(ddof=1), rel=1e-6, abs=1e-9)
-    moments = moment_sums(nats, rate)
-    assert moments[0].sum() == len(values)
-    assert float(moments[1].sum()) == pytest.approx(values.sum())
-    torch.testing.assert_close(
-        moments, moment_sums(nats[:batch], rate[:batch]) + moment_sums(nats[batch:], rate[batch:])
-    )
+    by_place = binned(nats, 1 / rate, rate, 5)
+    torch.testing.assert_close(by_place.sum(1), whole)
+    halves = [binned(nats[part], 1 / rate[part], rate[part], 5) for part in (slice(0, batch), slice(batch, None))]
+    torch.testing.assert_close(by_place, halves[0] + halves[1])
 
 
 def test_block_sizes_of_a_mixed_stage_come_up_equally_often() -> None:

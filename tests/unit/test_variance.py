@@ -44,7 +44,7 @@ def test_definitions(scene) -> None:
     seed = integer_seed(0, Purpose.VARIANCE)
     estimates, gradients = [], []
     for m in range(batches):
-        rows = generator(0, Purpose.VARIANCE, m).permutation(len(tokens))[:sequences]
+        rows = generator(0, Purpose.VARIANCE, m).integers(len(tokens), size=sequences)
         slots = np.arange(sequences)
         u, draws = stratified_times(seed, m, slots, sequences, 4), mask_draws(seed, m, slots, tokens.shape[1])
         noise = make_noise(u, draws, make_proposal(run.objective.schedule), WeightConfig("elbo", 0.0))
