@@ -19,8 +19,10 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
+REFERENCE = "log_linear"
 SCHEDULE, WEIGHT = "objective.schedule", "objective.weight"
 VARIANTS: dict[str, list[str]] = {
     "log_linear": [],
@@ -71,10 +73,14 @@ def main() -> int:
     seeds = [int(seed) for seed in options.seeds.split(",")]
     # Seed after seed, so that a table of fewer seeds is whole early.
     todo = [(name, seed) for seed in seeds for name in names]
+    slots: Queue[int] = Queue()
+    for slot in range(options.jobs):
+        slots.put(slot)
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda work: run(*work, options), todo))
+        results = list(pool.map(lambda work: run(*work, slots, options), todo))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    summary = [summarise(name, [result for result in results if result["variant"] == name]) for name in names]
+    reference = {result["seed"]: result["nelbo"] for result in results if result["variant"] == REFERENCE}
+    summary = [summarise([result for result in results if result["variant"] == name], reference) for name in names]
     record = {"steps": options.steps, "seeds": seeds, "commit": commit, "summary": summary, "runs": results}
     print(json.dumps(record, indent=2))
     if options.json:
@@ -83,8 +89,17 @@ def main() -> int:
     return 0
 
 
-def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one variant with one seed, score it, and take its variances."""
+def run(name: str, seed: int, slots: Queue[int], options: argparse.Namespace) -> dict[str, Any]:
+    """Train one variant with one seed, score it, and take its variances, on a slot of its own."""
+    slot = slots.get()
+    try:
+        return run_on(slot, name, seed, options)
+    finally:
+        slots.put(slot)
+
+
+def run_on(slot: int, name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """As `run`, on GPU number `slot` where there are GPUs."""
     slug = "".join(letter if letter.isalnum() else "-" for letter in name)
     run_dir: Path = options.out / f"{slug}-{options.block_size}-{options.steps}-seed{seed}"
     result_file = run_dir / "result.json"
@@ -103,12 +118,13 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         f"data.shuffle_seed={seed}",
         *VARIANTS[name],
     ]
-    program("train", options.recipe, *train)
+    program(slot, "train", options.recipe, *train)
     bound, noise = run_dir / "bound.json", run_dir / "variance.json"
-    scoring = ["--sets", "valid", "--estimator", "exact", "--batch", "60", "--max-chunks", str(options.chunks)]
-    program("evaluate", str(run_dir), *scoring, "--json", str(bound))
+    estimator = ["--estimator", "exact" if options.block_size <= 8 else "stratified", "--views", "8", "--batch", "60"]
+    scoring = ["--sets", "valid", *estimator, "--max-chunks", str(options.chunks)]
+    program(slot, "evaluate", str(run_dir), *scoring, "--json", str(bound))
     batches = ["--set", "valid", "--batches", str(options.batches), "--gradients", "--json", str(noise)]
-    program("variance", str(run_dir), *batches)
+    program(slot, "variance", str(run_dir), *batches)
     scored, varied = json.loads(bound.read_text())[0], json.loads(noise.read_text())[0]
     result = {
         "variant": name,
@@ -124,18 +140,23 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def program(*words: str) -> None:
-    """run.py in a process of its own on one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def program(slot: int, *words: str) -> None:
+    """run.py in a process of its own, on one thread and at most one GPU."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": str(slot)}
     done = subprocess.run([sys.executable, "run.py", *words], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"run.py {' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
 
 
-def summarise(name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds."""
-    row: dict[str, Any] = {"variant": name, "n": len(results)}
-    for key in ("nelbo", "ppl", "var_nelbo", "var_block", "var_gradient"):
+def summarise(results: list[dict[str, Any]], reference: dict[int, float]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds, and those of the difference to the reference run of the same seed.
+
+    A seed stands for one order of data and one stratification, so differences vary less than values.
+    """
+    row: dict[str, Any] = {"variant": results[0]["variant"], "n": len(results)}
+    for result in results:
+        result["difference"] = result["nelbo"] - reference.get(result["seed"], math.nan)
+    for key in ("nelbo", "difference", "ppl", "var_nelbo", "var_block", "var_gradient"):
         values = [result[key] for result in results]
         row[key] = statistics.fmean(values)
         row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else math.nan
@@ -145,14 +166,15 @@ def summarise(name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
 def table(summary: list[dict[str, Any]]) -> str:
     """Markdown, in the order of the variants."""
     lines = [
-        "| variant | n | bound (nats/token) | perplexity | Var. NELBO | var of a block | var of the gradient |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| variant | n | bound (nats/token) | to log_linear | perplexity | Var. NELBO | of a block | of the gradient |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in summary:
         cells = [
             f"{row[key]:{form}} ± {row[f'{key}_std']:{spread}}"
             for key, form, spread in (
                 ("nelbo", ".4f", ".4f"),
+                ("difference", "+.4f", ".4f"),
                 ("ppl", ".1f", ".1f"),
                 ("var_nelbo", ".4f", ".4f"),
                 ("var_block", ".2f", ".2f"),

@@ -53,9 +53,13 @@ class RunRecords:
         return statistics.median(rates) if rates else math.nan
 
     def final_nelbo(self, part: float = 0.1) -> float:
-        """Mean of train.nelbo over the last tenth of the steps, nats per token; nan without records."""
+        """Mean of train.nelbo over the last tenth of the steps, nats per token; nan without records.
+
+        Steps whose noise gives no estimate of the bound (a clip, masking by frequency) do not count.
+        """
         last = self.train[-max(1, int(len(self.train) * part)) :]
-        return statistics.fmean(line["nelbo"] for line in last) if last else math.nan
+        bounds = [line["nelbo"] for line in last if line.get("nelbo_is_bound", True)]
+        return statistics.fmean(bounds) if bounds else math.nan
 
 
 def collect(places: list[str]) -> list[RunRecords]:
