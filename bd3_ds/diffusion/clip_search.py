@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -188,16 +189,16 @@ class Moments:
         line = means[seen[left]] + slope * (p.numpy() - centres[left])
         return torch.from_numpy(np.where(np.isnan(means[bins.numpy()]), np.nan, line))
 
-    def to_json(self) -> dict[str, list[float | None] | list[list[float]]]:
+    def to_json(self) -> dict[str, Any]:
         """For a checkpoint's manifest; nan as null."""
         none = [[None if x != x else x for x in row] for row in (self.mean, self.square)]
         return {"mean": none[0], "square": none[1], "fresh": [list(row) for row in self.fresh]}
 
     @classmethod
-    def from_json(cls, value: dict[str, list[float | None] | list[list[float]]]) -> Moments:
+    def from_json(cls, value: dict[str, Any]) -> Moments:
         """What `to_json` wrote."""
         mean, square = (tuple(float("nan") if x is None else x for x in value[key]) for key in ("mean", "square"))
-        return cls(mean, square, tuple(map(tuple, value["fresh"])))  # type: ignore[arg-type]
+        return cls(mean, square, tuple(map(tuple, value["fresh"])))
 
 
 def _not_negative(variance: float) -> float:

@@ -16,9 +16,9 @@ from bd3_ds.config.schema import FrequencyConfig
 
 def rarity(counts: np.ndarray) -> Tensor:
     """Rarity [V] fp64 in (0, 1] from how often each token occurs [V]; tokens that occur equally often share theirs."""
-    values, inverse, times = np.unique(-counts.astype(np.int64), return_inverse=True, return_counts=True)
+    _, inverse, times = np.unique(-counts.astype(np.int64), return_inverse=True, return_counts=True)
     last = np.cumsum(times)  # rank of the last token of each group of equals
-    return torch.from_numpy(((last - (times - 1) / 2) / len(counts))[inverse]) if len(values) else torch.empty(0)
+    return torch.from_numpy(((last - (times - 1) / 2) / len(counts))[inverse])
 
 
 def power_at(config: FrequencyConfig, step: int) -> float:

@@ -85,15 +85,17 @@ def plan(run: RunConfig, world_size: int, stage: int) -> list[str]:
 def _flops_per_token(network: Network, run: RunConfig) -> float:
     """Training FLOPs of a clean token, the mean over the stages of a block size that changes."""
     from bd3_ds.config.schema import block_sizes
+    from bd3_ds.diffusion.proposal import make_proposal
     from bd3_ds.model.flops import training_flops_per_sequence
 
-    total, steps = 0.0, run.train.total_steps
+    masked = make_proposal(run.objective.schedule).mean_rate
+    length, total, steps = run.data.length, 0.0, run.train.total_steps
     begins = sorted({0, *run.objective.block_schedule})
     for begin, end in zip(begins, [*begins[1:], steps], strict=True):
         sizes = block_sizes(run, begin)
-        each = [training_flops_per_sequence(network, run.objective.name, run.data.length, size) for size in sizes]
+        each = [training_flops_per_sequence(network, run.objective.name, length, size, masked) for size in sizes]
         total += (end - begin) / steps * sum(each) / len(each)
-    return total / run.data.length
+    return total / length
 
 
 def _masking(run: RunConfig) -> list[str]:

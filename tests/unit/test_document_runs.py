@@ -135,7 +135,7 @@ class OneProcess:
         return logits
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def step(self, lr: float) -> None: ...
 
@@ -154,7 +154,7 @@ def test_training_is_on_each_document(scene: Callable[..., RunConfig], number: i
     mask_id = run.model.mask_id
     assert mask_id is not None and block_size(run) == size
     x0, slots, engine = texts_of(run, number), np.arange(3), OneProcess(model)
-    stepper = Stepper(run, World(0, 1, 0, 1, CPU), engine, engine, mask_id, None)  # type: ignore[arg-type]
+    stepper = Stepper(run, World(0, 1, 0, 1, CPU), engine, engine, mask_id, None)
 
     def step(documents: Tensor | None) -> tuple[float, Tensor]:
         model.zero_grad()
@@ -176,7 +176,7 @@ def test_training_is_on_each_document(scene: Callable[..., RunConfig], number: i
     without, _ = step(None)
     model.zero_grad()
     expected = training_loss(objective, alone, x0, noise, mask_id)
-    expected.loss.backward()  # type: ignore[no-untyped-call]
+    expected.loss.backward()
     assert loss == pytest.approx(expected.loss.item(), rel=TOLERANCE)
     torch.testing.assert_close(found, gradient(), rtol=1e-3, atol=1e-5)
     assert abs(without - loss) > 10 * TOLERANCE * loss

@@ -17,6 +17,7 @@ from bd3_ds.model.attention import attend
 from bd3_ds.model.dit import DiT, Network
 from bd3_ds.model.kv_cache import KVCache
 from bd3_ds.model.masks import CLEAN, AttentionMask, Places, pass_mask, places
+from tests.helpers.attention import assert_backends_agree
 from tests.helpers.documents import ANYWHERE, CASES, each_alone, numbers
 from tests.helpers.tiny import LENGTH
 
@@ -104,17 +105,7 @@ PASSES = [(16, 16, 0, 4), (16, 16, 0, 1), (4, 0, 12, 4), (0, 16, 0, 1), (16, 0, 
 @pytest.mark.parametrize(("noisy", "clean", "past", "size"), PASSES)
 def test_backends_are_dense(noisy: int, clean: int, past: int, size: int) -> None:
     """Outputs and gradients of sdpa, and of `auto` on a CPU, where the rule alone may be full or causal."""
-    mask = pass_mask(noisy, clean, past, past, size, False, CPU).within(numbers(ANYWHERE))
-    generator = torch.Generator().manual_seed(0)
-    shapes = [len(mask.queries), len(mask.keys), len(mask.keys)]
-    inputs = [torch.randn(3, 2, count, 8, generator=generator, requires_grad=True) for count in shapes]
-    direction = torch.randn(3, 2, shapes[0], 8, generator=generator)
-    results = []
-    for backend in ("dense", "sdpa", "auto"):
-        output = attend(*inputs, mask, backend)  # type: ignore[misc]
-        results.append([output, *torch.autograd.grad((output * direction).sum(), inputs)])
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
+    assert_backends_agree(pass_mask(noisy, clean, past, past, size, False, CPU).within(numbers(ANYWHERE)), batch=3)
 
 
 @pytest.mark.parametrize(("noisy", "clean", "past", "size"), PASSES)
@@ -122,14 +113,14 @@ def test_flex_has_the_same_rule(noisy: int, clean: int, past: int, size: int) ->
     mask = pass_mask(noisy, clean, past, past, size, False, CPU).within(numbers(ANYWHERE))
     b, i = torch.arange(3)[:, None, None], torch.arange(len(mask.queries))[:, None]
     j = torch.arange(len(mask.keys))
-    assert torch.equal(mask.flex.mask_mod(b, torch.tensor(0), i, j), mask.dense[:, 0])  # type: ignore[attr-defined]
+    assert torch.equal(mask.flex.mask_mod(b, torch.tensor(0), i, j), mask.dense[:, 0])
 
 
 def test_flex_skips_other_documents() -> None:
     """Tiles of 128 x 128 tokens in which no pair shares a document, row by row."""
     mask = pass_mask(0, 512, 0, 0, 1, False, CPU).within(numbers([[0, 128, 300], [256], []], 512))
     tiles = mask.dense.unfold(2, 128, 128).unfold(3, 128, 128).any(-1).any(-1)  # [B, 1, 4, 4]
-    assert torch.equal(mask.flex.to_dense().bool(), tiles)  # type: ignore[attr-defined]
+    assert torch.equal(mask.flex.to_dense().bool(), tiles)
     assert [int(row.sum()) for row in tiles] == [6, 6, 10]
 
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bd3_ds.config.schema import AR, BD3, MDLM
-from bd3_ds.model.attention import attend
 from bd3_ds.model.dit import DiT, Network
 from bd3_ds.model.flops import training_flops_per_sequence
 from bd3_ds.model.kv_cache import KVCache
 from bd3_ds.model.masks import CLEAN, AttentionMask, pass_mask, places
+from tests.helpers.attention import assert_backends_agree
 
 CPU = torch.device("cpu")
 VOCAB, LENGTH = 13, 16
@@ -106,17 +106,7 @@ def test_flex_has_the_same_rule(noisy: int, clean: int, past: int) -> None:
 )
 def test_sdpa_is_dense(noisy: int, clean: int, past: int, size: int) -> None:
     """Outputs and gradients; masked, causal and full alike."""
-    mask = pass_mask(noisy, clean, past, past, size, False, CPU)
-    generator = torch.Generator().manual_seed(0)
-    shapes = [len(mask.queries), len(mask.keys), len(mask.keys)]
-    inputs = [torch.randn(2, 3, count, 8, generator=generator, requires_grad=True) for count in shapes]
-    direction = torch.randn(2, 3, shapes[0], 8, generator=generator)
-    results = []
-    for backend in ("dense", "sdpa", "auto"):
-        output = attend(*inputs, mask, backend)  # type: ignore[misc]
-        results.append([output, *torch.autograd.grad((output * direction).sum(), inputs)])
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
+    assert_backends_agree(pass_mask(noisy, clean, past, past, size, False, CPU), batch=2)
 
 
 def network(attention: str, causal: bool = False) -> DiT:

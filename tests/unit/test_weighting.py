@@ -83,7 +83,7 @@ def test_the_reports_bimodal_loss_is_twice_the_bound() -> None:
     assert bound == pytest.approx(math.log(VOCAB - 1), rel=1e-6)
     assert reported / bound == pytest.approx(2.0, rel=0.02)
     narrow, bound = values(objective(name="bimodal", t_min=0.0, bimodal=REPORT_BIMODAL), views=4000)
-    assert 0.5 < narrow / bound < 1.2
+    assert narrow / bound == pytest.approx(0.87, abs=0.05)
 
 
 def test_the_reports_sigmoid_perplexity_is_the_square_root() -> None:
@@ -91,9 +91,6 @@ def test_the_reports_sigmoid_perplexity_is_the_square_root() -> None:
     reported, bound = values(objective(weight="sigmoid", t_min=0.001))
     assert reported / bound == pytest.approx(0.5, rel=0.02)
     assert math.exp(reported) == pytest.approx(math.sqrt(math.exp(bound)), rel=0.05)
-    # The report's three rows: 33.9, 32.8, 33.1 from the unweighted perplexities beside them.
-    for unweighted, printed in ((1150.15, 35.02), (1078.57, 34.82), (1093.7, 34.08)):
-        assert abs(math.sqrt(unweighted) - printed) / printed < 0.06
 
 
 def test_the_reports_clipped_loss_leaves_out_what_is_not_drawn() -> None:
