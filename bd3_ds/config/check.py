@@ -18,7 +18,7 @@ from bd3_ds.config.check_diffusion import (
 from bd3_ds.config.schema import AR, BD3, OBJECTIVES, SEDD, RunConfig, block_size
 from bd3_ds.runtime.errors import UserError, did_you_mean
 
-ATTENTION = ("auto", "dense", "sdpa", "flex")
+ATTENTION = ("auto", "dense", "sdpa", "flex", "stripes")
 PRECISION = ("bf16", "fp32")
 RECOMPUTE = ("none", "full")
 DECAY = ("constant", "cosine")
@@ -97,6 +97,7 @@ def _ranges(run: RunConfig) -> list[str]:
         "model.heads": model.heads,
         "model.mlp_ratio": model.mlp_ratio,
         "model.cond_size": model.cond_size,
+        "objective.views": run.objective.views,
         "model.rope_base": model.rope_base,
         "data.canonical_nodes": run.data.canonical_nodes,
         "optim.lr": optim.lr,
@@ -168,6 +169,11 @@ def _shapes(run: RunConfig) -> list[str]:
         problems.append(
             f"model.hidden_size / model.heads = {model.hidden_size // model.heads} must be even: "
             "rotary positions turn pairs"
+        )
+    if run.objective.views > 1 and run.objective.name != BD3:
+        problems.append(
+            f"objective.views={run.objective.views} belongs to objective.name=bd3, whose views share a clean pass, not "
+            f"{run.objective.name}; raise train.micro_batch instead"
         )
     if size is not None and run.objective.name != BD3 and size != block_size(run):
         problems.append(

@@ -92,6 +92,7 @@ class ObjectiveConfig:
     name: str
     block_size: Optional[int]
     block_schedule: Dict[int, List[int]]
+    views: int
     schedule: ScheduleConfig
     weight: WeightConfig
     frequency: FrequencyConfig

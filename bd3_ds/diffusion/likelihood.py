@@ -18,15 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd3_ds.diffusion.subs import subs_nll
+from bd3_ds.diffusion.subs import SubsNats
 from bd3_ds.runtime.rng import Purpose, generator
 
 T_MIN = 1e-3  # the Monte-Carlo protocol of the paper draws t from [1e-3, 1]
 
 # Uniform numbers u in (0, 1) to masking rates and the weights of the masked losses, fp64 of the same shape.
 RateDraw = Callable[[Tensor], tuple[Tensor, Tensor]]
-# Logits [N, V] at the N true places of `at`, for noisy views x_t; both [b, K, L].
-ViewDenoiser = Callable[[Tensor, Tensor], Tensor]
+# What `read` makes of the head at N places `at` of the flattened noisy views x_t [b, K, L].
+ViewDenoiser = Callable[[Tensor, Tensor, SubsNats], tuple[Tensor, Tensor]]
+# What `read` makes of a causal network's head at N places `at` of the flattened text [b, L].
+CausalNetwork = Callable[[Tensor, Tensor, SubsNats], tuple[Tensor, Tensor]]
 # Clean text [b, L] to its ViewDenoiser: work that the views share (the clean pass) is done here, once.
 Condition = Callable[[Tensor], ViewDenoiser]
 
@@ -61,10 +63,12 @@ class Bound:
         return self.variance.sqrt()
 
 
-def autoregressive(logits: Tensor, x0: Tensor, mask_id: int) -> Bound:
-    """The exact NLL of tokens 1 … L-1, from causal logits [b, L, V]."""
+def autoregressive(network: CausalNetwork, x0: Tensor, mask_id: int) -> Bound:
+    """The exact NLL of tokens 1 … L-1 of x0 [b, L]."""
+    at = torch.arange(x0.numel(), device=x0.device).view(x0.shape)[:, :-1].flatten()
+    _, nats = network(x0, at, SubsNats(x0[:, 1:].flatten(), mask_id))
     nelbo = torch.zeros(x0.shape, device=x0.device)
-    nelbo[:, 1:] = subs_nll(logits[:, :-1].flatten(0, 1), x0[:, 1:].flatten(), mask_id).view(len(x0), -1)
+    nelbo[:, 1:] = nats.view(len(x0), -1)
     return Bound(nelbo, torch.zeros(len(x0), device=x0.device), len(x0))
 
 
@@ -184,10 +188,10 @@ def _variance_of_mean(values: Tensor) -> Tensor:
 def _view_nats(denoise: ViewDenoiser, x0: Tensor, masked: Tensor, mask_id: int) -> Tensor:
     """-log p(x0) in nats at masked places of [b, K, L], 0 elsewhere, fp64."""
     clean = x0[:, None].expand_as(masked)
-    logits = denoise(torch.where(masked, mask_id, clean), masked)
-    nats = torch.zeros(masked.shape, dtype=torch.float64, device=x0.device)
-    nats[masked] = subs_nll(logits, clean[masked], mask_id).double()
-    return nats
+    at = masked.flatten().nonzero()[:, 0]  # [N]
+    _, known = denoise(torch.where(masked, mask_id, clean), at, SubsNats(clean.flatten()[at], mask_id))
+    nats = torch.zeros(masked.numel(), dtype=torch.float64, device=x0.device)
+    return nats.index_copy_(0, at, known.double()).view(masked.shape)
 
 
 def _choose(n: int, sizes: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from bd3_ds.runtime.rng import Purpose, generator
 
 @dataclass(frozen=True)
 class Noise:
-    """A micro-batch's noise, fp64.
+    """A micro-batch's noise, fp64. Its rows are sequences, or K neighbouring rows the views of a sequence.
 
     rate: masking rate of each block [b, B]. bound_weight and loss_weight: what the nats of its masked tokens count in
     the estimate of the bound and in the loss [b, B]. token_rate: rate of each token [b, L], None where all tokens of a
@@ -35,15 +35,6 @@ class Noise:
     loss_weight: Tensor
     token_rate: Tensor | None
     draws: Tensor
-
-    def to(self, device: torch.device) -> Noise:
-        """The same on another device."""
-        token_rate = None if self.token_rate is None else self.token_rate.to(device, non_blocking=True)
-        rate, bound, loss, draws = (
-            tensor.to(device, non_blocking=True)
-            for tensor in (self.rate, self.bound_weight, self.loss_weight, self.draws)
-        )
-        return Noise(rate, bound, loss, token_rate, draws)
 
 
 def make_noise(u: Tensor, draws: Tensor, proposal: Draws, weight: WeightConfig, wish: Tensor | None = None) -> Noise:
@@ -78,9 +69,9 @@ def choose_block_size(seed: int, step: int, sizes: Sequence[int]) -> int:
     return int(sizes[generator(seed, Purpose.BLOCK_SIZE, step).integers(len(sizes))])
 
 
-def maskable(blocks: int, block_size: int, device: torch.device | str = "cpu") -> Tensor:
+def maskable(blocks: int, block_size: int) -> Tensor:
     """Tokens [B] of each block that can be masked: all, but for the first block's given token."""
-    count = torch.full((blocks,), block_size, dtype=torch.float64, device=device)
+    count = torch.full((blocks,), block_size, dtype=torch.float64)
     count[0] -= 1
     return count
 

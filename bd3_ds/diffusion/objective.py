@@ -14,24 +14,30 @@ from torch import Tensor
 
 from bd3_ds.config.schema import AR, SEDD
 from bd3_ds.diffusion.noise import Noise, corrupt, maskable
-from bd3_ds.diffusion.score_entropy import score_nll, sigma_of
-from bd3_ds.diffusion.subs import subs_nll
+from bd3_ds.diffusion.score_entropy import ScoreNats, sigma_of
+from bd3_ds.diffusion.subs import SubsNats
 
 BINS = 10
 
 
 class Denoiser(Protocol):
-    """Logits [N, V] at the N true places of `at` [b, L], for noisy x_t and clean x0, both [b, L]; sigma [b] or None."""
+    """What `read` makes of the network's head at N places `at` of the flattened x_t.
 
-    def __call__(self, x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor) -> Tensor: ...
+    Noisy x_t [b K, L], K views of each of the clean texts x0 [b, L]; sigma [b K] or None. `read` takes the hidden
+    states, the output matrix and its bias, or through `of_logits` the logits [N, V].
+    """
+
+    def __call__(
+        self, x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor, read: SubsNats | ScoreNats
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
 class Loss:
     """`loss` is what training descends, `nelbo` the estimate of the bound; both nats per scored token, scalars.
 
-    block_nats [b, B], fp64: each block's summed nats over its maskable tokens, unweighted; nan where it has none, None
-    for AR. `bin_nats` and `bin_masked` [BINS], fp64, sum -log p(x0) and masked tokens by their block's masking rate.
+    block_nats [b K, B], fp64: each block's summed nats over its maskable tokens, unweighted; nan where it has none,
+    None for AR. `bin_nats` and `bin_masked` [BINS], fp64, sum -log p(x0) and masked tokens by masking rate.
     """
 
     loss: Tensor
@@ -41,52 +47,74 @@ class Loss:
     bin_masked: Tensor
 
 
-def training_loss(name: str, denoiser: Denoiser, x0: Tensor, noise: Noise | None, mask_id: int) -> Loss:
+def training_loss(
+    name: str,
+    denoiser: Denoiser,
+    x0: Tensor,
+    noise: Noise | None,
+    mask_id: int,
+    device: torch.device | None = None,
+) -> Loss:
     """The loss of objective `name` for clean tokens x0 [b, L]; AR takes no noise.
+
+    Noise of b K rows makes K views of each text, which share its clean pass. Where x0 and the noise lie on the host,
+    masks are made there and only sent to `device`, so that the host need not wait for it.
 
     Where tokens of a block have rates of their own, p_i, their nats count p / p_i in the estimate of the bound: so each
     token counts as often as at the block's rate p. What it sees around it still differs, so the estimate is not exact.
     """
+    device = x0.device if device is None else device
     if name == AR:
-        return _autoregressive(denoiser, x0, mask_id)
+        return _autoregressive(denoiser, _send(x0, device), mask_id)
     assert noise is not None
-    batch, length = x0.shape
-    blocks = noise.rate.shape[1]
+    (rows, blocks), length = noise.rate.shape, x0.shape[1]
     spread = length // blocks
-    rate = noise.rate.repeat_interleave(spread, dim=1)  # [b, L]
-    x_t, masked = corrupt(x0, rate if noise.token_rate is None else noise.token_rate, noise.draws, mask_id)
-    targets = x0[masked]
+    clean = x0.repeat_interleave(rows // len(x0), dim=0)  # [b K, L]
+    rate = noise.rate.repeat_interleave(spread, dim=1)  # [b K, L]
+    x_t, masked = corrupt(clean, rate if noise.token_rate is None else noise.token_rate, noise.draws, mask_id)
+    at = masked.flatten().nonzero()[:, 0]  # [N]
+    scored = rows * (length - 1)
+    rate_at = rate.flatten()[at]
+    fair = torch.ones_like(rate_at) if noise.token_rate is None else rate_at / noise.token_rate.flatten()[at]
+    weight = noise.loss_weight.repeat_interleave(spread, dim=1).flatten()[at].float() / scored
+    targets = clean.flatten()[at]
+    x_t, x0, at, rate_at, fair, weight, targets, bound_weight = (
+        _send(tensor, device) for tensor in (x_t, x0, at, rate_at, fair, weight, targets, noise.bound_weight)
+    )
     if name == SEDD:
-        sigma = sigma_of(rate[:, 0]).float()
-        logits = denoiser(x_t, None, sigma=sigma, at=masked)
-        sigma_at = sigma[:, None].expand(batch, length)[masked]
-        nats = score_nll(logits, targets, sigma_at, torch.ones_like(sigma_at), mask_id)
+        sigma = _send(sigma_of(rate[:, 0]).float(), device)
+        loss, nats = denoiser(
+            x_t, None, sigma=sigma, at=at, read=ScoreNats(targets, sigma[at // length], mask_id, weight)
+        )
     else:
-        logits = denoiser(x_t, x0, sigma=None, at=masked)
-        nats = subs_nll(logits, targets, mask_id)
-    scored = batch * (length - 1)
-    weight = noise.loss_weight.repeat_interleave(spread, dim=1)[masked].float()  # [N]
-    loss = (weight * nats).sum() / scored
+        loss, nats = denoiser(x_t, x0, sigma=None, at=at, read=SubsNats(targets, mask_id, weight))
 
-    known = nats.detach().double()
-    fair = known if noise.token_rate is None else known * (rate / noise.token_rate)[masked]
-    by_block = torch.zeros_like(rate).masked_scatter(masked, fair).view(batch, blocks, spread).sum(-1)  # [b, B]
+    known = nats.double()
+    by_token = torch.zeros(rows * length, dtype=torch.float64, device=device).index_copy_(0, at, known * fair)
+    by_block = by_token.view(rows, blocks, spread).sum(-1)  # [b K, B]
     return Loss(
         loss,
-        ((noise.bound_weight * by_block).sum() / scored).float(),
-        by_block / maskable(blocks, spread, x0.device),
-        *_by_rate(known, rate[masked].float()),
+        ((bound_weight * by_block).sum() / scored).float(),
+        by_block / _send(maskable(blocks, spread), device),
+        *_by_rate(known, rate_at.float()),
     )
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting for it."""
+    if tensor.device == device:
+        return tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _autoregressive(denoiser: Denoiser, x0: Tensor, mask_id: int) -> Loss:
     """Token i from tokens before it; every position is a masked position at rate 1."""
-    at = torch.ones_like(x0, dtype=torch.bool)
-    at[:, -1] = False
-    logits = denoiser(x0, None, sigma=None, at=at)
-    nats = subs_nll(logits, x0[:, 1:].reshape(-1), mask_id)
-    loss = nats.mean()
-    return Loss(loss, loss.detach(), None, *_by_rate(nats.detach().double(), torch.ones_like(nats)))
+    batch, length = x0.shape
+    at = torch.arange(batch * length, device=x0.device).view(batch, length)[:, :-1].flatten()  # [N]
+    targets = x0[:, 1:].flatten()
+    weight = torch.full(at.shape, 1 / len(at), device=x0.device)
+    loss, nats = denoiser(x0, None, sigma=None, at=at, read=SubsNats(targets, mask_id, weight))
+    return Loss(loss, loss.detach(), None, *_by_rate(nats.double(), torch.ones_like(nats)))
 
 
 def _by_rate(nats: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:

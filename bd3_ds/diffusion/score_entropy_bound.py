@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from bd3_ds.diffusion.likelihood import T_MIN, Bound
-from bd3_ds.diffusion.score_entropy import score_nll, sigma_of
+from bd3_ds.diffusion.score_entropy import ScoreNats, sigma_of
 from bd3_ds.runtime.rng import Purpose, generator
 
-# Logits [N, V] at the N true places of `at` [n, L], for noisy tokens x_t [n, L] at noise levels sigma [n].
-ScoreNetwork = Callable[[Tensor, Tensor, Tensor], Tensor]
+# What `read` makes of the head at N places `at` of the flattened x_t [n, L] at noise levels sigma [n].
+ScoreNetwork = Callable[[Tensor, Tensor, Tensor, ScoreNats], tuple[Tensor, Tensor]]
 
 
 def score_entropy_bound(
@@ -33,15 +33,17 @@ def score_entropy_bound(
         masked[row] = rng.random((views, length)) < t[row, :, None]
     masked[:, :, 0] = False
 
-    at = torch.from_numpy(masked).to(x0.device).flatten(0, 1)  # [b K, L]
-    time = torch.from_numpy(t).to(x0.device).flatten()[:, None].expand(at.shape)[at].float()  # [N]
-    sigma = sigma_of(torch.from_numpy(t).flatten()).float().to(x0.device)  # [b K]
+    time = torch.from_numpy(t).flatten()  # [b K]
+    sigma = sigma_of(time).float().to(x0.device)
+    hidden = torch.from_numpy(masked).flatten(0, 1)  # [b K, L]
+    at = hidden.flatten().nonzero()[:, 0].to(x0.device)  # [N]
     clean = x0.repeat_interleave(views, dim=0)
-    logits = network(torch.where(at, mask_id, clean), sigma, at)
+    x_t = torch.where(hidden.to(x0.device), mask_id, clean)
+    _, nats = network(x_t, sigma, at, ScoreNats(clean.flatten()[at], sigma[at // length], mask_id))
 
-    nats = torch.zeros(at.shape, dtype=torch.float64, device=x0.device)
-    nats[at] = score_nll(logits, clean[at], sigma[:, None].expand(at.shape)[at], 1 / time, mask_id).double()
-    by_view = nats.view(batch, views, length)
+    weighted = nats.double() / time.to(x0.device)[at // length]
+    nelbo = torch.zeros(batch * views * length, dtype=torch.float64, device=x0.device)
+    by_view = nelbo.index_copy_(0, at, weighted).view(batch, views, length)
     return Bound(by_view.mean(1), _variance_of_mean(by_view.sum(-1)), batch * views)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from bd3_ds.diffusion.likelihood import Condition, ViewDenoiser
+from bd3_ds.diffusion.likelihood import CausalNetwork, Condition, ViewDenoiser
 from bd3_ds.model.dit import DiT
 from bd3_ds.model.kv_cache import KVCache
+from bd3_ds.model.layers import Read
 
 
 def conditioned(model: DiT, block_size: int, documents: Tensor | None = None) -> Condition:
@@ -21,16 +21,11 @@ def conditioned(model: DiT, block_size: int, documents: Tensor | None = None) ->
         if block_size < x0.shape[1]:
             model.encode(x0, cache, block_size=block_size, documents=documents)
 
-        def denoise(x_t: Tensor, at: Tensor) -> Tensor:
-            views = x_t.shape[1]
-            return model.decode(
-                x_t.flatten(0, 1),
-                cache.repeat(views),
-                start=0,
-                block_size=block_size,
-                at=at.flatten(0, 1),
-                documents=for_views(documents, views),
+        def denoise(x_t: Tensor, at: Tensor, read: Read) -> tuple[Tensor, Tensor]:
+            answer: tuple[Tensor, Tensor] = model.decode(
+                x_t.flatten(0, 1), cache, start=0, block_size=block_size, at=at, read=read, documents=documents
             )
+            return answer
 
         return denoise
 
@@ -42,8 +37,11 @@ def for_views(documents: Tensor | None, views: int) -> Tensor | None:
     return None if documents is None else documents.repeat_interleave(views, dim=0)
 
 
-@torch.no_grad()
-def causal_logits(model: DiT, x0: Tensor, documents: Tensor | None = None) -> Tensor:
-    """Logits [b, L, V] of an AR network; `documents` [b, L] where tokens see their own document alone."""
-    logits: Tensor = model(x0, block_size=1, documents=documents)
-    return logits
+def causal(model: DiT, documents: Tensor | None = None) -> CausalNetwork:
+    """An AR network as its likelihood wants it; `documents` [b, L] where tokens see their own document alone."""
+
+    def network(x0: Tensor, at: Tensor, read: Read) -> tuple[Tensor, Tensor]:
+        answer: tuple[Tensor, Tensor] = model(x0, block_size=1, at=at, read=read, documents=documents)
+        return answer
+
+    return network

@@ -20,9 +20,10 @@ from bd3_ds.diffusion import likelihood
 from bd3_ds.diffusion.likelihood import Bound
 from bd3_ds.diffusion.report_estimator import report_rates
 from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
-from bd3_ds.evaluation.denoisers import causal_logits, conditioned, for_views
+from bd3_ds.evaluation.denoisers import causal, conditioned, for_views
 from bd3_ds.evaluation.packs import check_pack
 from bd3_ds.model.dit import DiT
+from bd3_ds.model.layers import Read
 from bd3_ds.runtime.errors import UserError
 
 # Called with (sequences done, sequences in all) after every batch.
@@ -134,13 +135,15 @@ def bound_of(
     mask_id, size = run.model.mask_id, block_size(run)
     assert mask_id is not None
     if run.objective.name == AR:
-        return likelihood.autoregressive(causal_logits(model, x0, documents), x0, mask_id)
+        return likelihood.autoregressive(causal(model, documents), x0, mask_id)
     if run.objective.name == SEDD:
         by_view = for_views(documents, views)
 
-        def score(x_t: Tensor, sigma: Tensor, at: Tensor) -> Tensor:
-            logits: Tensor = model(x_t, block_size=size, sigma=sigma, at=at, documents=by_view)
-            return logits
+        def score(x_t: Tensor, sigma: Tensor, at: Tensor, read: Read) -> tuple[Tensor, Tensor]:
+            answer: tuple[Tensor, Tensor] = model(
+                x_t, block_size=size, sigma=sigma, at=at, read=read, documents=by_view
+            )
+            return answer
 
         return score_entropy_bound(score, x0, mask_id, views, seed, first_sequence)
     condition = conditioned(model, size, documents)

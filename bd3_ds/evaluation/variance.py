@@ -92,13 +92,13 @@ def variances(
                 u = stratified_times(noise_seed, number, slots, sequences, length // size)
                 draws = mask_draws(noise_seed, number, slots, length)
                 wish = None if wishes is None else wishes[x0]
-                noise = make_noise(u, draws, proposal, run.objective.weight, wish).to(device)
+                noise = make_noise(u, draws, proposal, run.objective.weight, wish)
             with torch.set_grad_enabled(gradient):
-                loss = training_loss(run.objective.name, denoiser, x0.to(device), noise, run.model.mask_id)
+                loss = training_loss(run.objective.name, denoiser, x0, noise, run.model.mask_id, device)
             share = len(slots) / sequences
             estimate += float(loss.nelbo) * share
             if noise is not None and loss.block_nats is not None:
-                blocks += spread_sums(loss.block_nats, noise.bound_weight)
+                blocks += spread_sums(loss.block_nats, noise.bound_weight.to(device))
             if gradient:
                 (loss.loss * share).backward()
         estimates.append(estimate)

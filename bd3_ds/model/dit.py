@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bd3_ds.model.kv_cache import KVCache
-from bd3_ds.model.layers import Head, Layer, TimeEmbedding
+from bd3_ds.model.layers import Head, Layer, Read, TimeEmbedding
 from bd3_ds.model.masks import AttentionMask, pass_mask
 from bd3_ds.model.rope import rotary_angles
 
@@ -36,13 +37,11 @@ class Network:
     attention: str = "auto"
 
 
-def as_denoiser(
-    network: Callable[..., Tensor], block_size: int, documents: Tensor | None = None
-) -> Callable[..., Tensor]:
-    """A DiT, or what runs one, as the objectives call it: (x_t, x0, sigma=, at=) -> logits [N, V]."""
+def as_denoiser(network: Callable[..., Any], block_size: int, documents: Tensor | None = None) -> Callable[..., Any]:
+    """A DiT, or what runs one, as the objectives call it: (x_t, x0, sigma=, at=, read=) -> what `read` returns."""
 
-    def denoise(x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor) -> Tensor:
-        return network(x_t, x0, block_size=block_size, sigma=sigma, at=at, documents=documents)
+    def denoise(x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor, read: Read) -> Any:
+        return network(x_t, x0, block_size=block_size, sigma=sigma, at=at, read=read, documents=documents)
 
     return denoise
 
@@ -78,17 +77,19 @@ class DiT(nn.Module):
         block_size: int,
         sigma: Tensor | None = None,
         at: Tensor | None = None,
+        read: Read | None = None,
         documents: Tensor | None = None,
-    ) -> Tensor:
-        """Logits [B, L, V] of the noisy tokens x_t [B, L], seen with the clean tokens x0 [B, L] of earlier blocks.
+    ) -> Any:
+        """Logits [B K, L, V] of the noisy tokens x_t [B K, L], seen with the clean tokens x0 [B, L] of earlier blocks.
 
-        Causal networks take the clean tokens as x_t and no x0; a single block (block_size = L) needs no x0 either.
-        sigma [B] is the noise level where the network is conditioned on it, else None (zero). With `at` [B, L] boolean
-        the head runs at its N true places alone and [N, V] comes back, in the order of `at.nonzero()`. `documents`
-        [B, L] numbers each token's document: tokens then see their own alone.
+        Rows b K … b K + K - 1 of x_t are K views of text b, which share its clean pass. Causal networks take the clean
+        tokens as x_t and no x0; a single block (block_size = L) needs no x0 either. sigma [B] is the noise level where
+        the network is conditioned on it, else None (zero). With `at` [N], places in the flattened x_t, the head runs
+        there alone and [N, V] comes back; with `read` too, what it makes of the head's input and projection
+        (`layers.Head`). `documents` [B, L] numbers each token's document: tokens then see their own alone.
         """
         clean = x0 if x0 is not None and block_size < x_t.shape[1] and not self.network.causal else None
-        return self._run(x_t, clean, block_size=block_size, sigma=sigma, at=at, documents=documents)
+        return self._run(x_t, clean, block_size=block_size, sigma=sigma, at=at, read=read, documents=documents)
 
     def encode(self, x0: Tensor, cache: KVCache, *, block_size: int, documents: Tensor | None = None) -> KVCache:
         """Append the clean tokens x0 [B, T], whole blocks, to `cache`; no logits.
@@ -107,15 +108,24 @@ class DiT(nn.Module):
         block_size: int,
         sigma: Tensor | None = None,
         at: Tensor | None = None,
+        read: Read | None = None,
         documents: Tensor | None = None,
-    ) -> Tensor:
-        """Logits of `tokens` [B, T] at text positions start, start + 1, …, seen with the cached clean text.
+    ) -> Any:
+        """Logits of `tokens` [B K, T] at text positions start, start + 1, …, seen with the cached clean texts [B, …].
 
-        Noisy tokens leave the cache as it is; a causal network's tokens are clean and join it. `documents` as for
-        `encode`.
+        Noisy tokens leave the cache as it is; a causal network's tokens are clean and join it. `at` and `read` as for
+        `forward`, `documents` as for `encode`.
         """
         return self._run(
-            tokens, None, block_size=block_size, sigma=sigma, at=at, cache=cache, start=start, documents=documents
+            tokens,
+            None,
+            block_size=block_size,
+            sigma=sigma,
+            at=at,
+            read=read,
+            cache=cache,
+            start=start,
+            documents=documents,
         )
 
     def _run(
@@ -126,21 +136,31 @@ class DiT(nn.Module):
         block_size: int,
         sigma: Tensor | None = None,
         at: Tensor | None = None,
+        read: Read | None = None,
         cache: KVCache | None = None,
         start: int | None = None,
         documents: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """One pass over `first` (noisy; clean if causal) and `clean` tokens; logits of `first`."""
         past = len(cache) if cache is not None else 0
         if self.network.causal:
             first, clean, block_size = None, first, 1
         noisy_count = 0 if first is None else first.shape[1]
         clean_count = 0 if clean is None else clean.shape[1]
-        tokens = torch.cat([part for part in (first, clean) if part is not None], dim=1)  # [B, T]
+        views = 1
+        if first is not None:
+            texts = len(clean) if clean is not None else cache.rows if cache is not None and past else len(first)
+            views = len(first) // texts
+            first = first.reshape(texts, views * noisy_count)  # [B, K T]
+            if documents is not None and len(documents) < texts:  # without a clean pass every view is a text of its own
+                documents = documents.repeat_interleave(texts // len(documents), dim=0)
+        tokens = torch.cat([part for part in (first, clean) if part is not None], dim=1)  # [B, K T + T']
         begin = past if start is None else start
 
         def mask_of(noisy_queries_only: bool) -> AttentionMask:
-            rule = pass_mask(noisy_count, clean_count, begin, past, block_size, noisy_queries_only, tokens.device)
+            rule = pass_mask(
+                noisy_count, clean_count, begin, past, block_size, noisy_queries_only, tokens.device, views
+            )
             return rule if documents is None else rule.within(documents)
 
         mask = mask_of(noisy_queries_only=False)
@@ -150,13 +170,15 @@ class DiT(nn.Module):
         cond = self._condition(sigma, tokens.device)
         grow = cache is not None and noisy_count == 0
 
-        x = self.embed(tokens)  # [B, T, D]
+        x = self.embed(tokens)  # [B, K T + T', D]
         for layer in list(self.layers)[:-1]:
             x = layer(x, cond, cos, sin, mask, cache, grow)
         x = self.layers[-1](x, cond, cos, sin, final, cache, grow)  # [B, Q, D], noisy tokens alone where there are any
         if noisy_count == 0 and not self.network.causal:
             return x
-        return self.head(x, cond, at)
+        if views > 1:
+            x = x.view(-1, noisy_count, x.shape[-1])  # [B K, T, D]
+        return self.head(x, cond, at, read)
 
     def _condition(self, sigma: Tensor | None, device: torch.device) -> Tensor | None:
         if self.time is None:

@@ -7,9 +7,11 @@ from bd3_ds.model.dit import Network
 
 
 def training_flops_per_sequence(
-    network: Network, objective: str, length: int, block_size: int, masked_share: float = 0.5
+    network: Network, objective: str, length: int, block_size: int, masked_share: float = 0.5, views: int = 1
 ) -> float:
     """Forward and backward (3 x forward) on one sequence of `length` clean tokens; recomputation is not counted.
+
+    `views` noisy views share the clean tokens.
 
     A product of [m, k] and [k, n] costs 2 m k n. The head runs where a loss is due: everywhere for AR, at the masked
     tokens for masked diffusion (half of them under the log-linear schedule). Pairs that only data.document_mask
@@ -27,9 +29,10 @@ def training_flops_per_sequence(
         clean = length if blocks > 1 else 0
         earlier = block_size**2 * blocks * (blocks - 1) // 2  # clean tokens of earlier blocks, over all queries
         own = block_size**2 * blocks
-        one_layer = (length + clean) * per_token + 4 * width * ((earlier + own) * (2 if clean else 1))
+        pairs = (earlier + own) * (views + (1 if clean else 0))
+        one_layer = (views * length + clean) * per_token + 4 * width * pairs
         # The last layer's clean tokens give keys and values, nothing more.
         spared = clean * (per_token - 2 * 2 * width**2) + (4 * width * (earlier + own) if clean else 0)
         body = network.layers * one_layer - spared
-        scored = (length - 1) * masked_share
+        scored = views * (length - 1) * masked_share
     return 3.0 * (body + scored * 2 * width * network.vocab_size)

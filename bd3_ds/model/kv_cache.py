@@ -17,6 +17,12 @@ class KVCache:
         first = self._keys[0]
         return 0 if first is None else first.shape[2]
 
+    @property
+    def rows(self) -> int:
+        """Texts B in the cache, which holds at least one token."""
+        assert self._keys[0] is not None
+        return len(self._keys[0])
+
     def joined(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's cached keys and values with fresh ones behind them; the cache stays as it is."""
         past_k, past_v = self._keys[layer], self._values[layer]
@@ -27,11 +33,3 @@ class KVCache:
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Replace the layer's keys and values (as `joined` returned them)."""
         self._keys[layer], self._values[layer] = k, v
-
-    def repeat(self, views: int) -> KVCache:
-        """Each row `views` times over, for several noisy views of the same clean text."""
-        wide = KVCache(len(self._keys))
-        for layer, (k, v) in enumerate(zip(self._keys, self._values, strict=True)):
-            if k is not None and v is not None:
-                wide.store(layer, k.repeat_interleave(views, dim=0), v.repeat_interleave(views, dim=0))
-        return wide

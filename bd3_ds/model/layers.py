@@ -6,26 +6,40 @@ Letters in shape comments: B batch, T packed tokens, D width, H heads, d head wi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bd3_ds.model.attention import attend
+from bd3_ds.model.dropout import dropout
 from bd3_ds.model.kv_cache import KVCache
 from bd3_ds.model.masks import AttentionMask
 from bd3_ds.model.rope import rotate
 
+# What a head's caller makes of the hidden states [N, D], the output matrix [V, D] and its bias [V].
+Read = Callable[[Tensor, Tensor, Tensor], Any]
+
 
 class Norm(nn.Module):
-    """LayerNorm without bias, computed in fp32 whatever the dtype of its input."""
+    """LayerNorm without bias, then scaled by 1 + `scale` and shifted: both [1 or B, D], or None."""
 
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), (x.shape[-1],), self.weight.float(), None, 1e-5).to(x.dtype)
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        # torch's kernel computes in fp32 whatever the dtype of its input.
+        shape, weight = (x.shape[-1],), self.weight
+        if scale is None or shift is None:
+            return F.layer_norm(x, shape, weight.to(x.dtype), None, 1e-5)
+        if len(scale) == 1:  # the same for all rows, so that the kernel can do it in the same sweep
+            scaled = weight.float() * (1 + scale[0].float())
+            return F.layer_norm(x, shape, scaled.to(x.dtype), shift[0].to(x.dtype), 1e-5)
+        normed = F.layer_norm(x, shape, weight.to(x.dtype), None, 1e-5)
+        return torch.addcmul(shift[:, None], normed, 1 + scale[:, None])
 
 
 class TimeEmbedding(nn.Module):
@@ -80,15 +94,14 @@ class Layer(nn.Module):
         """
         if self.modulation is None or cond is None:
             attended = self._attention(self.norm_attention(x), cos, sin, mask, cache, grow)
-            x = x[:, : attended.shape[1]] + F.dropout(attended, self.dropout, self.training)
-            return x + F.dropout(self._mlp(self.norm_mlp(x)), self.dropout, self.training)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond)[:, None].chunk(
-            6, dim=-1
-        )  # [B, 1, D]
-        attended = self._attention(self.norm_attention(x) * (1 + scale_a) + shift_a, cos, sin, mask, cache, grow)
-        x = x[:, : attended.shape[1]] + gate_a * F.dropout(attended, self.dropout, self.training)
-        mixed = self._mlp(self.norm_mlp(x) * (1 + scale_m) + shift_m)
-        return x + gate_m * F.dropout(mixed, self.dropout, self.training)
+            x = x[:, : attended.shape[1]] + dropout(attended, self.dropout, self.training)
+            return x + dropout(self._mlp(self.norm_mlp(x)), self.dropout, self.training)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond).chunk(6, dim=-1)  # [1 or B, D]
+        attended = self._attention(self.norm_attention(x, scale_a, shift_a), cos, sin, mask, cache, grow)
+        attended = dropout(attended, self.dropout, self.training)
+        x = torch.addcmul(x[:, : attended.shape[1]], attended, gate_a[:, None])
+        mixed = dropout(self._mlp(self.norm_mlp(x, scale_m, shift_m)), self.dropout, self.training)
+        return torch.addcmul(x, mixed, gate_m[:, None])
 
     def _attention(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, cache: KVCache | None, grow: bool
@@ -97,7 +110,8 @@ class Layer(nn.Module):
         queries = len(mask.queries)
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, d]
-        q = rotate(q[:, :, :queries], cos[:queries], sin[:queries])
+        scale = (width // self.heads) ** -0.5
+        q = rotate(q[:, :, :queries], cos[:queries] * scale, sin[:queries] * scale)
         k = rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.joined(self.index, k, v)
@@ -119,10 +133,21 @@ class Head(nn.Module):
         self.linear = nn.Linear(width, vocab_size)
         self.modulation = nn.Linear(cond_size, 2 * width) if cond_size else None
 
-    def forward(self, x: Tensor, cond: Tensor | None, at: Tensor | None) -> Tensor:
-        """Logits at all tokens of x [B, T, D], or, with `at` [B, T] boolean, at its N true places alone: [N, V]."""
-        x = self.norm(x)
-        if self.modulation is not None and cond is not None:
-            shift, scale = self.modulation(cond)[:, None].chunk(2, dim=-1)
-            x = x * (1 + scale) + shift
-        return self.linear(x if at is None else x[at])
+    def forward(self, x: Tensor, cond: Tensor | None, at: Tensor | None, read: Read | None) -> Any:
+        """Logits at all tokens of x [B, T, D], or, with `at` [N], at these of the B x T alone: [N, V].
+
+        With `read`, what it makes of their hidden states and of the projection, whose logits need not be kept.
+        """
+        rows = None
+        if at is not None:
+            rows = at // x.shape[1]
+            x = x.flatten(0, 1)[at]  # [N, D]
+        if self.modulation is None or cond is None:
+            x = self.norm(x)
+        else:
+            shift, scale = self.modulation(cond).chunk(2, dim=-1)  # [1 or B, D]
+            if rows is not None and len(shift) > 1:
+                x = self.norm(x[:, None], scale[rows], shift[rows])[:, 0]
+            else:
+                x = self.norm(x, scale, shift)
+        return self.linear(x) if read is None else read(x, self.linear.weight, self.linear.bias)

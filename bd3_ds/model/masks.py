@@ -17,6 +17,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from bd3_ds.model.stripes import Layout, make_layout
+
 CLEAN = -1
 
 
@@ -58,16 +60,18 @@ class AttentionMask:
     """The rule for fixed places, in the forms that the attention backends want; each is made once.
 
     `documents` [B, L], the document's number at each text position of B rows, hides all other documents as well.
+    `layout` says the same as the places do, cut into rectangles; None where that cannot be done.
     """
 
-    def __init__(self, queries: Places, keys: Places, documents: Tensor | None = None):
+    def __init__(self, queries: Places, keys: Places, documents: Tensor | None = None, layout: Layout | None = None):
         self.queries = queries
         self.keys = keys
         self.documents = documents
+        self.layout = layout
 
     def within(self, documents: Tensor) -> AttentionMask:
         """The same rule for B rows of documents [B, L]: a token sees none but its own document."""
-        return AttentionMask(self.queries, self.keys, documents)
+        return AttentionMask(self.queries, self.keys, documents, self.layout)
 
     @cached_property
     def dense(self) -> Tensor:
@@ -81,6 +85,8 @@ class AttentionMask:
     @cached_property
     def is_full(self) -> bool:
         """Nothing is hidden, whatever the row."""
+        if self.documents is None and self.layout is not None:
+            return self.layout.full
         return self.documents is None and bool(self.dense.all())
 
     @cached_property
@@ -88,6 +94,8 @@ class AttentionMask:
         """The lower triangle, exactly, whatever the row."""
         if self.documents is not None or len(self.queries) != len(self.keys):
             return False
+        if self.layout is not None:
+            return self.layout.causal
         return torch.equal(self.dense, torch.ones_like(self.dense).tril())
 
     @cached_property
@@ -118,15 +126,28 @@ class AttentionMask:
 
 @lru_cache(maxsize=64)
 def pass_mask(
-    noisy: int, clean: int, start: int, past: int, block_size: int, noisy_queries_only: bool, device: torch.device
+    noisy: int,
+    clean: int,
+    start: int,
+    past: int,
+    block_size: int,
+    noisy_queries_only: bool,
+    device: torch.device,
+    views: int = 1,
 ) -> AttentionMask:
-    """The mask of one pass: `noisy` then `clean` tokens from position `start`, behind `past` cached clean tokens."""
+    """The mask of one pass behind `past` cached clean tokens, all from text position `start` on.
+
+    First `views` times `noisy` tokens, then `clean` ones; with `noisy_queries_only` the clean ones ask nothing.
+    """
     keys = places(CLEAN, 0, past, block_size, device)
     queries = places(0, start, noisy, block_size, device)
+    for view in range(1, views):
+        queries = queries + places(view, start, noisy, block_size, device)
     if clean:
         fresh = places(CLEAN, start, clean, block_size, device)
         keys = keys + queries + fresh
         queries = queries if noisy_queries_only else queries + fresh
     else:
         keys = keys + queries
-    return AttentionMask(queries, keys)
+    layout = make_layout(noisy, views, clean, start, past, block_size, noisy_queries_only)
+    return AttentionMask(queries, keys, layout=layout)

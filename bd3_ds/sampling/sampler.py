@@ -84,7 +84,8 @@ def sample_blocks(
             t = t * u[:, TIME] ** (1 / left.clamp(min=1))
             at = _choose_masked(block == mask_id, left, u[:, PLACE])
             sigma = sigma_of(t) if sigma_from_rate else None
-            logits = model.decode(block, cache, start=start, block_size=block_size, sigma=sigma, at=at)
+            places = at.flatten().nonzero()[:, 0]
+            logits = model.decode(block, cache, start=start, block_size=block_size, sigma=sigma, at=places)
             block[at] = draw_tokens(token_probabilities(logits, mask_id, temperature, nucleus), u[left > 0, TOKEN])
             if progress:
                 progress(int(at.sum()))
@@ -113,8 +114,7 @@ def sample_autoregressive(
     cache = KVCache(model.network.layers)
     for position in missing.any(0).nonzero()[:, 0].tolist():
         fresh = text[:, len(cache) : position]
-        last = torch.zeros_like(fresh, dtype=torch.bool)
-        last[:, -1] = True
+        last = torch.arange(1, num + 1, device=text.device) * fresh.shape[1] - 1
         logits = model.decode(fresh, cache, start=len(cache), block_size=1, at=last)  # [N, V]
         drawn = draw_tokens(token_probabilities(logits, mask_id, temperature, nucleus), draws[:, position, TOKEN])
         text[:, position] = torch.where(missing[:, position], drawn, text[:, position])

@@ -93,7 +93,8 @@ def _flops_per_token(network: Network, run: RunConfig) -> float:
     begins = sorted({0, *run.objective.block_schedule})
     for begin, end in zip(begins, [*begins[1:], steps], strict=True):
         sizes = block_sizes(run, begin)
-        each = [training_flops_per_sequence(network, run.objective.name, length, size, masked) for size in sizes]
+        name, views = run.objective.name, run.objective.views
+        each = [training_flops_per_sequence(network, name, length, size, masked, views) for size in sizes]
         total += (end - begin) / steps * sum(each) / len(each)
     return total / length
 

@@ -80,7 +80,7 @@ class ClipSearch:
         for start in range(0, per_rank, micro):
             rows = np.arange(start, start + micro) * world.size + world.rank
             tokens = self._tokens[rows]
-            x0, wish = tokens.to(world.device), self.stepper.wish(tokens, step)
+            wish = self.stepper.wish(tokens, step)
             documents = None if self._documents is None else self._documents[rows].to(world.device)
             denoiser = as_denoiser(engine, size, documents)
             u = torch.from_numpy(strata[rows])
@@ -88,10 +88,10 @@ class ClipSearch:
             draws = torch.from_numpy(np.stack(masks))
             for number, interval in enumerate(tried):
                 proposal = make_proposal(run.objective.schedule, progress, interval)
-                noise = make_noise(u, draws, proposal, run.objective.weight, wish).to(world.device)
-                loss = training_loss(run.objective.name, denoiser, x0, noise, self.stepper.mask_id)
+                noise = make_noise(u, draws, proposal, run.objective.weight, wish)
+                loss = training_loss(run.objective.name, denoiser, tokens, noise, self.stepper.mask_id, world.device)
                 assert loss.block_nats is not None
-                sums[number] += binned(loss.block_nats, noise.bound_weight, u.to(world.device), bins)
+                sums[number] += binned(loss.block_nats.cpu(), noise.bound_weight, u, bins).to(world.device)
         engine.module.train()
         world.sum(sums)
         return {interval: within(each.cpu()) for interval, each in zip(tried, sums, strict=True)}

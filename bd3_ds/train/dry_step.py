@@ -27,15 +27,15 @@ def dry_step(model: DiT, run: RunConfig) -> float:
     tokens[tokens == run.model.mask_id] = 0
     noise = None
     if run.objective.name != AR:
-        slots = np.zeros(1, dtype=np.int64)
-        u = stratified_times(run.seed, 0, slots, 1, length // size)
+        slots = np.arange(run.objective.views)
+        u = stratified_times(run.seed, 0, slots, run.objective.views, length // size)
         proposal = make_proposal(run.objective.schedule)
-        noise = make_noise(u, mask_draws(run.seed, 0, slots, length), proposal, run.objective.weight).to(device)
+        noise = make_noise(u, mask_draws(run.seed, 0, slots, length), proposal, run.objective.weight)
 
     documents = torch.arange(length, device=device)[None] * 2 // length if run.data.document_mask else None
 
     with torch.autocast(device.type, torch.bfloat16, enabled=run.train.precision == "bf16"):
-        x0 = torch.from_numpy(tokens).to(device)
-        loss = training_loss(run.objective.name, as_denoiser(model, size, documents), x0, noise, run.model.mask_id)
+        x0, denoiser = torch.from_numpy(tokens), as_denoiser(model, size, documents)
+        loss = training_loss(run.objective.name, denoiser, x0, noise, run.model.mask_id, device)
     loss.loss.backward()
     return float(loss.loss.detach())

@@ -76,7 +76,12 @@ class Meter:
         run = self._run
         self._steps += 1
         self._flops += run.train.global_batch * training_flops_per_sequence(
-            self._network, run.objective.name, run.data.length, result.block_size, result.masked_share
+            self._network,
+            run.objective.name,
+            run.data.length,
+            result.block_size,
+            result.masked_share,
+            run.objective.views,
         )
         self._seconds += result.seconds
         self._waited += result.waited

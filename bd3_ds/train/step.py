@@ -96,17 +96,19 @@ class Stepper:
             loss = training_loss(
                 run.objective.name,
                 as_denoiser(self.engine, size, self._documents(batch)),
-                batch.tokens.to(self.world.device, non_blocking=True),
+                batch.tokens,
                 noise,
                 self.mask_id,
+                self.world.device,
             )
             self.engine.backward(loss.loss)
             self.engine.step(lr)
             totals[:2] += torch.stack([loss.loss.detach(), loss.nelbo]) / (self.accumulation * self.world.size)
             totals[6:] += torch.cat([loss.bin_nats, loss.bin_masked])
             if noise is not None and loss.block_nats is not None:
-                totals[3:6] += spread_sums(loss.block_nats, noise.bound_weight)
-                moments += moment_sums(loss.block_nats, noise.rate, schedule)
+                weight, rate = (x.to(self.world.device, non_blocking=True) for x in (noise.bound_weight, noise.rate))
+                totals[3:6] += spread_sums(loss.block_nats, weight)
+                moments += moment_sums(loss.block_nats, rate, schedule)
         self.ema.update()
         totals[2] = float(stop_asked)
         summed = self.world.sum(torch.cat([totals, moments.flatten()])).cpu()
@@ -119,7 +121,7 @@ class Stepper:
             nelbo=values[1],
             nelbo_is_bound=proposal is None or ((proposal.covers_all or size == 1) and self._rarity is None),
             nats_by_rate=[n / m if m else float("nan") for n, m in zip(nats, masked, strict=True)],
-            masked_share=sum(masked) / (run.train.global_batch * run.data.length),
+            masked_share=sum(masked) / (run.train.global_batch * run.objective.views * run.data.length),
             block_size=size,
             interval=None if proposal is None else state.clip(size).interval or configured,
             block_variance=None if proposal is None else Spread(*values[3:6]).variance,
@@ -137,11 +139,12 @@ class Stepper:
     def _noise(self, done: int, batch: MicroBatch, size: int, proposal: Draws | None) -> Noise | None:
         if proposal is None:
             return None
-        seed, length = self.run.seed, self.run.data.length
-        u = stratified_times(seed, done, batch.slots, self.run.train.global_batch, length // size)
-        draws = mask_draws(seed, done, batch.slots, length)
-        wish = self.wish(batch.tokens, done)
-        return make_noise(u, draws, proposal, self.run.objective.weight, wish).to(self.world.device)
+        seed, length, views = self.run.seed, self.run.data.length, self.run.objective.views
+        slots = (batch.slots[:, None] * views + np.arange(views)).flatten()  # [m K], the views of a sequence together
+        u = stratified_times(seed, done, slots, self.run.train.global_batch * views, length // size)
+        draws = mask_draws(seed, done, slots, length)
+        wish = self.wish(batch.tokens.repeat_interleave(views, dim=0), done)
+        return make_noise(u, draws, proposal, self.run.objective.weight, wish)
 
     def wish(self, tokens: Tensor, step: int) -> Tensor | None:
         """The wishes of tokens [b, L] to be masked after `step` steps; None where all are alike."""

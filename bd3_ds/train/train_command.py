@@ -27,11 +27,13 @@ def main(argv: list[str]) -> int:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed then need not warn that it found nothing better
 
+    from bd3_ds.runtime.allocator import keep_freed_memory
     from bd3_ds.runtime.world import join_world
     from bd3_ds.train.hardware import check_hardware
     from bd3_ds.train.loop import train
 
     check_hardware(run)
+    keep_freed_memory()
     world = join_world()
     try:
         train(run, ds_json, world)

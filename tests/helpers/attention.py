@@ -9,7 +9,7 @@ from bd3_ds.model.masks import AttentionMask
 
 
 def assert_backends_agree(mask: AttentionMask, batch: int) -> None:
-    """Outputs and gradients of sdpa, and of what `auto` takes on a CPU, are those of dense for `batch` random rows."""
+    """Outputs and gradients of sdpa, stripes and `auto` on a CPU are those of dense for `batch` random rows."""
     generator = torch.Generator().manual_seed(0)
     queries, keys = len(mask.queries), len(mask.keys)
     q, k, v = (
@@ -17,7 +17,7 @@ def assert_backends_agree(mask: AttentionMask, batch: int) -> None:
     )
     direction = torch.randn(batch, 2, queries, 8, generator=generator)
     results = []
-    for backend in ("dense", "sdpa", "auto"):
+    for backend in ("dense", "sdpa", "stripes", "auto"):
         output = attend(q, k, v, mask, backend)
         results.append([output, *torch.autograd.grad((output * direction).sum(), (q, k, v))])
     for other in results[1:]:

@@ -22,7 +22,9 @@ from bd3_ds.diffusion import likelihood
 from bd3_ds.diffusion.noise import make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
+from bd3_ds.diffusion.score_entropy import ScoreNats
 from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
+from bd3_ds.diffusion.subs import SubsNats
 from bd3_ds.evaluation.network import load_model
 from bd3_ds.evaluation.perplexity import evaluate_pack
 from bd3_ds.model.dit import DiT
@@ -98,13 +100,20 @@ def test_perplexity_is_that_of_each_document(scene: Callable[..., RunConfig], nu
 
     def denoiser(clean: Tensor) -> likelihood.ViewDenoiser:
         x0_seen = clean if objective == BD3 else None
-        return lambda x_t, at: each_alone(model, x_t.flatten(0, 1), x0_seen, size, starts)[at.flatten(0, 1)]
 
-    def score(x_t: Tensor, sigma: Tensor, at: Tensor) -> Tensor:
-        return each_alone(model, x_t, None, size, starts, sigma)[at]
+        def denoise(x_t: Tensor, at: Tensor, read: SubsNats) -> tuple[Tensor, Tensor]:
+            return read.of_logits(each_alone(model, x_t.flatten(0, 1), x0_seen, size, starts).flatten(0, 1)[at])
+
+        return denoise
+
+    def causal(clean: Tensor, at: Tensor, read: SubsNats) -> tuple[Tensor, Tensor]:
+        return read.of_logits(each_alone(model, clean, None, size, starts).flatten(0, 1)[at])
+
+    def score(x_t: Tensor, sigma: Tensor, at: Tensor, read: ScoreNats) -> tuple[Tensor, Tensor]:
+        return read.of_logits(each_alone(model, x_t, None, size, starts, sigma).flatten(0, 1)[at])
 
     if objective == AR:
-        expected = likelihood.autoregressive(each_alone(model, x0, None, size, starts), x0, mask_id)
+        expected = likelihood.autoregressive(causal, x0, mask_id)
     elif objective == SEDD:
         expected = score_entropy_bound(score, x0, mask_id, 2, 5)
     elif objective == BD3:
@@ -130,9 +139,8 @@ class OneProcess:
     def __init__(self, model: DiT):
         self.model = model
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        logits: Tensor = self.model(*args, **kwargs)
-        return logits
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -164,8 +172,11 @@ def test_training_is_on_each_document(scene: Callable[..., RunConfig], number: i
     def gradient() -> Tensor:
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
-    def alone(x_t: Tensor, clean: Tensor | None, *, sigma: Tensor | None, at: Tensor) -> Tensor:
-        return each_alone(model, x_t, clean if objective == BD3 else None, size, starts, sigma)[at]
+    def alone(
+        x_t: Tensor, clean: Tensor | None, *, sigma: Tensor | None, at: Tensor, read: SubsNats | ScoreNats
+    ) -> tuple[Tensor, Tensor]:
+        logits = each_alone(model, x_t, clean if objective == BD3 else None, size, starts, sigma)
+        return read.of_logits(logits.flatten(0, 1)[at])
 
     noise = None
     if objective != AR:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bd3_ds.config.schema import AR, BD3, SEDD
-from bd3_ds.evaluation.denoisers import causal_logits, conditioned
+from bd3_ds.diffusion.subs import SubsNats, subs_nll
+from bd3_ds.evaluation.denoisers import causal, conditioned
 from bd3_ds.model.attention import attend
 from bd3_ds.model.dit import DiT, Network
 from bd3_ds.model.kv_cache import KVCache
@@ -138,7 +139,7 @@ def test_compiled_flex_follows_the_documents() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["dense", "sdpa"])
+@pytest.mark.parametrize("backend", ["dense", "sdpa", "stripes"])
 @pytest.mark.parametrize(("objective", "size", "starts"), CASES)
 def test_a_document_in_a_row_is_the_document_alone(
     objective: str, size: int, starts: list[list[int]], backend: str
@@ -196,10 +197,27 @@ def test_cached_blocks_are_the_whole_pass(size: int) -> None:
 
     views = torch.stack([x_t, x0, x_t.flip(1)], dim=1)  # [3, 3, L]
     denoise = conditioned(model, size, documents)(x0)
-    by_view = denoise(views, torch.ones_like(views, dtype=torch.bool)).view(*views.shape, VOCAB)
+    targets = torch.arange(views.numel()) % MASK
+    _, nats = denoise(views, torch.arange(views.numel()), SubsNats(targets, MASK))
+    by_view = denoise(views, torch.arange(views.numel()), None).view(*views.shape, VOCAB)
+    torch.testing.assert_close(nats, subs_nll(by_view.flatten(0, 2), targets, MASK))
     for view in range(3):
         expected = model(views[:, view], x0, block_size=size, documents=documents)
         torch.testing.assert_close(by_view[:, view], expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["dense", "sdpa", "stripes"])
+@pytest.mark.parametrize("size", [1, 4, 8, 16])
+def test_views_share_the_documents_of_their_text(size: int, backend: str) -> None:
+    """One pass over K views of each text, as in training, where `documents` has a row for each text, not each view."""
+    x_t, x0 = texts()
+    documents, model = numbers(ANYWHERE), network(attention=backend)
+    views = torch.stack([x_t, x_t.flip(1)], dim=1)  # [3, 2, L]
+    together = model(views.flatten(0, 1), x0, block_size=size, documents=documents).view(*views.shape, VOCAB)
+    for view in range(2):
+        expected = model(views[:, view], x0, block_size=size, documents=documents)
+        torch.testing.assert_close(together[:, view], expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -207,7 +225,10 @@ def test_cached_blocks_are_the_whole_pass(size: int) -> None:
 def test_cached_tokens_are_the_causal_pass(pieces: list[int]) -> None:
     _, x0 = texts()
     documents, model, cache = numbers(ANYWHERE), network(causal=True), KVCache(3)
-    whole, start = causal_logits(model, x0, documents), 0
+    whole, start = model(x0, block_size=1, documents=documents), 0
+    at, targets = torch.arange(LENGTH - 1), x0[0, 1:]
+    _, nats = causal(model, documents)(x0, at, SubsNats(targets, MASK))
+    torch.testing.assert_close(nats, subs_nll(whole[0, :-1], targets, MASK))
     for count in pieces:
         tokens = x0[:, start : start + count]
         logits = model.decode(tokens, cache, start=start, block_size=1, documents=documents)

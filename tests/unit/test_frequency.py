@@ -72,9 +72,10 @@ def test_rare_tokens_are_masked_more_often_at_the_same_mean() -> None:
     )
     seen = []
 
-    def uniform(x_t, clean, *, sigma, at):
-        seen.append(at)
-        return torch.zeros(int(at.sum()), vocab)
+    def uniform(x_t, clean, *, sigma, at, read):
+        seen.append(x_t == vocab - 1)
+        assert torch.equal(at, seen[-1].flatten().nonzero()[:, 0])
+        return read.of_logits(torch.zeros(len(at), vocab))
 
     losses = [training_loss(BD3, uniform, x0, noise, vocab - 1) for noise in (plain, informed)]
     by_token = [[float(at[:, 1:][x0[:, 1:] == token].double().mean()) for token in (0, 1)] for at in seen]

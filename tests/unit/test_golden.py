@@ -9,10 +9,10 @@ import torch
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD
 from bd3_ds.diffusion.noise import Noise
 from bd3_ds.diffusion.objective import training_loss
-from bd3_ds.diffusion.score_entropy import score_nll
+from bd3_ds.diffusion.score_entropy import ScoreNats
 from bd3_ds.diffusion.subs import subs_log_probs, subs_nll
 from bd3_ds.model.convert import our_name, rename_upstream, upstream_objective
-from bd3_ds.model.dit import DiT, Network
+from bd3_ds.model.dit import DiT, Network, as_denoiser
 from bd3_ds.model.kv_cache import KVCache
 from bd3_ds.model.masks import CLEAN, may_attend, places
 from bd3_ds.model.rope import rotary_angles, rotate
@@ -39,7 +39,7 @@ def network(golden, causal, backend="dense"):
     return model
 
 
-@pytest.mark.parametrize("backend", ["dense", "sdpa"])
+@pytest.mark.parametrize("backend", ["dense", "sdpa", "stripes"])
 @pytest.mark.parametrize("case, block", [("bd3lm_b4", 4), ("bd3lm_b1_nll", 1), ("mdlm", 32), ("sedd", 32), ("ar", 1)])
 def test_logits(golden, case, block, backend):
     data = golden(case)
@@ -56,7 +56,8 @@ def test_logits(golden, case, block, backend):
 def test_losses_of_masked_diffusion(golden, case, block):
     data = golden(case)
     at = data["xt"] == MASK
-    logits = network(golden, False)(data["xt"], data["x0"], block_size=block, at=at)
+    flat = at.flatten().nonzero()[:, 0]
+    logits = network(golden, False)(data["xt"], data["x0"], block_size=block, at=flat)
     nats = subs_nll(logits, data["x0"][at], MASK)
     loss = torch.zeros(data["x0"].shape)
     loss[at] = nats * -data["loss_scale"].expand_as(data["x0"])[at]
@@ -68,12 +69,13 @@ def test_losses_of_masked_diffusion(golden, case, block):
 def test_loss_of_sedd(golden):
     data = golden("sedd")
     at = data["xt"] == MASK
-    logits = network(golden, False)(data["xt"], block_size=32, sigma=data["sigma_to_backbone"], at=at)
-    sigma = data["sigma"].expand_as(data["x0"])[at]
-    weight = -data["loss_scale"].expand_as(data["x0"])[at]
-    loss = torch.zeros(data["x0"].shape)
-    loss[at] = score_nll(logits, data["x0"][at], sigma, weight, MASK)
-    close(loss, data["loss"], 1e-4)
+    read = ScoreNats(data["x0"][at], data["sigma"].expand_as(data["x0"])[at], MASK)
+    model, inputs = network(golden, False), {"block_size": 32, "sigma": data["sigma_to_backbone"]}
+    inputs["at"] = at.flatten().nonzero()[:, 0]
+    for nats in (read.of_logits(model(data["xt"], **inputs))[1], model(data["xt"], **inputs, read=read)[1]):
+        loss = torch.zeros(data["x0"].shape)
+        loss[at] = nats.detach() * -data["loss_scale"].expand_as(data["x0"])[at]
+        close(loss, data["loss"], 1e-4)
 
 
 def test_loss_of_ar(golden):
@@ -98,11 +100,8 @@ def test_objective_and_gradients(golden, case, name, block, causal):
     data = golden(case)
     model = network(golden, causal)
 
-    def denoiser(x_t, x0, *, sigma, at):
-        return model(x_t, x0, block_size=block, sigma=sigma, at=at)
-
     noise = None if causal else as_noise(data, 32 // block)
-    ours = training_loss(name, denoiser, data["x0"], noise, MASK)
+    ours = training_loss(name, as_denoiser(model, block), data["x0"], noise, MASK)
     scored = 3 * 31
     close(ours.loss, data["loss"].sum() / scored, 1e-4)
     if case in ("ar", "bd3lm_b4"):

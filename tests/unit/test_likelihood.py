@@ -12,7 +12,7 @@ from bd3_ds.diffusion import likelihood
 from bd3_ds.diffusion.noise import make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
-from bd3_ds.evaluation.denoisers import causal_logits, conditioned
+from bd3_ds.evaluation.denoisers import causal, conditioned
 from bd3_ds.model.build import initialise
 from bd3_ds.model.dit import DiT, Network, as_denoiser
 from bd3_ds.model.kv_cache import KVCache
@@ -83,7 +83,7 @@ def test_stratified_has_the_smaller_error(model, text):
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
 def test_uniform_denoiser_gives_log_v(size, text):
     def uniform(x0):
-        return lambda x_t, at: torch.zeros(int(at.sum()), VOCAB)
+        return lambda x_t, at, read: read.of_logits(torch.zeros(len(at), VOCAB))
 
     scored = text.shape[0] * (text.shape[1] - 1)
     values = [likelihood.stratified(uniform, text, size, MASK, views=3, seed=0).nelbo.sum()]
@@ -97,10 +97,11 @@ def test_uniform_denoiser_gives_log_v(size, text):
 @pytest.mark.parametrize("size", [1, 4, 16])
 def test_perfect_denoiser_gives_zero(size, text):
     def perfect(x0):
-        def logits(x_t, at):
-            return torch.nn.functional.one_hot(x0[:, None].expand_as(at)[at], VOCAB) * 1e4
+        def denoise(x_t, at, read):
+            truth = x0[:, None].expand_as(x_t).flatten()[at]
+            return read.of_logits(torch.nn.functional.one_hot(truth, VOCAB) * 1e4)
 
-        return logits
+        return denoise
 
     for estimator in (likelihood.stratified, likelihood.monte_carlo):
         assert estimator(perfect, text, size, MASK, views=2, seed=0).nelbo.sum() == 0
@@ -112,7 +113,7 @@ def test_two_passes_equal_one(model, text):
     x_t = torch.where(torch.rand(text.shape, generator=torch.Generator().manual_seed(2)) < 0.5, MASK, text)
     for size in (1, 2, 4, 8, 16):
         together = model(x_t, text, block_size=size)
-        apart = conditioned(model, size)(text)(x_t[:, None], torch.ones_like(x_t, dtype=torch.bool)[:, None])
+        apart = conditioned(model, size)(text)(x_t[:, None], torch.arange(x_t.numel()), None)
         torch.testing.assert_close(apart.view_as(together), together, rtol=1e-5, atol=1e-5)
 
 
@@ -140,8 +141,8 @@ def test_one_block_is_mdlm(model, text):
     assert torch.equal(losses[0].loss, losses[1].loss) and torch.equal(losses[0].nelbo, losses[1].nelbo)
     without = conditioned(model, 16)(torch.zeros_like(text))  # sees no clean token whatever it is given
     x_t = torch.where(draws < 0.5, MASK, text)[:, None]
-    everywhere = torch.ones_like(x_t, dtype=torch.bool)
-    torch.testing.assert_close(without(x_t, everywhere), conditioned(model, 16)(text)(x_t, everywhere))
+    everywhere = torch.arange(x_t.numel())
+    torch.testing.assert_close(without(x_t, everywhere, None), conditioned(model, 16)(text)(x_t, everywhere, None))
 
 
 @torch.no_grad()
@@ -149,7 +150,7 @@ def test_autoregressive_is_the_chain_rule(text):
     net = DiT(Network(VOCAB, 16, 2, 2, 2, 8, True, attention="sdpa")).eval()
     initialise(net, 0)
     torch.nn.init.normal_(net.head.linear.weight)
-    bound = likelihood.autoregressive(causal_logits(net, text), text, MASK)
+    bound = likelihood.autoregressive(causal(net), text, MASK)
     for i in range(1, text.shape[1]):
         logits = net(text[:, :i], block_size=1)[:, -1]
         logits[:, MASK] = -torch.inf

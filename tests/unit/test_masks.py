@@ -20,6 +20,7 @@ from tests.helpers.attention import assert_backends_agree
 
 CPU = torch.device("cpu")
 VOCAB, LENGTH = 13, 16
+BACKENDS = ("dense", "sdpa", "stripes")
 
 
 class Token(NamedTuple):
@@ -63,21 +64,34 @@ def test_views_beside_a_clean_text(size: int, blocks: int, views: int, past: int
     assert mask.dense.diagonal().all()  # no softmax over nothing
 
 
-@given(st.sampled_from([1, 2, 4]), st.integers(0, 3), st.integers(0, 3), st.integers(0, 2), st.booleans())
+@given(
+    st.sampled_from([1, 2, 4]),
+    st.integers(0, 3),
+    st.integers(0, 3),
+    st.integers(0, 2),
+    st.booleans(),
+    st.integers(1, 3),
+)
 @settings(deadline=None)
-def test_masks_of_a_pass(size: int, noisy: int, clean: int, past: int, noisy_only: bool) -> None:
+def test_masks_of_a_pass(size: int, noisy: int, clean: int, past: int, noisy_only: bool, views: int) -> None:
     """Noisy and clean blocks behind a cache; with `noisy_only`, the last layer's, where clean tokens ask nothing."""
     if not noisy and (not clean or noisy_only):
         return
     start, noisy, clean = past * size, noisy * size, clean * size
-    mask = pass_mask(noisy, clean, start, start, size, noisy_only, CPU)
-    ask = tokens(0, start, noisy, size)
+    mask = pass_mask(noisy, clean, start, start, size, noisy_only, CPU, views)
+    ask = [token for view in range(views) for token in tokens(view, start, noisy, size)]
     fresh = tokens(None, start, clean, size)
     expected = by_definition(ask if noisy_only else ask + fresh, tokens(None, 0, start, size) + ask + fresh)
     assert torch.equal(mask.dense, expected)
-    assert mask.is_full == bool(expected.all())
+    without_layout = AttentionMask(mask.queries, mask.keys)  # asks the matrix itself
+    assert mask.is_full == without_layout.is_full == bool(expected.all())
     lower = torch.ones_like(expected).tril()
-    assert mask.is_causal == (expected.shape[0] == expected.shape[1] and torch.equal(expected, lower))
+    is_causal = expected.shape[0] == expected.shape[1] and torch.equal(expected, lower)
+    assert mask.is_causal == without_layout.is_causal == is_causal
+    if mask.layout is not None:
+        assert mask.layout.full == bool(mask.dense.all())
+        if len(mask.queries) == len(mask.keys):
+            assert mask.layout.causal == is_causal
 
 
 def test_the_rule_has_the_known_masks_as_cases() -> None:
@@ -93,6 +107,7 @@ def test_flex_has_the_same_rule(noisy: int, clean: int, past: int) -> None:
     assert torch.equal(mask.flex.mask_mod(zero, zero, i, j), mask.dense)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize(
     ("noisy", "clean", "past", "size"),
     [
@@ -104,9 +119,9 @@ def test_flex_has_the_same_rule(noisy: int, clean: int, past: int) -> None:
         (16, 0, 0, 16),
     ],
 )
-def test_sdpa_is_dense(noisy: int, clean: int, past: int, size: int) -> None:
+def test_backends_are_dense(noisy: int, clean: int, past: int, size: int, views: int) -> None:
     """Outputs and gradients; masked, causal and full alike."""
-    assert_backends_agree(pass_mask(noisy, clean, past, past, size, False, CPU), batch=2)
+    assert_backends_agree(pass_mask(noisy, clean, past, past, size, False, CPU, views), batch=2)
 
 
 def network(attention: str, causal: bool = False) -> DiT:
@@ -129,15 +144,16 @@ def texts() -> tuple[Tensor, Tensor]:
 def test_backends_train_alike(causal: bool, size: int) -> None:
     x_t, x0 = texts()
     results = []
-    for backend in ("dense", "sdpa"):
+    for backend in BACKENDS:
         model = network(backend, causal)
         logits = model(x0 if causal else x_t, None if causal else x0, block_size=size)
         results.append([logits, *torch.autograd.grad(logits.logsumexp(-1).sum(), list(model.parameters()))])
-    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-4)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["dense", "sdpa"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [1, 4, 8])
 def test_cached_blocks_are_the_whole_pass(backend: str, size: int) -> None:
     """Block after block against a growing cache, as in sampling, gives the logits of one training pass."""
@@ -153,7 +169,21 @@ def test_cached_blocks_are_the_whole_pass(backend: str, size: int) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["dense", "sdpa"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1, 4, 8, 16])
+def test_views_are_passes_of_their_own(backend: str, size: int) -> None:
+    """K views beside one clean pass, or against its cache, have the logits that each would have alone."""
+    x_t, x0 = texts()
+    views = torch.stack([x_t, x0, x_t.flip(1)], dim=1).flatten(0, 1)  # [2 x 3, L]
+    model, cache = network(backend), KVCache(3)
+    alone = model(views, x0.repeat_interleave(3, dim=0), block_size=size)
+    torch.testing.assert_close(model(views, x0, block_size=size), alone, rtol=1e-4, atol=1e-4)
+    model.encode(x0, cache, block_size=size)
+    torch.testing.assert_close(model.decode(views, cache, start=0, block_size=size), alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pieces", [[16], [1] * 16, [5, 1, 10]])
 def test_cached_tokens_are_the_causal_pass(backend: str, pieces: list[int]) -> None:
     _, x0 = texts()
@@ -166,11 +196,12 @@ def test_cached_tokens_are_the_causal_pass(backend: str, pieces: list[int]) -> N
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
-def test_nothing_leaks(size: int) -> None:
+def test_nothing_leaks(backend: str, size: int) -> None:
     """A token's logits change with its own noisy block and with earlier clean blocks, and with nothing else."""
     x_t, x0 = texts()
-    model = network("sdpa")
+    model = network(backend)
     before = model(x_t, x0, block_size=size)
     for place, (which, text) in itertools.product((0, 5, 10, 15), enumerate((x_t, x0))):
         changed = text.clone()

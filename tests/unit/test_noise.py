@@ -19,6 +19,8 @@ from bd3_ds.diffusion.clip_search import Spread, binned, spread_sums
 from bd3_ds.diffusion.noise import Noise, choose_block_size, corrupt, make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import Loss, training_loss
 from bd3_ds.diffusion.proposal import make_proposal
+from bd3_ds.diffusion.score_entropy import ScoreNats
+from bd3_ds.diffusion.subs import SubsNats
 from tests.helpers.schedules import schedule_config
 
 VOCAB, MASK, LENGTH = 11, 10, 16
@@ -105,11 +107,16 @@ class Fixed:
         if seed is not None:
             self.table = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
-    def __call__(self, x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor) -> Tensor:
+    def __call__(
+        self, x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor, read: SubsNats | ScoreNats
+    ) -> tuple[Tensor, Tensor]:
+        return read.of_logits(self.logits(x_t, at))
+
+    def logits(self, x_t: Tensor, at: Tensor) -> Tensor:
+        """[N, V] at the places `at` of the flattened x_t."""
         if self.truth is not None:
-            return torch.where(torch.nn.functional.one_hot(self.truth[at], VOCAB) == 1, self.odds, -1e4)
-        position = torch.arange(LENGTH).expand_as(x_t)
-        return self.table[x_t[at], position[at]]
+            return torch.where(torch.nn.functional.one_hot(self.truth.flatten()[at], VOCAB) == 1, self.odds, -1e4)
+        return self.table[x_t.flatten()[at], at % LENGTH]
 
 
 def text(batch: int) -> Tensor:
@@ -194,7 +201,7 @@ def test_block_nats_are_the_masked_losses_over_maskable_tokens() -> None:
     loss = loss_of(BD3, denoiser, x0, given_noise)
     rate = given_noise.rate.repeat_interleave(4, 1)
     x_t, masked = corrupt(x0, rate, given_noise.draws, MASK)
-    logits = denoiser(x_t, None, sigma=None, at=torch.ones_like(masked)).view(8, LENGTH, VOCAB)
+    logits = denoiser.logits(x_t, torch.arange(x_t.numel())).view(8, LENGTH, VOCAB)
     logits[..., MASK] = -torch.inf
     nats = -logits.log_softmax(-1).gather(-1, x0[..., None])[..., 0].double() * masked
     expected = nats.view(8, 4, 4).sum(-1) / torch.tensor([3.0, 4.0, 4.0, 4.0])

@@ -133,9 +133,9 @@ class Uncached(DiT):
         if self.network.causal:
             self.text = tokens if len(cache) == 0 else torch.cat([self.text, tokens], dim=1)
             super().decode(tokens, cache, start=start, block_size=1)  # the sampler reads the cache's length
-            return self.forward(self.text, block_size=1)[:, start:][at]
+            return self.forward(self.text, block_size=1)[:, start:].flatten(0, 1)[at]
         text = tokens if start == 0 else torch.cat([self.text, tokens], dim=1)
-        return self.forward(text, text, block_size=block_size, sigma=sigma)[:, start:][at]
+        return self.forward(text, text, block_size=block_size, sigma=sigma)[:, start:].flatten(0, 1)[at]
 
 
 @pytest.mark.parametrize("causal, block_size", [(False, 1), (False, 2), (False, 4), (False, 12), (True, 1)])

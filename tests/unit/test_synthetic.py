@@ -16,6 +16,7 @@ from bd3_ds.data.synthetic import MarkovSource
 from bd3_ds.data.tokenizer import number_tokenizer
 from bd3_ds.diffusion import likelihood
 from bd3_ds.diffusion.likelihood import Condition
+from bd3_ds.diffusion.subs import SubsNats
 from bd3_ds.runtime.errors import UserError
 from benchmarks.entropy import judge, stderr_of_mean
 from data_prep import synthetic
@@ -145,21 +146,28 @@ def oracle(source: MarkovSource, size: int, change: Change | None = None) -> Con
         before = after[x0[:, size - 1 : -1 : size]]  # [b, B - 1, F]
         prior = torch.cat([at_start.expand(batch, 1, -1), before], 1)  # [b, B, F]
 
-        def denoise(x_t: Tensor, at: Tensor) -> Tensor:
+        def denoise(x_t: Tensor, at: Tensor, read: SubsNats) -> tuple[Tensor, Tensor]:
             views = x_t.shape[1]
             blocks = x_t.reshape(batch, views, -1, 1, size)
             agrees = ((fillings == blocks) | (blocks == MASK)).all(-1)  # [b, K, B, F]
             joint = torch.einsum("bkgf,fls->bkgls", prior[:, None] * agrees, holds)
-            marginals = (joint / joint.sum(-1, keepdim=True)).reshape(batch, views, length, -1)[at]  # [N, S]
+            marginals = (joint / joint.sum(-1, keepdim=True)).reshape(batch * views * length, -1)[at]  # [N, S]
             if change is not None:
-                marginals = change(marginals, x0[:, None].expand_as(at)[at])
+                marginals = change(marginals, x0[:, None].expand_as(x_t).flatten()[at])
             logits = torch.full((len(marginals), VOCAB), -torch.inf, dtype=torch.float64)
             logits[:, :SYMBOLS] = marginals.log()
-            return logits
+            return read.of_logits(logits)
 
         return denoise
 
     return condition
+
+
+class Raw:
+    """Stands in for `SubsNats` and hands the logits out."""
+
+    def of_logits(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return logits, logits
 
 
 def test_the_oracle_is_bayes(source: MarkovSource) -> None:
@@ -167,7 +175,8 @@ def test_the_oracle_is_bayes(source: MarkovSource) -> None:
     p = torch.from_numpy(source.transition)
     x0 = torch.tensor([[2, 0, 1, 1, 0, 2, 2, 1]])
     x_t = torch.tensor([[[2, MASK, 1, MASK, MASK, MASK, 2, MASK]]])
-    logits = oracle(source, 4)(x0)(x_t, x_t == MASK)
+    at = (x_t == MASK).flatten().nonzero()[:, 0]
+    logits, _ = oracle(source, 4)(x0)(x_t, at, Raw())
     between = p[2] * p[:, 1]  # x_1 given x_0 = 2, x_2 = 1
     second = (p @ p)[:, 2] * p[1]  # x_4 given x_3 = 1 of the clean past, x_6 = 2
     third = (p @ p)[1] * p[:, 2]  # x_5 given the same
@@ -200,7 +209,11 @@ def test_the_autoregressive_oracle(source: MarkovSource) -> None:
     rows = source.sample(6, 16)
     logits = torch.full((6, 16, VOCAB), -torch.inf)
     logits[..., :SYMBOLS] = torch.from_numpy(np.log(source.transition[rows]))
-    bound = likelihood.autoregressive(logits, torch.from_numpy(rows), MASK)
+
+    def network(x0: Tensor, at: Tensor, read: SubsNats) -> tuple[Tensor, Tensor]:
+        return read.of_logits(logits.flatten(0, 1)[at])
+
+    bound = likelihood.autoregressive(network, torch.from_numpy(rows), MASK)
     np.testing.assert_allclose(bound.nelbo.sum(1).numpy(), source.nll(rows), rtol=0, atol=1e-5)
 
 

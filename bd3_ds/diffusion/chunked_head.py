@@ -1,0 +1,92 @@
+"""A loss over the vocabulary straight from hidden states, so that the logits [N, V] of all tokens are never kept.
+
+Logits of a chunk of tokens are made, turned into nats and gradients, and dropped: three matrix products where autograd
+on whole logits has three as well, and memory for one chunk. Gradients are ready after the forward pass, since the
+weight of each token in the loss is known before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = 128 * 2**20  # logits of a chunk
+CACHED_BYTES = 16 * 2**20  # rows of it that are turned into nats together, in fp32: they should stay in a CPU's cache
+
+# (logits [n, V] in fp32, which it may overwrite; the tokens' places in 0 … N - 1; whether slopes are wanted)
+# -> nats [n] and slopes d nats / d logits [n, V] (anything where they are not wanted)
+RowLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor]]
+
+
+def chunked_loss(
+    hidden: Tensor, matrix: Tensor, bias: Tensor, weight: Tensor | None, row_loss: RowLoss
+) -> tuple[Tensor, Tensor]:
+    """(sum of weight x nats, nats [N] without gradient), fp32, for logits hidden @ matrix.T + bias.
+
+    hidden [N, D], matrix [V, D], bias [V], weight [N]; without a weight there is no gradient and the sum is plain.
+    """
+    if weight is None or not torch.is_grad_enabled():
+        nats = _nats(hidden, matrix, bias, row_loss)
+        return (nats if weight is None else weight * nats).sum(), nats
+    total, nats = _ChunkedLoss.apply(hidden, matrix, bias, weight, row_loss)
+    return total, nats
+
+
+def _chunks(count: int, width: int, item: int, limit: int) -> list[slice]:
+    rows = max(1, limit // (width * item))
+    return [slice(first, min(first + rows, count)) for first in range(0, count, rows)]
+
+
+def _logits(hidden: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
+    """In the dtype that the surrounding pass computes in."""
+    return torch.nn.functional.linear(hidden, matrix, bias)
+
+
+@torch.no_grad()
+def _nats(hidden: Tensor, matrix: Tensor, bias: Tensor, row_loss: RowLoss) -> Tensor:
+    nats = torch.empty(len(hidden), device=hidden.device)
+    for rows in _chunks(len(hidden), len(matrix), 4, CACHED_BYTES * 2):
+        nats[rows] = row_loss(_logits(hidden[rows], matrix, bias).float(), rows, False)[0]
+    return nats
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, matrix: Tensor, bias: Tensor, weight: Tensor, row_loss: RowLoss
+    ) -> tuple[Tensor, Tensor]:
+        nats = torch.empty(len(hidden), device=hidden.device)
+        d_hidden = torch.empty_like(hidden)
+        d_matrix: Tensor | None = None
+        d_bias = torch.zeros(bias.shape, device=bias.device)
+        for chunk in _chunks(len(hidden), len(matrix), hidden.element_size(), CHUNK_BYTES):
+            part, scale = hidden[chunk], weight[chunk, None]
+            slopes = _logits(part, matrix, bias)  # logits first, then d nats / d logits, row by row
+            for rows in _chunks(len(part), len(matrix), 4, CACHED_BYTES):
+                of_all = slice(chunk.start + rows.start, chunk.start + rows.stop)
+                nats[of_all], slope = row_loss(slopes[rows].float(), of_all, True)
+                slopes[rows] = slope
+            dtype = slopes.dtype
+            d_hidden[chunk] = (slopes @ matrix.to(dtype)) * scale
+            weighted = (part * scale).to(dtype)
+            if d_matrix is None:
+                d_matrix = slopes.t() @ weighted
+            elif d_matrix.dtype == dtype == torch.float32:
+                d_matrix.addmm_(slopes.t(), weighted)
+            else:  # several parts are added up in fp32
+                d_matrix = d_matrix.float().add_(slopes.t() @ weighted)
+            d_bias += scale[:, 0].to(dtype) @ slopes
+        d_matrix = torch.zeros_like(matrix) if d_matrix is None else d_matrix.to(matrix.dtype)
+        ctx.save_for_backward(d_hidden, d_matrix, d_bias.to(bias.dtype))
+        ctx.mark_non_differentiable(nats)
+        return (weight * nats).sum(), nats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, above: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        d_hidden, d_matrix, d_bias = ctx.saved_tensors
+        return d_hidden * above, d_matrix * above, d_bias * above, None, None

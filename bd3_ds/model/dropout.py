@@ -1,0 +1,27 @@
+"""Dropout whose masks cost little on CPUs, where torch draws one Bernoulli number at a time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LEVELS = 2**16  # a mask's probability is a multiple of 1 / _LEVELS
+
+
+def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Each number of x becomes 0 with probability `rate` and is divided by 1 - rate otherwise, in training alone.
+
+    On CPUs one random word of torch's generator serves four numbers, by its quarters; the rate is rounded to 1/65536,
+    and the scale to match.
+    """
+    if rate == 0 or not training:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, rate, training)
+    dropped = round(rate * _LEVELS)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    quarters = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in -2^15 … 2^15 - 1
+    kept = quarters >= dropped - _LEVELS // 2
+    scale = torch.tensor(_LEVELS / (_LEVELS - dropped), dtype=x.dtype)
+    return x * (kept * scale)
