@@ -116,6 +116,24 @@ def in_child(function: str, kwargs: dict[str, Any]) -> Any:
         return pool.submit(_call, function, kwargs, torch.get_num_threads(), method).result()
 
 
+class Process:
+    """A fresh process that keeps what it makes: functions of a module are called in it, one at a time."""
+
+    def __init__(self) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        self.call(torch.set_num_threads, torch.get_num_threads())
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What it returns or raises."""
+        return self._pool.submit(function, *arguments).result()
+
+
 def _call(function: str, kwargs: dict[str, Any], threads: int, method: str) -> Any:
     torch.set_num_threads(threads)
     # The child would start children of its own as it was started itself, which is not how a run does it.

@@ -68,14 +68,14 @@ def make_run(given: Configuration, objective: str, precision: str, *words: str) 
 
 
 def make_step(run: RunConfig, seed: int = 0) -> Callable[[], StepResult]:
-    """One optimizer step on random tokens, all weights random; ZeRO 2 in bf16 (fp32 master weights), none in fp32."""
+    """One optimizer step on random tokens, all weights random; bf16 has fp32 master weights (ZeRO 1), fp32 is plain."""
     joined = world()
     model = DiT(network_of(run.model, run.objective.name))
     initialise(model, run.seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
-    stage = 2 if run.train.precision == "bf16" else 0
+    stage = 1 if run.train.precision == "bf16" else 0
     engine = Engine(model, run, {"zero_optimization": {"stage": stage}, "steps_per_print": 10**9}, joined)
     assert run.model.vocab_size is not None and run.model.mask_id is not None
     stepper = Stepper(run, joined, engine, Ema(engine, run.optim.ema_decay), run.model.mask_id, None)

@@ -79,7 +79,8 @@ class Reference(nn.Module):
 
     def forward(self, tokens: Tensor, length: int, mask: Tensor | None) -> Tensor:
         x = self.embed(tokens)
-        cond = F.silu(self.time(torch.zeros(len(tokens), 256, device=x.device)))
+        level = torch.cat([torch.ones(128, device=x.device), torch.zeros(128, device=x.device)])  # cos 0 and sin 0
+        cond = F.silu(self.time(level.expand(len(tokens), -1)))
         ladder = 10_000.0 ** (-torch.arange(0, self.head_width, 2, device=x.device) / self.head_width)
         angle = torch.arange(length, device=x.device)[:, None] * ladder
         angle = torch.cat([angle, angle], dim=-1)[None, :, None]  # [1, L, 1, d]

@@ -32,12 +32,13 @@ SHARES = {
 def scaled_seconds(configuration: str, objective: str, precision: str, rates: dict[str, float]) -> float:
     """What the published code would take where `rates` were measured (`costs.ceilings`).
 
-    Products go by their own rates, elementwise work by the copy, attention by the body's products and exp in equal
-    parts.
+    Products go by their own rates, elementwise work by the copy and exp in equal parts, attention by the body's
+    products and exp.
     """
     shares = SHARES.get((configuration, precision), SHARES[configuration, "fp32"])
     slower = {name: CEILINGS[precision][name] / rates[name] for name in rates}
     attention = (slower["body"] + slower["exp"]) / 2
-    factors = (slower["head"], slower["copy"], attention, slower["body"], slower["copy"])
+    elementwise = (slower["copy"] + slower["exp"]) / 2
+    factors = (slower["head"], elementwise, attention, slower["body"], elementwise)
     scale = sum(share * factor for share, factor in zip(shares, factors, strict=True)) / sum(shares)
     return SECONDS[configuration, objective][precision] * scale

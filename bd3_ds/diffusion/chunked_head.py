@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -41,16 +42,12 @@ def _chunks(count: int, width: int, item: int, limit: int) -> list[slice]:
     return [slice(first, min(first + rows, count)) for first in range(0, count, rows)]
 
 
-def _logits(hidden: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
-    """In the dtype that the surrounding pass computes in."""
-    return torch.nn.functional.linear(hidden, matrix, bias)
-
-
 @torch.no_grad()
 def _nats(hidden: Tensor, matrix: Tensor, bias: Tensor, row_loss: RowLoss) -> Tensor:
     nats = torch.empty(len(hidden), device=hidden.device)
     for rows in _chunks(len(hidden), len(matrix), 4, CACHED_BYTES * 2):
-        nats[rows] = row_loss(_logits(hidden[rows], matrix, bias).float(), rows, False)[0]
+        logits = F.linear(hidden[rows], matrix).float().add_(bias)
+        nats[rows] = row_loss(logits, rows, False)[0]
     return nats
 
 
@@ -65,10 +62,11 @@ class _ChunkedLoss(torch.autograd.Function):
         d_bias = torch.zeros(bias.shape, device=bias.device)
         for chunk in _chunks(len(hidden), len(matrix), hidden.element_size(), CHUNK_BYTES):
             part, scale = hidden[chunk], weight[chunk, None]
-            slopes = _logits(part, matrix, bias)  # logits first, then d nats / d logits, row by row
+            # Logits, then row by row d nats / d logits; the bias comes there, where it costs no sweep of its own.
+            slopes = F.linear(part, matrix)
             for rows in _chunks(len(part), len(matrix), 4, CACHED_BYTES):
                 of_all = slice(chunk.start + rows.start, chunk.start + rows.stop)
-                nats[of_all], slope = row_loss(slopes[rows].float(), of_all, True)
+                nats[of_all], slope = row_loss(slopes[rows].float().add_(bias), of_all, True)
                 slopes[rows] = slope
             dtype = slopes.dtype
             d_hidden[chunk] = (slopes @ matrix.to(dtype)) * scale

@@ -22,6 +22,7 @@ MOVING = (
     "objective.clip_search.every=6",
     "objective.clip_search.explore=0.2",
     "objective.weight.name=iddpm",
+    "objective.views=2",
     "train.global_batch=32",
     "train.checkpoint_every=1000",
     "train.export_every=5",

@@ -20,6 +20,8 @@ CASES = [
     ("objective.schedule.bimodal.w1=1", "objective.schedule.bimodal.w1=1.0 must lie in (0, 1)"),
     ("objective.schedule.bimodal.mu2_end=-1", "objective.schedule.bimodal.mu2_end=-1.0 must lie in [0, 1]"),
     ("objective.schedule.t_min=1 objective.schedule.defensive=0.1", "draws a single rate"),
+    ("objective.views=0", "objective.views=0 must be finite and above 0"),
+    ("objective.name=mdlm objective.block_size=null objective.views=4", "raise train.micro_batch instead"),
     ("objective.weight.name=edn", "did you mean 'edm'?"),
     ("objective.weight.sigmoid_k=inf", "objective.weight.sigmoid_k=inf must lie in [-50, 50]"),
     ("objective.frequency.power=2", "objective.frequency.power=2.0 must lie in [0, 1]"),
