@@ -49,12 +49,13 @@ VARIANTS: dict[str, list[str]] = {
     "clip 0.45-0.95 + edm": [f"{SCHEDULE}.t_min=0.45", f"{SCHEDULE}.t_max=0.95", f"{WEIGHT}.name=edm"],
     "frequency": ["objective.frequency.power=0.05", "objective.frequency.curriculum_steps=100"],
     "blocks 64 to 16 to 4": ["objective.block_schedule={0: [64], 50: [16], 100: [4]}"],
-    # Four views cost 5/2 of one: at equal cost, two fifths of the steps (of 150), or of the 16 texts of a step.
+    # Four views cost the model of the docs recipes 2.95 times one by count of FLOPs (`model/flops.py`): at equal cost,
+    # 51 steps of 150, or 5 (5.4) of a step's 16 texts.
     "views 4, fewer steps": [
         "objective.views=4",
-        *(f"train.{key}=60" for key in ("total_steps", "checkpoint_every", "export_every")),
+        *(f"train.{key}=51" for key in ("total_steps", "checkpoint_every", "export_every")),
     ],
-    "views 4, fewer texts": ["objective.views=4", "train.global_batch=6", "train.micro_batch=6"],
+    "views 4, fewer texts": ["objective.views=4", "train.global_batch=5", "train.micro_batch=5"],
 }
 
 

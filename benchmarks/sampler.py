@@ -70,12 +70,7 @@ class Reference(Recompute):
 
 
 def in_text(at: Tensor, block: Tensor, start: int) -> Tensor:
-    """Places of a block [B, T] that begins at `start` as places of the text up to the block's end.
-
-    Booleans [B, T], or numbers [N] in the flattened block.
-    """
-    if at.dtype == torch.bool:
-        return torch.nn.functional.pad(at, (start, 0))
+    """Places [N] in a flattened block [B, T] that begins at `start` as places of the text up to the block's end."""
     rows, places = at // block.shape[1], at % block.shape[1]
     return rows * (start + block.shape[1]) + start + places
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 128 * 2**20  # logits of a chunk
-CACHED_BYTES = 16 * 2**20  # rows of it that are turned into nats together, in fp32: they should stay in a CPU's cache
+CACHED_BYTES = 16 * 2**20  # on CPUs, rows of it that are turned into nats together, in fp32: they stay in the cache
 
 # (logits [n, V] in fp32, which it may overwrite; the tokens' places in 0 … N - 1; whether slopes are wanted)
 # -> nats [n] and slopes d nats / d logits [n, V] (anything where they are not wanted)
@@ -37,6 +37,11 @@ def chunked_loss(
     return total, nats
 
 
+def _together(device: torch.device) -> int:
+    """A GPU has no such cache, and many small kernels would keep its host busy."""
+    return CACHED_BYTES if device.type == "cpu" else 2 * CHUNK_BYTES
+
+
 def _chunks(count: int, width: int, item: int, limit: int) -> list[slice]:
     rows = max(1, limit // (width * item))
     return [slice(first, min(first + rows, count)) for first in range(0, count, rows)]
@@ -45,7 +50,7 @@ def _chunks(count: int, width: int, item: int, limit: int) -> list[slice]:
 @torch.no_grad()
 def _nats(hidden: Tensor, matrix: Tensor, bias: Tensor, row_loss: RowLoss) -> Tensor:
     nats = torch.empty(len(hidden), device=hidden.device)
-    for rows in _chunks(len(hidden), len(matrix), 4, CACHED_BYTES * 2):
+    for rows in _chunks(len(hidden), len(matrix), 4, 2 * _together(hidden.device)):
         logits = F.linear(hidden[rows], matrix).float().add_(bias)
         nats[rows] = row_loss(logits, rows, False)[0]
     return nats
@@ -64,7 +69,7 @@ class _ChunkedLoss(torch.autograd.Function):
             part, scale = hidden[chunk], weight[chunk, None]
             # Logits, then row by row d nats / d logits; the bias comes there, where it costs no sweep of its own.
             slopes = F.linear(part, matrix)
-            for rows in _chunks(len(part), len(matrix), 4, CACHED_BYTES):
+            for rows in _chunks(len(part), len(matrix), 4, _together(hidden.device)):
                 of_all = slice(chunk.start + rows.start, chunk.start + rows.stop)
                 nats[of_all], slope = row_loss(slopes[rows].float().add_(bias), of_all, True)
                 slopes[rows] = slope

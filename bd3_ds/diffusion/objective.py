@@ -65,7 +65,7 @@ def training_loss(
     """
     device = x0.device if device is None else device
     if name == AR:
-        return _autoregressive(denoiser, _send(x0, device), mask_id)
+        return _autoregressive(denoiser, send(x0, device), mask_id)
     assert noise is not None
     (rows, blocks), length = noise.rate.shape, x0.shape[1]
     spread = length // blocks
@@ -79,10 +79,10 @@ def training_loss(
     weight = noise.loss_weight.repeat_interleave(spread, dim=1).flatten()[at].float() / scored
     targets = clean.flatten()[at]
     x_t, x0, at, rate_at, fair, weight, targets, bound_weight = (
-        _send(tensor, device) for tensor in (x_t, x0, at, rate_at, fair, weight, targets, noise.bound_weight)
+        send(tensor, device) for tensor in (x_t, x0, at, rate_at, fair, weight, targets, noise.bound_weight)
     )
     if name == SEDD:
-        sigma = _send(sigma_of(rate[:, 0]).float(), device)
+        sigma = send(sigma_of(rate[:, 0]).float(), device)
         loss, nats = denoiser(
             x_t, None, sigma=sigma, at=at, read=ScoreNats(targets, sigma[at // length], mask_id, weight)
         )
@@ -95,13 +95,13 @@ def training_loss(
     return Loss(
         loss,
         ((bound_weight * by_block).sum() / scored).float(),
-        by_block / _send(maskable(blocks, spread), device),
+        by_block / send(maskable(blocks, spread), device),
         *_by_rate(known, rate_at.float()),
     )
 
 
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting for it."""
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device, whose host does not wait for it."""
     if tensor.device == device:
         return tensor
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

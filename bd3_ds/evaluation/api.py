@@ -21,8 +21,8 @@ from bd3_ds.runtime.errors import UserError
 from bd3_ds.sampling.sampler import Progress, Samples, sample_autoregressive, sample_blocks
 from bd3_ds.sampling.stopping import truncate_at_eos
 
-LOGITS_AT_ONCE = 2**27  # numbers (0.5 GiB in fp32) that one pass of `score` may put out,
-VIEWS_AT_ONCE = 256  # and noisy sequences that it may take in
+TOKENS_AT_ONCE = 2**16  # noisy tokens that one pass of `score` may take in,
+VIEWS_AT_ONCE = 256  # and noisy sequences
 ROWS_AT_ONCE = 64  # texts sampled together
 
 
@@ -113,7 +113,7 @@ class LanguageModel:
         used = estimator_used(run, asked, "estimator", x0.shape[0] * (length - 1))
         if used == "report":
             raise UserError("estimator=report is no bound; `run.py evaluate --estimator report` prints it beside one")
-        at_once = max(1, min(VIEWS_AT_ONCE, LOGITS_AT_ONCE // (length * self.vocab_size)))
+        at_once = max(1, min(VIEWS_AT_ONCE, TOKENS_AT_ONCE // length))
         rows = max(1, at_once // (1 if used == "exact" else views))
         bounds = [
             bound_of(self.network, run, part, used, views=views, seed=seed, first_sequence=i * rows, at_once=at_once)

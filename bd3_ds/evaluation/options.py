@@ -20,9 +20,17 @@ def number_of_chunks(text: str) -> int:
 
 
 def open_device(name: str | None) -> torch.device:
-    """The device that --device names, or the GPU where there is one for None; raises UserError for a GPU not there."""
+    """The device that --device names, or the GPU where there is one for None; raises UserError for a GPU not there.
+
+    A command that computes on the CPU keeps the memory of freed tensors from here on.
+    """
     import torch
+
+    from bd3_ds.runtime.allocator import keep_freed_memory
 
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device

@@ -71,7 +71,7 @@ class _Rectangle:
     queries: Tensor
     keys: Tensor
     values: Tensor
-    foreign: Tensor | None  # keys of other documents than the query's, [n, 1, rows, columns]
+    foreign: Tensor | None  # keys of other documents than the query's, [rows, columns]
 
     def weights(self) -> Tensor:
         """Attention weights [n K, rows, columns]."""

@@ -11,7 +11,7 @@ from bd3_ds.config.schema import block_sizes
 from bd3_ds.data.pack import Pack
 from bd3_ds.diffusion.clip_search import ENOUGH, HELD_OUT_BINS, binned, candidates, least, within
 from bd3_ds.diffusion.noise import make_noise
-from bd3_ds.diffusion.objective import training_loss
+from bd3_ds.diffusion.objective import send, training_loss
 from bd3_ds.diffusion.proposal import Interval, base_schedule, make_proposal
 from bd3_ds.model.dit import as_denoiser
 from bd3_ds.runtime.rng import Purpose, generator
@@ -91,7 +91,8 @@ class ClipSearch:
                 noise = make_noise(u, draws, proposal, run.objective.weight, wish)
                 loss = training_loss(run.objective.name, denoiser, tokens, noise, self.stepper.mask_id, world.device)
                 assert loss.block_nats is not None
-                sums[number] += binned(loss.block_nats.cpu(), noise.bound_weight, u, bins).to(world.device)
+                weight, place = (send(x, world.device) for x in (noise.bound_weight, u))
+                sums[number] += binned(loss.block_nats, weight, place, bins)
         engine.module.train()
         world.sum(sums)
         return {interval: within(each.cpu()) for interval, each in zip(tried, sums, strict=True)}

@@ -58,11 +58,10 @@ class Engine:
         """The network; under ZeRO-3 its parameters are empty between passes."""
         return self._deepspeed.module
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The network's forward pass."""
         with torch.autocast(self.world.device.type, torch.bfloat16) if self._autocast else nullcontext():
-            output: Tensor = self._deepspeed(*args, **kwargs)
-        return output
+            return self._deepspeed(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of one micro-batch's loss; DeepSpeed averages over micro-batches and ranks."""

@@ -15,7 +15,7 @@ from bd3_ds.data.loader import MicroBatch
 from bd3_ds.diffusion.clip_search import TIME_BINS, Spread, moment_sums, spread_sums
 from bd3_ds.diffusion.frequency import power_at, rarity
 from bd3_ds.diffusion.noise import Noise, choose_block_size, make_noise, mask_draws, stratified_times
-from bd3_ds.diffusion.objective import BINS, training_loss
+from bd3_ds.diffusion.objective import BINS, send, training_loss
 from bd3_ds.diffusion.proposal import Draws, Exploring, Interval, base_schedule, make_proposal
 from bd3_ds.model.dit import as_denoiser
 from bd3_ds.runtime.rng import Purpose, integer_seed
@@ -31,8 +31,9 @@ class StepResult:
     """Means over the global batch, the same on every rank; loss and nelbo in nats per scored token.
 
     nats_by_rate: mean -log p(x0) of a masked token by its block's masking rate, in BINS equal bins; nan where a bin saw
-    none. masked_share: of all tokens. block_variance: variance over the batch's blocks of their estimates of the bound.
-    moments: the batch's sums for the clip search. interval: that of the times drawn. These three are None for AR.
+    none. masked_share: of the scored tokens. block_variance: variance over the batch's blocks of their estimates of the
+    bound. moments: the batch's sums for the clip search. interval: that of the times drawn. The last three are None for
+    AR.
     """
 
     step: int
@@ -93,6 +94,8 @@ class Stepper:
             waited += batch.waited
             torch.manual_seed(integer_seed(run.seed, Purpose.DROPOUT, done, micro_step, self.world.rank))
             noise = self._noise(done, batch, size, proposal)
+            if noise is not None:
+                weight, rate = (send(x, self.world.device) for x in (noise.bound_weight, noise.rate))
             loss = training_loss(
                 run.objective.name,
                 as_denoiser(self.engine, size, self._documents(batch)),
@@ -106,7 +109,6 @@ class Stepper:
             totals[:2] += torch.stack([loss.loss.detach(), loss.nelbo]) / (self.accumulation * self.world.size)
             totals[6:] += torch.cat([loss.bin_nats, loss.bin_masked])
             if noise is not None and loss.block_nats is not None:
-                weight, rate = (x.to(self.world.device, non_blocking=True) for x in (noise.bound_weight, noise.rate))
                 totals[3:6] += spread_sums(loss.block_nats, weight)
                 moments += moment_sums(loss.block_nats, rate, schedule)
         self.ema.update()
@@ -121,7 +123,7 @@ class Stepper:
             nelbo=values[1],
             nelbo_is_bound=proposal is None or ((proposal.covers_all or size == 1) and self._rarity is None),
             nats_by_rate=[n / m if m else float("nan") for n, m in zip(nats, masked, strict=True)],
-            masked_share=sum(masked) / (run.train.global_batch * run.objective.views * run.data.length),
+            masked_share=sum(masked) / (run.train.global_batch * run.objective.views * (run.data.length - 1)),
             block_size=size,
             interval=None if proposal is None else state.clip(size).interval or configured,
             block_variance=None if proposal is None else Spread(*values[3:6]).variance,
@@ -134,7 +136,7 @@ class Stepper:
         )
 
     def _documents(self, batch: MicroBatch) -> Tensor | None:
-        return None if batch.documents is None else batch.documents.to(self.world.device, non_blocking=True)
+        return None if batch.documents is None else send(batch.documents, self.world.device)
 
     def _noise(self, done: int, batch: MicroBatch, size: int, proposal: Draws | None) -> Noise | None:
         if proposal is None:

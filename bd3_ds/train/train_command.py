@@ -33,7 +33,8 @@ def main(argv: list[str]) -> int:
     from bd3_ds.train.loop import train
 
     check_hardware(run)
-    keep_freed_memory()
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     world = join_world()
     try:
         train(run, ds_json, world)
