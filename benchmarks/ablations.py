@@ -51,11 +51,11 @@ VARIANTS: dict[str, list[str]] = {
     "blocks 64 to 16 to 4": ["objective.block_schedule={0: [64], 50: [16], 100: [4]}"],
     # Four views cost the model of the docs recipes 2.95 times one by count of FLOPs (`model/flops.py`): at equal cost,
     # 51 steps of 150, or 5 (5.4) of a step's 16 texts.
-    "views 4, fewer steps": [
+    "views 4; fewer steps": [
         "objective.views=4",
         *(f"train.{key}=51" for key in ("total_steps", "checkpoint_every", "export_every")),
     ],
-    "views 4, fewer texts": ["objective.views=4", "train.global_batch=5", "train.micro_batch=5"],
+    "views 4; fewer texts": ["objective.views=4", "train.global_batch=5", "train.micro_batch=5"],
 }
 
 
