@@ -123,8 +123,9 @@ def run_on(slot: int, name: str, seed: int, options: argparse.Namespace) -> dict
         f"objective.block_size={options.block_size}",
         f"seed={seed}",
         f"data.shuffle_seed={seed}",
-        *VARIANTS[name],
     ]
+    own = {word.partition("=")[0] for word in VARIANTS[name]}  # a variant's value stands for the one above
+    train = [word for word in train if word.partition("=")[0] not in own] + VARIANTS[name]
     program(slot, "train", options.recipe, *train)
     bound, noise = run_dir / "bound.json", run_dir / "variance.json"
     estimator = ["--estimator", "exact" if options.block_size <= 8 else "stratified", "--views", "8", "--batch", "60"]
