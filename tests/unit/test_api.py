@@ -120,7 +120,7 @@ def test_sedd_scores_by_monte_carlo(models, text):
 @pytest.mark.parametrize("case, estimator", [(AR, "exact"), (BD3, "exact"), (BD3, "stratified"), (SEDD, "mc")])
 def test_scores_do_not_depend_on_how_rows_are_split(models, text, monkeypatch, case, estimator):
     whole = models[case].score(text, estimator, views=3)
-    monkeypatch.setattr(api, "LOGITS_AT_ONCE", 3 * LENGTH * VOCAB)
+    monkeypatch.setattr(api, "TOKENS_AT_ONCE", 3 * LENGTH)
     parts = models[case].score(text, estimator, views=3)
     torch.testing.assert_close(parts.nelbo, whole.nelbo, rtol=1e-5, atol=1e-5)
     assert parts.forwards == whole.forwards
