@@ -7,7 +7,8 @@ weight of each token in the loss is known before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,23 +19,45 @@ from torch.autograd.function import once_differentiable
 CHUNK_BYTES = 128 * 2**20  # logits of a chunk
 CACHED_BYTES = 16 * 2**20  # on CPUs, rows of it that are turned into nats together, in fp32: they stay in the cache
 
-# (logits [n, V] in fp32, which it may overwrite; the tokens' places in 0 … N - 1; whether slopes are wanted)
-# -> nats [n] and slopes d nats / d logits [n, V] (anything where they are not wanted)
-RowLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor]]
 
+@dataclass(frozen=True, eq=False)
+class HeadLoss(ABC):
+    """What an objective asks of a network's head: (sum of weight x nats, nats [N] without gradient), both fp32.
 
-def chunked_loss(
-    hidden: Tensor, matrix: Tensor, bias: Tensor, weight: Tensor | None, row_loss: RowLoss
-) -> tuple[Tensor, Tensor]:
-    """(sum of weight x nats, nats [N] without gradient), fp32, for logits hidden @ matrix.T + bias.
-
-    hidden [N, D], matrix [V, D], bias [V], weight [N]; without a weight there is no gradient and the sum is plain.
+    targets [N]: clean tokens at the places of the hidden states. `weight` [N] is each token's in the loss; None where
+    no gradient is wanted (the sum is then plain).
     """
-    if weight is None or not torch.is_grad_enabled():
-        nats = _nats(hidden, matrix, bias, row_loss)
-        return (nats if weight is None else weight * nats).sum(), nats
-    total, nats = _ChunkedLoss.apply(hidden, matrix, bias, weight, row_loss)
-    return total, nats
+
+    targets: Tensor
+    mask_id: int
+    weight: Tensor | None = None
+
+    def __call__(self, hidden: Tensor, matrix: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """From hidden states [N, D] and the projection to the vocabulary, matrix [V, D] and bias [V]."""
+        if self.weight is None or not torch.is_grad_enabled():
+            nats = _nats(hidden, matrix, bias, self)
+            return self._sum(nats), nats
+        total, nats = _ChunkedLoss.apply(hidden, matrix, bias, self.weight, self)
+        return total, nats
+
+    def of_logits(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from logits [N, V]."""
+        nats = self.nats(logits.float())
+        return self._sum(nats), nats.detach()
+
+    def _sum(self, nats: Tensor) -> Tensor:
+        return (nats if self.weight is None else self.weight * nats).sum()
+
+    @abstractmethod
+    def nats(self, logits: Tensor) -> Tensor:
+        """Nats [N] of logits [N, V] in fp32, differentiable."""
+
+    @abstractmethod
+    def of_rows(self, logits: Tensor, rows: slice, with_slopes: bool) -> tuple[Tensor, Tensor]:
+        """Nats [n] and, if they are wanted, slopes d nats / d logits [n, V] of the tokens `rows` of all N.
+
+        logits [n, V] in fp32 may be overwritten.
+        """
 
 
 def _together(device: torch.device) -> int:
@@ -48,18 +71,18 @@ def _chunks(count: int, width: int, item: int, limit: int) -> list[slice]:
 
 
 @torch.no_grad()
-def _nats(hidden: Tensor, matrix: Tensor, bias: Tensor, row_loss: RowLoss) -> Tensor:
+def _nats(hidden: Tensor, matrix: Tensor, bias: Tensor, loss: HeadLoss) -> Tensor:
     nats = torch.empty(len(hidden), device=hidden.device)
     for rows in _chunks(len(hidden), len(matrix), 4, 2 * _together(hidden.device)):
         logits = F.linear(hidden[rows], matrix).float().add_(bias)
-        nats[rows] = row_loss(logits, rows, False)[0]
+        nats[rows] = loss.of_rows(logits, rows, False)[0]
     return nats
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, matrix: Tensor, bias: Tensor, weight: Tensor, row_loss: RowLoss
+        ctx: Any, hidden: Tensor, matrix: Tensor, bias: Tensor, weight: Tensor, loss: HeadLoss
     ) -> tuple[Tensor, Tensor]:
         nats = torch.empty(len(hidden), device=hidden.device)
         d_hidden = torch.empty_like(hidden)
@@ -71,7 +94,7 @@ class _ChunkedLoss(torch.autograd.Function):
             slopes = F.linear(part, matrix)
             for rows in _chunks(len(part), len(matrix), 4, _together(hidden.device)):
                 of_all = slice(chunk.start + rows.start, chunk.start + rows.stop)
-                nats[of_all], slope = row_loss(slopes[rows].float().add_(bias), of_all, True)
+                nats[of_all], slope = loss.of_rows(slopes[rows].float().add_(bias), of_all, True)
                 slopes[rows] = slope
             dtype = slopes.dtype
             d_hidden[chunk] = (slopes @ matrix.to(dtype)) * scale

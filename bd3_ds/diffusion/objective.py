@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bd3_ds.config.schema import AR, SEDD
+from bd3_ds.diffusion.chunked_head import HeadLoss
 from bd3_ds.diffusion.noise import Noise, corrupt, maskable
 from bd3_ds.diffusion.score_entropy import ScoreNats, sigma_of
 from bd3_ds.diffusion.subs import SubsNats
@@ -28,7 +29,7 @@ class Denoiser(Protocol):
     """
 
     def __call__(
-        self, x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor, read: SubsNats | ScoreNats
+        self, x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor, read: HeadLoss
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -84,7 +85,11 @@ def training_loss(
     if name == SEDD:
         sigma = send(sigma_of(rate[:, 0]).float(), device)
         loss, nats = denoiser(
-            x_t, None, sigma=sigma, at=at, read=ScoreNats(targets, sigma[at // length], mask_id, weight)
+            x_t,
+            None,
+            sigma=sigma,
+            at=at,
+            read=ScoreNats(targets=targets, sigma=sigma[at // length], mask_id=mask_id, weight=weight),
         )
     else:
         loss, nats = denoiser(x_t, x0, sigma=None, at=at, read=SubsNats(targets, mask_id, weight))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from bd3_ds.diffusion.chunked_head import chunked_loss
+from bd3_ds.diffusion.chunked_head import HeadLoss
 
 SIGMA_MAX = 6.9078  # the noise level of masking rate 1 - 1e-3; above it the network's conditioning saturates
 
@@ -19,26 +19,18 @@ def sigma_of(rate: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class ScoreNats:
-    """What SEDD's head is asked for: (sum of weight x nats, nats [N]) of the diffusion-weighted score entropy.
+class ScoreNats(HeadLoss):
+    """The diffusion-weighted score entropy of the targets, which are masked at noise levels sigma [N].
 
-    targets and sigma [N]. Nats are per unit of p'/p (1/t for the log-linear schedule): the derivative of sigma is
-    p'/p (exp(sigma) - 1), and p'/p belongs to the weight. `weight` [N], or None where no gradient is wanted.
+    Nats are per unit of p'/p (1/t for the log-linear schedule): the derivative of sigma is p'/p (exp(sigma) - 1), and
+    p'/p belongs to the weight.
     """
 
-    targets: Tensor
-    sigma: Tensor
-    mask_id: int
-    weight: Tensor | None = None
+    sigma: Tensor = field(kw_only=True)
 
-    def __call__(self, hidden: Tensor, matrix: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """From hidden states [N, D] and the projection to the vocabulary."""
-        return chunked_loss(hidden, matrix, bias, self.weight, self._rows)
-
-    def of_logits(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from logits [N, V]."""
-        nats = self._nats(*self._scores(logits.float(), slice(None)))
-        return (nats if self.weight is None else self.weight * nats).sum(), nats.detach()
+    def nats(self, logits: Tensor) -> Tensor:
+        """See `HeadLoss`."""
+        return self._nats(*self._scores(logits, slice(None)))
 
     def _scores(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Ratios [n, V], 0 for [MASK]; their logarithms at the targets [n, 1]; the odds of being masked [n, 1]."""
@@ -53,7 +45,8 @@ class ScoreNats:
         constant = (-odds.log() - 1) / odds
         return (odds * (scores.sum(-1, keepdim=True) - at_targets / odds + constant))[:, 0]
 
-    def _rows(self, logits: Tensor, rows: slice, with_slopes: bool) -> tuple[Tensor, Tensor]:
+    def of_rows(self, logits: Tensor, rows: slice, with_slopes: bool) -> tuple[Tensor, Tensor]:
+        """See `HeadLoss`."""
         scores, at_targets, odds = self._scores(logits, rows)
         nats = self._nats(scores, at_targets, odds)
         if not with_slopes:

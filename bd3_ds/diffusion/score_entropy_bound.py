@@ -39,7 +39,7 @@ def score_entropy_bound(
     at = hidden.flatten().nonzero()[:, 0].to(x0.device)  # [N]
     clean = x0.repeat_interleave(views, dim=0)
     x_t = torch.where(hidden.to(x0.device), mask_id, clean)
-    _, nats = network(x_t, sigma, at, ScoreNats(clean.flatten()[at], sigma[at // length], mask_id))
+    _, nats = network(x_t, sigma, at, ScoreNats(clean.flatten()[at], mask_id, sigma=sigma[at // length]))
 
     weighted = nats.double() / time.to(x0.device)[at // length]
     nelbo = torch.zeros(batch * views * length, dtype=torch.float64, device=x0.device)

@@ -5,12 +5,10 @@ SUBS (Sahoo et al. 2024): [MASK] has probability 0 and unmasked tokens carry ove
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from bd3_ds.diffusion.chunked_head import chunked_loss
+from bd3_ds.diffusion.chunked_head import HeadLoss
 
 
 def subs_log_probs(logits: Tensor, mask_id: int) -> Tensor:
@@ -25,27 +23,15 @@ def subs_nll(logits: Tensor, targets: Tensor, mask_id: int) -> Tensor:
     return -subs_log_probs(logits, mask_id).gather(-1, targets[:, None])[:, 0]
 
 
-@dataclass(frozen=True, eq=False)
-class SubsNats:
-    """What a network's head is asked for: (sum of weight x nats, nats [N]) of the clean tokens `targets` [N].
+class SubsNats(HeadLoss):
+    """-log p of the targets, which are masked tokens."""
 
-    `weight` [N] is each token's in the loss; None where no gradient is wanted (the sum is then plain).
-    """
+    def nats(self, logits: Tensor) -> Tensor:
+        """See `HeadLoss`."""
+        return subs_nll(logits, self.targets, self.mask_id)
 
-    targets: Tensor
-    mask_id: int
-    weight: Tensor | None = None
-
-    def __call__(self, hidden: Tensor, matrix: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """From hidden states [N, D] and the projection to the vocabulary."""
-        return chunked_loss(hidden, matrix, bias, self.weight, self._rows)
-
-    def of_logits(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from logits [N, V]."""
-        nats = subs_nll(logits, self.targets, self.mask_id)
-        return (nats if self.weight is None else self.weight * nats).sum(), nats.detach()
-
-    def _rows(self, logits: Tensor, rows: slice, with_slopes: bool) -> tuple[Tensor, Tensor]:
+    def of_rows(self, logits: Tensor, rows: slice, with_slopes: bool) -> tuple[Tensor, Tensor]:
+        """See `HeadLoss`."""
         logits[:, self.mask_id] = -torch.inf
         log_probs = logits.log_softmax(-1)
         targets = self.targets[rows, None]

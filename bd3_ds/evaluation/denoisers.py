@@ -32,11 +32,6 @@ def conditioned(model: DiT, block_size: int, documents: Tensor | None = None) ->
     return condition
 
 
-def for_views(documents: Tensor | None, views: int) -> Tensor | None:
-    """Each row of documents [b, L] `views` times over, [b views, L], as the views of a text lie in a pass."""
-    return None if documents is None else documents.repeat_interleave(views, dim=0)
-
-
 def causal(model: DiT, documents: Tensor | None = None) -> CausalNetwork:
     """An AR network as its likelihood wants it; `documents` [b, L] where tokens see their own document alone."""
 

@@ -20,7 +20,7 @@ from bd3_ds.diffusion import likelihood
 from bd3_ds.diffusion.likelihood import Bound
 from bd3_ds.diffusion.report_estimator import report_rates
 from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
-from bd3_ds.evaluation.denoisers import causal, conditioned, for_views
+from bd3_ds.evaluation.denoisers import causal, conditioned
 from bd3_ds.evaluation.packs import check_pack
 from bd3_ds.model.dit import DiT
 from bd3_ds.model.layers import Read
@@ -137,11 +137,10 @@ def bound_of(
     if run.objective.name == AR:
         return likelihood.autoregressive(causal(model, documents), x0, mask_id)
     if run.objective.name == SEDD:
-        by_view = for_views(documents, views)
 
         def score(x_t: Tensor, sigma: Tensor, at: Tensor, read: Read) -> tuple[Tensor, Tensor]:
             answer: tuple[Tensor, Tensor] = model(
-                x_t, block_size=size, sigma=sigma, at=at, read=read, documents=by_view
+                x_t, block_size=size, sigma=sigma, at=at, read=read, documents=documents
             )
             return answer
 

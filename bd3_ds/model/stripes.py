@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROWS = 128  # queries of a stripe: enough for full speed of the products, few enough to waste little on hidden pairs
+# Queries of a stripe: an eighth of the text within these limits. More make the products faster, fewer waste less on
+# hidden pairs, which in short texts are most.
+FEWEST_ROWS, ROWS = 64, 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +71,9 @@ def make_layout(
     noisy: int, views: int, clean: int, start: int, past: int, block_size: int, noisy_queries_only: bool
 ) -> Layout | None:
     """The layout of a pass (`pass_mask`); None where its tokens are not whole blocks or not in one piece."""
-    if any(count % block_size for count in (start, past, noisy, clean)) or (
-        clean and (start != past or (noisy and past))
-    ):
+    whole = all(count % block_size == 0 for count in (start, past, noisy, clean))
+    in_one_piece = not clean or (start == past and not (noisy and past))
+    if not whole or not in_one_piece:
         return None
     packed = views * noisy
     streams = []
@@ -94,10 +96,11 @@ def make_layout(
 def _stripes(first: int, count: int, block_size: int, clean_keys: int, noisy: bool) -> list[Stripe]:
     """Stripes of the queries at text positions first … first + count - 1; long blocks are cut into several."""
     stripes, begin, end = [], first, first + count
-    whole = ROWS // block_size * block_size
+    most = min(ROWS, max(FEWEST_ROWS, count // 8))
+    whole = most // block_size * block_size
     while begin < end:
         block = begin // block_size * block_size
-        stop = min(end, begin + whole) if whole else min(block + block_size, begin + ROWS)
+        stop = min(end, begin + whole) if whole else min(block + block_size, begin + most)
         block_end = -(-stop // block_size) * block_size
         clean = min(clean_keys, block_end - block_size if noisy else block_end)
         own = slice(block - first, block_end - first) if noisy else slice(0, 0)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bd3_ds.config.schema import BD3, MDLM, WeightConfig
 from bd3_ds.diffusion import chunked_head
+from bd3_ds.diffusion.chunked_head import HeadLoss
 from bd3_ds.diffusion.noise import Noise, make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
@@ -23,15 +24,14 @@ from tests.helpers.memory import LargestTensor
 from tests.helpers.schedules import schedule_config
 
 WIDTH = 3
-Read = SubsNats | ScoreNats
-MakeRead = Callable[[Tensor, Tensor, int, Tensor | None], Read]
+MakeRead = Callable[[Tensor, Tensor, int, Tensor | None], HeadLoss]
 READS: dict[str, MakeRead] = {
     "subs": lambda targets, _, mask_id, weight: SubsNats(targets, mask_id, weight),
-    "score": ScoreNats,
+    "score": lambda targets, sigma, mask_id, weight: ScoreNats(targets, mask_id, weight, sigma=sigma),
 }
 
 
-def scene(name: str, count: int, vocab: int, seed: int, weighted: bool = True) -> tuple[Read, list[Tensor]]:
+def scene(name: str, count: int, vocab: int, seed: int, weighted: bool = True) -> tuple[HeadLoss, list[Tensor]]:
     """What is asked of a head, and its hidden states, matrix and bias; [MASK] is the middle of the vocabulary."""
     generator = torch.Generator().manual_seed(seed)
     mask_id = vocab // 2

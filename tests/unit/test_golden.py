@@ -69,7 +69,7 @@ def test_losses_of_masked_diffusion(golden, case, block):
 def test_loss_of_sedd(golden):
     data = golden("sedd")
     at = data["xt"] == MASK
-    read = ScoreNats(data["x0"][at], data["sigma"].expand_as(data["x0"])[at], MASK)
+    read = ScoreNats(data["x0"][at], MASK, sigma=data["sigma"].expand_as(data["x0"])[at])
     model, inputs = network(golden, False), {"block_size": 32, "sigma": data["sigma_to_backbone"]}
     inputs["at"] = at.flatten().nonzero()[:, 0]
     for nats in (read.of_logits(model(data["xt"], **inputs))[1], model(data["xt"], **inputs, read=read)[1]):
