@@ -9,7 +9,6 @@ with L are both in the FLOP count; `flops_per_s` must therefore not fall with th
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import sys
 import time
@@ -35,16 +34,15 @@ def main(argv: list[str]) -> int:
         given = ours.Configuration(
             options.model, options.vocab, length, options.block_size, max(1, options.tokens // length)
         )
-        case = {"given": dataclasses.asdict(given), "precision": options.precision, "repeats": options.repeats}
-        results.append(measure.in_child("benchmarks.growth:one", case))
+        with measure.Process() as process:
+            results.append(process.call(one, given, options.precision, options.repeats))
         measure.say(f"{length}: {results[-1]['microseconds_per_token']:.0f} us a token")
     measure.finish("growth", options, results, options.json)
     return 0
 
 
-def one(given: dict[str, Any], precision: str, repeats: int) -> dict[str, Any]:
+def one(sizes: ours.Configuration, precision: str, repeats: int) -> dict[str, Any]:
     """A length's figures."""
-    sizes = ours.Configuration(**given)
     run = ours.make_run(sizes, "bd3", precision)
     network = network_of(run.model, "bd3")
     step, seconds, masked = ours.make_step(run), [], []

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.measure import finish, in_child, interleaved, parser, peak_rss_gb, rate, say, summary
+from benchmarks.measure import Process, finish, interleaved, parser, peak_rss_gb, rate, say, summary
 
 VOCAB = 2048  # packs hold uint16 up to 65536 tokens, so a larger vocabulary would be stored alike
 WARMUP = 1
@@ -48,9 +48,10 @@ def main(argv: list[str]) -> int:
         write_both(pack, flat, chunks, asked.length)
         say(f"wrote {chunks * asked.length:,} tokens in {time.perf_counter() - start:.1f} s")
         for workers in asked.workers:
-            common = {"pack": str(pack), "flat": str(flat), "workers": workers, "length": asked.length}
+            places = {"pack": str(pack), "flat": str(flat), "workers": workers, "length": asked.length}
             counts = {"batch": asked.batch, "batches": asked.batches, "repeats": asked.repeats}
-            result = in_child("benchmarks.loader:compare", common | counts)
+            with Process() as process:
+                result = process.call(compare, **places, **counts)
             result["share_of_step"] = asked.step_rate / result["tokens_per_s"]["loader"]["median"]
             results.append(result)
     finish("loader", asked, results, asked.json)

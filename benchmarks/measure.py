@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
 import json
 import multiprocessing
 import os
@@ -108,20 +107,15 @@ def peak_rss_gb() -> float:
     raise RuntimeError("/proc/self/status has no VmHWM")
 
 
-def in_child(function: str, kwargs: dict[str, Any]) -> Any:
-    """The result of `module:name` called with `kwargs` in a fresh process with as many torch threads as this one."""
-    # An executor, not a Process: its result or exception comes back, and the child may have children of its own.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        method = multiprocessing.get_start_method()
-        return pool.submit(_call, function, kwargs, torch.get_num_threads(), method).result()
-
-
 class Process:
     """A fresh process that keeps what it makes: functions of a module are called in it, one at a time."""
 
     def __init__(self) -> None:
+        # An executor: results and exceptions come back, and the process may have children of its own.
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         self.call(torch.set_num_threads, torch.get_num_threads())
+        # It would start children as it was started itself, which is not how a run does it.
+        self.call(multiprocessing.set_start_method, multiprocessing.get_start_method(), True)
 
     def __enter__(self) -> Process:
         return self
@@ -129,17 +123,9 @@ class Process:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """What it returns or raises."""
-        return self._pool.submit(function, *arguments).result()
-
-
-def _call(function: str, kwargs: dict[str, Any], threads: int, method: str) -> Any:
-    torch.set_num_threads(threads)
-    # The child would start children of its own as it was started itself, which is not how a run does it.
-    multiprocessing.set_start_method(method, force=True)
-    module, _, name = function.partition(":")
-    return getattr(importlib.import_module(module), name)(**kwargs)
+        return self._pool.submit(function, *arguments, **options).result()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,7 +47,9 @@ CONFIGURATIONS = {
 def world() -> World:
     """This process alone."""
     threads = torch.get_num_threads()
-    keep_freed_memory()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as run.py has it: DeepSpeed then warns of nothing
+        keep_freed_memory()
     joined = join_world()
     torch.set_num_threads(threads)  # DeepSpeed sets its own number
     return joined

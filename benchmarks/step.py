@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import statistics
 import sys
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--configurations", nargs="+", choices=ours.CONFIGURATIONS, default=list(ours.CONFIGURATIONS))
     parser.add_argument("--objectives", nargs="+", choices=("bd3", "mdlm"), default=["bd3"])
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--kept", action="store_true", help="also a reference that keeps freed memory, as ours does")
     options = parser.parse_args(argv)
     results = []
     for name in options.configurations:
@@ -36,24 +39,26 @@ def main(argv: list[str]) -> int:
             for precision in options.precisions:
                 case = {"configuration": name, "objective": objective, "precision": precision}
                 measure.say(str(case))
-                found = compare(**case, repeats=options.repeats)
+                found = compare(**case, repeats=options.repeats, kept=options.kept)
                 measure.say(f"  {found['speedup']:.2f} x, {found['floor_share']:.0%} of the floor")
                 results.append({**case, **found})
     measure.finish("step", options, results, options.json)
     return 0
 
 
-def compare(configuration: str, objective: str, precision: str, repeats: int) -> dict[str, Any]:
+def compare(configuration: str, objective: str, precision: str, repeats: int, kept: bool = False) -> dict[str, Any]:
     """Times, memory, ratio and floor of one case: a process for each variant, one step in turn."""
     case = (configuration, objective, precision)
-    with measure.Process() as mine, measure.Process() as theirs:
-        mine.call(prepare, "ours", *case)
-        theirs.call(prepare, "reference", *case)
-        runs = measure.interleaved({"ours": lambda: mine.call(run), "reference": lambda: theirs.call(run)}, repeats)
+    names = ["ours", "reference", *(["reference_kept"] if kept else [])]
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(measure.Process()) for name in names}
+        for name, process in processes.items():
+            process.call(prepare, name, *case)
+        runs = measure.interleaved({name: partial(p.call, run) for name, p in processes.items()}, repeats)
         times = {name: measure.summary(values) for name, values in runs.items()}
-        memory = {"ours": mine.call(measure.peak_rss_gb), "reference": theirs.call(measure.peak_rss_gb)}
-        masked = mine.call(masked_share)
-        stages = theirs.call(reference_stages)
+        memory = {name: process.call(measure.peak_rss_gb) for name, process in processes.items()}
+        masked = processes["ours"].call(masked_share)
+        stages = processes["reference"].call(reference_stages)
     with measure.Process() as quiet:
         least, rates = quiet.call(floor, *case, masked)
     tokens = ours.CONFIGURATIONS[configuration].length * ours.CONFIGURATIONS[configuration].batch
@@ -81,6 +86,8 @@ def prepare(variant: str, configuration: str, objective: str, precision: str) ->
     if variant == "ours":
         _state["step"] = ours.make_step(ours.make_run(ours.CONFIGURATIONS[configuration], objective, precision))
     else:
+        if variant == "reference_kept":
+            keep_freed_memory()
         _state["stages"] = {}
         _state["step"] = make_reference(configuration, objective, precision, _state["stages"])
 
@@ -91,7 +98,7 @@ def run() -> None:
 
 
 def masked_share() -> float:
-    """Of the tokens of our last step."""
+    """Of the scored tokens of our last step."""
     return float(_state["result"].masked_share)
 
 
