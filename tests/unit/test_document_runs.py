@@ -19,6 +19,7 @@ from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, RunConfig, block_size
 from bd3_ds.data.loader import Loader, MicroBatch, Share
 from bd3_ds.data.pack import open_pack
 from bd3_ds.diffusion import likelihood
+from bd3_ds.diffusion.chunked_head import HeadLoss
 from bd3_ds.diffusion.noise import make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
@@ -173,7 +174,7 @@ def test_training_is_on_each_document(scene: Callable[..., RunConfig], number: i
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     def alone(
-        x_t: Tensor, clean: Tensor | None, *, sigma: Tensor | None, at: Tensor, read: SubsNats | ScoreNats
+        x_t: Tensor, clean: Tensor | None, *, sigma: Tensor | None, at: Tensor, read: HeadLoss
     ) -> tuple[Tensor, Tensor]:
         logits = each_alone(model, x_t, clean if objective == BD3 else None, size, starts, sigma)
         return read.of_logits(logits.flatten(0, 1)[at])

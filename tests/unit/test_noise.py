@@ -15,12 +15,11 @@ from torch import Tensor
 
 from bd3_ds.config.check_diffusion import SCHEDULES
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, WeightConfig
+from bd3_ds.diffusion.chunked_head import HeadLoss
 from bd3_ds.diffusion.clip_search import Spread, binned, spread_sums
 from bd3_ds.diffusion.noise import Noise, choose_block_size, corrupt, make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import Loss, training_loss
 from bd3_ds.diffusion.proposal import make_proposal
-from bd3_ds.diffusion.score_entropy import ScoreNats
-from bd3_ds.diffusion.subs import SubsNats
 from tests.helpers.schedules import schedule_config
 
 VOCAB, MASK, LENGTH = 11, 10, 16
@@ -108,7 +107,7 @@ class Fixed:
             self.table = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     def __call__(
-        self, x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor, read: SubsNats | ScoreNats
+        self, x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor, read: HeadLoss
     ) -> tuple[Tensor, Tensor]:
         return read.of_logits(self.logits(x_t, at))
 
