@@ -168,7 +168,7 @@ def write_pack(
     from bd3_ds.runtime.files import new_directory, write_json
 
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    columns = {"tokens": f"ndarray:{dtype}:{length}", "doc_starts": "bytes"}
+    columns = {"tokens": f"ndarray:{dtype}:{length}", "doc_starts": "bytes", "pad_starts": "bytes"}
     streaming = import_streaming()
     digest, count, documents = PackHash(), 0, 0
     occurrences = np.zeros(tokenizer.vocab_size, np.int64)
@@ -176,7 +176,7 @@ def write_pack(
         with streaming.MDSWriter(
             out=str(directory), columns=columns, compression="zstd", hashes=["xxh64"], size_limit=SHARD_BYTES
         ) as writer:
-            for tokens, starts in chunks:
+            for tokens, starts, *pads in chunks:
                 tokens = np.asarray(tokens)
                 if tokens.shape != (length,) or tokens.min() < 0 or tokens.max() >= tokenizer.vocab_size:
                     raise ValueError(f"chunk {count}: not {length} ids below {tokenizer.vocab_size}")
@@ -186,6 +186,7 @@ def write_pack(
                     {
                         "tokens": tokens.astype(dtype),
                         "doc_starts": np.asarray(starts).astype("<u4").tobytes(),
+                        "pad_starts": np.concatenate([[], *pads]).astype("<u4").tobytes(),
                     }
                 )
                 digest.add(tokens)
@@ -200,8 +201,11 @@ def write_pack(
             source=source,
             tokenizer=TokenizerInfo.of(tokenizer),
             length=length,
+            packing="wrap",
             frame=frame,
             detokenizer=detokenizer,
+            revision=None,
+            padding=0,
             documents=tally.documents if tally else documents,
             tokens=tally.tokens if tally else count * length,
             bytes=tally.bytes if tally else 0,

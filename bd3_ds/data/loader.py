@@ -131,8 +131,8 @@ def stack_tokens(samples: list[dict[str, Any]]) -> tuple[Tensor, None]:
 def stack_with_documents(samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
     """Token rows of samples and each token's document (`document_numbers`), both int64 [m, L]."""
     tokens, _ = stack_tokens(samples)
-    starts = [read_starts(sample["doc_starts"]) for sample in samples]
-    return tokens, torch.from_numpy(document_numbers(starts, tokens.shape[1]))
+    starts, pads = ([read_starts(sample[column]) for sample in samples] for column in ("doc_starts", "pad_starts"))
+    return tokens, torch.from_numpy(document_numbers(list(starts), list(pads), tokens.shape[1]))
 
 
 @contextmanager

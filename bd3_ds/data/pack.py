@@ -5,8 +5,9 @@
     token_counts.npy               how often each token occurs in the chunks
     tokenizer/                     what `load_tokenizer` needs to read them
 
-A chunk has two columns: `tokens` (uint16 or uint32 by vocabulary size) and `doc_starts` (bytes: the uint32 offsets in
-the chunk at which a document begins; streaming's array columns cannot be empty, and this one often is).
+A chunk has three columns: `tokens` (uint16 or uint32 by vocabulary size), `doc_starts` and `pad_starts` (bytes: the
+uint32 offsets in the chunk at which a document begins, and at which padding begins, which lasts to the next document or
+the chunk's end; streaming's array columns cannot be empty, and these often are).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from bd3_ds.data.tokenizer import Tokenizer
 
-FORMAT = "bd3-ds pack 1"
+FORMAT = "bd3-ds pack 2"
 MANIFEST = "manifest.json"
 INDEX = "index.json"
 TOKENIZER_DIR = "tokenizer"
@@ -42,6 +43,7 @@ class TokenizerInfo:
     vocab_size: int
     bos_id: int
     eos_id: int
+    pad_id: int
     mask_id: int
 
     @classmethod
@@ -55,8 +57,10 @@ class Manifest:
     """What a pack holds.
 
     `tokens` counts the encoded text with the EOS between documents, `dropped_tokens` the part of it that filled no
-    whole chunk at the end; the BOS and EOS of the frame `bos-eos` are in neither. `bytes` is UTF-8 bytes of the text
-    as it was encoded, after the detokenizer. `pack_hash` is the SHA-256 of all chunks in order as little-endian
+    whole chunk at the end or, with the packing `no-split`, did not fit its document's chunk; `padding` counts the places
+    that hold no text. The BOS and EOS of the frame `bos-eos` are in none of these. `bytes` is UTF-8 bytes of the text as
+    it was encoded, after the detokenizer. `packing` is one of data_prep's PACKINGS, `revision` the source's where it has
+    one. `pack_hash` is the SHA-256 of all chunks in order as little-endian
     uint32, whatever the shards. `settings` are the options that made the pack, compared when it is asked for again.
     """
 
@@ -65,12 +69,15 @@ class Manifest:
     source: str
     tokenizer: TokenizerInfo
     length: int
+    packing: str
     frame: str
     detokenizer: str
+    revision: str | None
     documents: int
     tokens: int
     bytes: int
     dropped_tokens: int
+    padding: int
     chunks: int
     dtype: str
     pack_hash: str
@@ -204,10 +211,20 @@ class Pack:
             out[i] = self._sample(i)["tokens"]
         return out
 
-    def all_documents(self, limit: int | None = None) -> np.ndarray:
-        """Each token's document (`document_numbers`) in the first `limit` chunks, or all, int64 [N, L]."""
-        count = len(self) if limit is None else min(limit, len(self))
-        return document_numbers([self.doc_starts(i) for i in range(count)], self.manifest.length)
+    def pad_starts(self, i: int) -> np.ndarray:
+        """The offsets in chunk i at which padding begins, int64 [number of them]."""
+        return read_starts(self._sample(i)["pad_starts"])
+
+    def all_documents(self, limit: int | None = None, apart: bool = True) -> np.ndarray | None:
+        """Each place's document (`document_numbers`) in the first `limit` chunks, or all, int64 [N, L].
+
+        None where there is nothing to tell: the documents are not kept `apart`, and nothing is padding.
+        """
+        if not apart and not self.manifest.padding:
+            return None
+        rows = range(len(self) if limit is None else min(limit, len(self)))
+        starts, pads = [self.doc_starts(i) for i in rows], [self.pad_starts(i) for i in rows]
+        return document_numbers(starts, pads, self.manifest.length, apart)
 
     def _sample(self, i: int) -> dict[str, Any]:
         import numpy as np
@@ -236,23 +253,31 @@ class Pack:
 
 
 def read_starts(column: bytes) -> np.ndarray:
-    """The offsets that a chunk's column `doc_starts` holds, int64 [number of them]."""
+    """The offsets that a chunk's column `doc_starts` or `pad_starts` holds, int64 [number of them]."""
     import numpy as np
 
     return np.frombuffer(column, "<u4").astype("int64")
 
 
-def document_numbers(starts: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """Each token's document in its chunk, int64 [N, length], from the offsets of N chunks at which documents begin.
+def document_numbers(
+    starts: Sequence[np.ndarray], pads: Sequence[np.ndarray], length: int, apart: bool = True
+) -> np.ndarray:
+    """Each place's document in its chunk, int64 [N, length], from the `doc_starts` and `pad_starts` of N chunks.
 
-    A token's number is how many documents have begun up to it; 0 is the end of one that an earlier chunk began.
+    A token's number is how many documents have begun up to it; 0 is the end of one that an earlier chunk began. Where
+    documents are not kept `apart`, all text has the number 0. Padding has -1: it belongs to nobody and is never scored.
     """
     import numpy as np
 
     begun = np.zeros((len(starts), length), np.int64)
-    for row, offsets in enumerate(starts):
+    padded = np.zeros((len(starts), length), bool)
+    for row, (offsets, gaps) in enumerate(zip(starts, pads, strict=True)):
         np.add.at(begun[row], offsets, 1)
-    return begun.cumsum(axis=1)
+        for gap in gaps:
+            later = offsets[offsets > gap]
+            padded[row, gap : later[0] if len(later) else length] = True
+    numbers = begun.cumsum(axis=1) if apart else np.zeros_like(begun)
+    return np.where(padded, -1, numbers)
 
 
 def open_pack(directory: str | Path) -> Pack:

@@ -27,6 +27,7 @@ HF_CONFIGS = ("config.json", "special_tokens_map.json", "tokenizer_config.json")
 BOS_TOKENS = ("<s>", "[CLS]", "<|begin_of_text|>", "<|endoftext|>")
 EOS_TOKENS = ("</s>", "[SEP]", "<|end_of_text|>", "<|endoftext|>")
 MASK_TOKENS = ("[MASK]", "<mask>", "<|mask|>")
+PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>")
 _PROBE = "Hello world, it's 12:30!\n\tThe  naïve “test” isn't over — 数字 ½ [MASK] </s>\n"
 
 
@@ -34,13 +35,14 @@ class Tokenizer(ABC):
     """Text <-> token ids in [0, vocab_size).
 
     `vocab_size` counts the mask id, which is the tokenizer's own mask token or one new id after its last; it never
-    equals `bos_id` or `eos_id`. `fingerprint` (SHA-256, hex) is equal for equal vocabularies and rules, wherever
+    equals `bos_id`, `eos_id` or `pad_id`. `pad_id` is the tokenizer's own padding, else its EOS. `fingerprint` (SHA-256, hex) is equal for equal vocabularies and rules, wherever
     they lie.
     """
 
     vocab_size: int
     bos_id: int
     eos_id: int
+    pad_id: int
     mask_id: int
     fingerprint: str
 
@@ -50,14 +52,14 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; mask, BOS and EOS ids are left out."""
+        """The text of `ids`; mask, BOS, EOS and PAD ids are left out."""
 
     @abstractmethod
     def save(self, directory: Path) -> None:
         """Write files from which `load_tokenizer(str(directory))` makes an equal tokenizer."""
 
     def _text_ids(self, ids: Iterable[int]) -> list[int]:
-        special = {self.mask_id, self.bos_id, self.eos_id}
+        special = {self.mask_id, self.bos_id, self.eos_id, self.pad_id}
         return [token for token in map(int, ids) if token not in special]
 
 
@@ -77,6 +79,8 @@ class SentencepieceTokenizer(Tokenizer):
             raise UserError(f"tokenizer {path} has no end-of-sentence piece; train it with one (eos_id >= 0)")
         bos = self._model.bos_id()
         self.bos_id = bos if bos >= 0 else self.eos_id
+        pad = self._model.pad_id()
+        self.pad_id = pad if pad >= 0 else self.eos_id
         size = self._model.vocab_size()
         ids = {token: self._model.piece_to_id(token) for token in MASK_TOKENS}
         own = [i for token, i in ids.items() if self._model.id_to_piece(i) == token and self._model.is_control(i)]
@@ -111,11 +115,13 @@ class HuggingFaceTokenizer(Tokenizer):
         if eos is None:
             raise UserError(f'tokenizer {origin} has no end token; name it as "eos_token" in its tokenizer_config.json')
         bos = self._first(*(named.get(key) for key in ("bos_token", "cls_token")), *BOS_TOKENS)
+        pad = self._first(named.get("pad_token"), *PAD_TOKENS)
         self.eos_id, self.bos_id = eos, eos if bos is None else bos
+        self.pad_id = eos if pad is None else pad
         vocabulary = backend.get_vocab(with_added_tokens=True)
         size = max(vocabulary.values()) + 1
         masks = [vocabulary[token] for token in (named.get("mask_token"), *MASK_TOKENS) if token in vocabulary]
-        taken = {self.bos_id, self.eos_id, vocabulary.get(named.get("pad_token", ""))}
+        taken = {self.bos_id, self.eos_id, self.pad_id}
         own = [token for token in masks if token not in taken]
         self.mask_id = own[0] if own else size
         self.vocab_size = size if own else size + 1
@@ -143,7 +149,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._backend.save(str(directory / HF_FILE))
-        roles = {"bos_token": self.bos_id, "eos_token": self.eos_id, "mask_token": self.mask_id}
+        roles = {
+            "bos_token": self.bos_id,
+            "eos_token": self.eos_id,
+            "pad_token": self.pad_id,
+            "mask_token": self.mask_id,
+        }
         tokens = {role: self._backend.id_to_token(token) for role, token in roles.items()}
         config = {"tokenizer_class": "PreTrainedTokenizerFast"} | {role: t for role, t in tokens.items() if t}
         write_json(directory / "tokenizer_config.json", config)
