@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
 
 def write_both(pack: Path, flat: Path, chunks: int, length: int) -> None:
     """The same tokens as a pack and as a flat file; frequencies fall as 1/rank, as those of a text about do."""
-    from data_prep.prepare import write_pack
+    from data_prep.pack_writer import write_pack
     from tests.helpers.tiny import tiny_tokenizer
 
     tokenizer = tiny_tokenizer(VOCAB - 1)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from bd3_ds.runtime.cli import Parser
 from bd3_ds.runtime.errors import UserError, run_command
 from data_prep.options import local_directory, whole_number
-from data_prep.prepare import LEAST_LENGTH, already_there, report, write_pack
+from data_prep.prepare import LEAST_LENGTH, already_there, report
 
 if TYPE_CHECKING:
     from bd3_ds.data.synthetic import MarkovSource
@@ -49,22 +49,21 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{option} {value}: must be at most {MOST_SEED}")
     from bd3_ds.data.synthetic import MarkovSource
     from bd3_ds.data.tokenizer import number_tokenizer
+    from data_prep.pack_writer import write_pack
 
     source = MarkovSource(symbols, seed)
     settings = {"source": "markov", **source.settings(), "part": part, "length": length, "chunks": chunks}
-    if already_there(out, settings, options.overwrite):
-        return 0
-    manifest = write_pack(
-        out,
-        stretches(source, chunks, length, part),
-        number_tokenizer(symbols),
-        length,
-        name=f"markov-{symbols}",
-        source="markov",
-        settings=settings,
-        overwrite=options.overwrite,
-    )
-    report(manifest, out)
+    if not already_there(out, settings, options.overwrite):
+        write_pack(
+            out,
+            stretches(source, chunks, length, part),
+            number_tokenizer(symbols),
+            length,
+            name=f"markov-{symbols}",
+            source="markov",
+            settings=settings,
+        )
+    report(out, options.out)
     print(f"entropy rate {source.entropy_rate:.6f} nats a token")
     return 0
 

@@ -5,17 +5,19 @@ python -m data_prep.verify DIR
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
 from bd3_ds.runtime.cli import Parser
 from bd3_ds.runtime.errors import UserError, run_command
+from data_prep.packing import BOS_EOS, padded_places
 
 SAMPLES, SAMPLE_CHARACTERS, FREQUENT = 2, 400, 10
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; returns 0 or raises UserError naming the first damaged shard."""
+    """Run the command; returns 0 or raises UserError naming each damaged shard."""
     parse = Parser("data_prep.verify", "Check every shard of a pack.")
     parse.add_argument("directory", help="a directory that data_prep.prepare made")
     verify(Path(parse.parse(argv).directory))
@@ -23,30 +25,49 @@ def main(argv: list[str]) -> int:
 
 
 def verify(directory: Path) -> None:
-    """Check sizes, hashes, counts, token range, tokenizer and pack hash, and print the findings; raises UserError."""
+    """Check shards, counts, token range, tokenizer and pack hash, and print the findings.
+
+    Raises UserError with a sentence for each broken shard, and one that says how to mend them.
+    """
     import numpy as np
 
-    from bd3_ds.data.pack import COUNTS, PackHash, TokenizerInfo, open_pack, read_token_counts
+    from bd3_ds.data.pack import COUNTS, PackHash, TokenizerInfo, open_pack, read_manifest, read_token_counts
 
+    mend = f"to mend it, copy it anew from where it is whole, or make it again:\n{command(directory)}"
+    manifest = read_manifest(directory)
+    if broken := broken_shards(directory):
+        raise UserError(*broken, f"{directory}: {len(broken)} shards are broken; {mend}")
     pack = open_pack(directory)
-    manifest = pack.manifest
     tokenizer = pack.tokenizer
     if TokenizerInfo.of(tokenizer) != manifest.tokenizer:
-        raise UserError(f"{directory}: its tokenizer/ is not the tokenizer of its manifest; make the pack again")
-    digest, counts, starts = PackHash(), np.zeros(tokenizer.vocab_size, np.int64), 0
+        raise UserError(f"{directory}: its tokenizer/ is not the tokenizer of its manifest; {mend}")
+    digest, counts, starts, padding = PackHash(), np.zeros(tokenizer.vocab_size, np.int64), 0, 0
     for i in range(len(pack)):
         tokens = pack.tokens(i)
         digest.add(tokens)
         if tokens.max() >= tokenizer.vocab_size:
-            raise UserError(f"{directory}: chunk {i} holds token {tokens.max()}, outside the vocabulary")
+            raise UserError(f"{directory}: chunk {i} holds token {tokens.max()}, outside the vocabulary; {mend}")
         counts += np.bincount(tokens, minlength=tokenizer.vocab_size)
         starts += len(pack.doc_starts(i))
+        padding += padded_places(pack.doc_starts(i), pack.pad_starts(i), manifest.length)
     if digest.hexdigest() != manifest.pack_hash:
-        raise UserError(f"{directory}: its chunks do not have the manifest's hash; make the pack again")
+        raise UserError(f"{directory}: its chunks do not have the manifest's hash; {mend}")
+    framed = 2 * len(pack) if manifest.frame == BOS_EOS else 0
+    kept = len(pack) * manifest.length - padding - framed
+    if padding != manifest.padding or starts > manifest.documents or kept != manifest.tokens - manifest.dropped_tokens:
+        raise UserError(
+            f"{directory}: holds {kept} tokens of text, {padding} places of padding and {starts} document starts, "
+            f"which does not fit the {manifest.tokens} tokens ({manifest.dropped_tokens} dropped), {manifest.padding} "
+            f"places and {manifest.documents} documents of its manifest; {mend}"
+        )
     if (directory / COUNTS).is_file() and (read_token_counts(directory) != counts).any():
-        raise UserError(f"{directory}: its {COUNTS} does not count its tokens; make the pack again")
+        raise UserError(f"{directory}: its {COUNTS} does not count its tokens; {mend}")
     print(f"{directory}: {len(pack.index)} shards, {len(pack)} chunks of {manifest.length}, {starts} document starts")
-    print(f"source {manifest.source}, frame {manifest.frame}, detokenizer {manifest.detokenizer}")
+    print(
+        f"source {manifest.source}{f' at {manifest.revision}' if manifest.revision else ''}, "
+        f"packing {manifest.packing}, frame {manifest.frame}, detokenizer {manifest.detokenizer}"
+    )
+    print(f"{manifest.tokens} tokens, {manifest.dropped_tokens} of them dropped; {padding} places of padding")
     print(f"vocabulary {manifest.tokenizer.vocab_size}, of which {int((counts > 0).sum())} occur")
     total = counts.sum()
     for token in np.argsort(-counts, kind="stable")[:FREQUENT]:
@@ -55,6 +76,34 @@ def verify(directory: Path) -> None:
     for i in np.linspace(0, len(pack) - 1, min(SAMPLES, len(pack))).astype(int):
         print(f"--- chunk {i}\n{tokenizer.decode(pack.tokens(int(i)))[:SAMPLE_CHARACTERS]}")
     print(f"ok, pack hash {manifest.pack_hash}")
+
+
+def broken_shards(directory: Path) -> list[str]:
+    """A sentence for each shard that is missing, cut, or other than its hash says."""
+    from bd3_ds.data.pack import list_shards, read_shard_file
+
+    broken = []
+    for shard in list_shards(directory):
+        try:
+            read_shard_file(directory, shard)
+        except UserError as error:
+            broken.append(str(error).partition(";")[0])
+    return broken
+
+
+def command(directory: Path) -> str:
+    """The command that makes the pack again, as far as its manifest tells."""
+    from bd3_ds.data.pack import TOKENIZER_DIR, read_manifest
+
+    manifest = read_manifest(directory)
+    made, given = manifest.settings, ["--source", manifest.source]
+    if "packing" not in made:
+        return f"the program that made it ({manifest.source})"
+    for option in ("split", "text_field", "limit_documents", "packing", "block_size", "frame", "detokenizer"):
+        if made[option] is not None:
+            given += [f"--{option.replace('_', '-')}", str(made[option])]
+    given += ["--tokenizer", str(directory / TOKENIZER_DIR), "--length", str(manifest.length), "--out", str(directory)]
+    return shlex.join(["python", "-m", "data_prep.prepare", *given, "--overwrite"])
 
 
 if __name__ == "__main__":

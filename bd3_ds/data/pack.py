@@ -1,6 +1,7 @@
 """A pack: text frozen as token chunks of one length, in MDS shards with a manifest and its tokenizer.
 
-    index.json, shard.*.mds.zstd   the chunks, readable by mosaicml-streaming
+    index.json                     all shards, in order, for mosaicml-streaming
+    00000/shard.*.mds.zstd, ...    the chunks
     manifest.json                  what they are: `Manifest`
     token_counts.npy               how often each token occurs in the chunks
     tokenizer/                     what `load_tokenizer` needs to read them
@@ -57,11 +58,11 @@ class Manifest:
     """What a pack holds.
 
     `tokens` counts the encoded text with the EOS between documents, `dropped_tokens` the part of it that filled no
-    whole chunk at the end or, with the packing `no-split`, did not fit its document's chunk; `padding` counts the places
-    that hold no text. The BOS and EOS of the frame `bos-eos` are in none of these. `bytes` is UTF-8 bytes of the text as
-    it was encoded, after the detokenizer. `packing` is one of data_prep's PACKINGS, `revision` the source's where it has
-    one. `pack_hash` is the SHA-256 of all chunks in order as little-endian
-    uint32, whatever the shards. `settings` are the options that made the pack, compared when it is asked for again.
+    whole chunk at the end or, with the packing `no-split`, did not fit its document's chunk. `padding` counts the
+    places that hold no text. The BOS and EOS of the frame `bos-eos` are in none of these. `bytes` is UTF-8 bytes of the
+    text as it was encoded, after the detokenizer. `packing` is one of data_prep's PACKINGS, or `given`; `revision` the
+    source's where it has one. `pack_hash` is the SHA-256 of all chunks in order as little-endian uint32, whatever the
+    shards. `settings` are the options that made the pack, compared when it is asked for again.
     """
 
     format: str
@@ -107,22 +108,32 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise UserError(f"data pack manifest {path / MANIFEST} is damaged ({error}); {_HELP}") from None
 
 
-def read_index(directory: str | Path) -> list[dict[str, Any]]:
-    """The shards of a pack as its index lists them; every shard file is there with its size, or UserError names it."""
-    path = Path(directory)
-    index = read_json(path / INDEX, "data pack index")
+def list_shards(directory: Path) -> list[dict[str, Any]]:
+    """The shards that a pack's index lists, whether their files are there or not; raises UserError without an index."""
+    path = directory / INDEX
+    index = read_json(path, "data pack index")
     try:
         shards = list(index["shards"])
         for shard in shards:
             stored = stored_file(shard)
-            file = path / stored["basename"]
-            size = file.stat().st_size if file.is_file() else None
-            if size is None:
-                raise _damaged(path, file, "is missing")
-            if size != stored["bytes"]:
-                raise _damaged(path, file, f"has {size} bytes instead of {stored['bytes']}")
-    except (TypeError, KeyError) as error:
-        raise UserError(f"data pack index {path / INDEX} is damaged ({error}); make the pack again") from None
+            str(stored["basename"]), int(stored["bytes"]), dict(stored["hashes"]), int(shard["samples"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f"data pack index {path} is damaged ({error}); copy it anew or make the pack again") from None
+    return shards
+
+
+def read_index(directory: str | Path) -> list[dict[str, Any]]:
+    """`list_shards`, with every shard file there in its size; raises UserError that names the first that is not."""
+    path = Path(directory)
+    shards = list_shards(path)
+    for shard in shards:
+        stored = stored_file(shard)
+        file = path / stored["basename"]
+        size = file.stat().st_size if file.is_file() else None
+        if size is None:
+            raise _damaged(path, file, "is missing")
+        if size != stored["bytes"]:
+            raise _damaged(path, file, f"has {size} bytes instead of {stored['bytes']}")
     return shards
 
 
@@ -238,18 +249,30 @@ class Pack:
 
     def _read_shard(self, shard: int) -> bytes:
         from streaming.base.compression import decompress
-        from streaming.base.hashing import get_hash
 
         entry = self.index[shard]
-        stored = stored_file(entry)
-        file = self.directory / stored["basename"]
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise _damaged(self.directory, file, f"cannot be read ({error.strerror})") from None
-        if any(get_hash(name, data) != value for name, value in stored["hashes"].items()):
-            raise _damaged(self.directory, file, "does not match its hash")
+        data = read_shard_file(self.directory, entry)
         return decompress(entry["compression"], data) if entry["zip_data"] else data
+
+
+def read_shard_file(directory: Path, shard: dict[str, Any]) -> bytes:
+    """The bytes of the file that an index entry names, checked against its hashes; raises UserError for damage."""
+    from bd3_ds.data.streaming_import import import_streaming
+
+    import_streaming()
+    from streaming.base.hashing import get_hash
+
+    stored = stored_file(shard)
+    file = directory / stored["basename"]
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise _damaged(directory, file, f"cannot be read ({error.strerror})") from None
+    if len(data) != stored["bytes"]:
+        raise _damaged(directory, file, f"has {len(data)} bytes instead of {stored['bytes']}")
+    if any(get_hash(name, data) != value for name, value in stored["hashes"].items()):
+        raise _damaged(directory, file, "does not match its hash")
+    return data
 
 
 def read_starts(column: bytes) -> np.ndarray:
@@ -301,6 +324,6 @@ def _describe(tokenizer: TokenizerInfo) -> str:
 
 def _damaged(directory: Path, file: Path, what: str) -> UserError:
     return UserError(
-        f"data pack '{directory}' is damaged: shard {file.name} {what}; `python -m data_prep.verify {directory}` "
-        "checks all shards; make the pack again with data_prep.prepare --overwrite, or copy that shard anew"
+        f"data pack '{directory}' is damaged: shard {file.relative_to(directory)} {what}; "
+        f"`python -m data_prep.verify {directory}` checks all shards and says how to mend them"
     )

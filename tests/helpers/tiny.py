@@ -55,7 +55,7 @@ def tiny_pack(
     directory: Path, length: int = LENGTH, chunks: int = 8, seed: int = 0, tokenizer: Tokenizer | None = None
 ) -> Path:
     """A pack of `chunks` chunks of real text; another seed takes another part of it."""
-    from data_prep.prepare import write_pack
+    from data_prep.pack_writer import write_pack
 
     tokenizer = tokenizer or tiny_tokenizer()
     ids = np.concatenate([np.array(part) for part in tokenizer.encode_batch(tiny_text()) if part])

@@ -56,7 +56,13 @@ CASES = [
     ("prepare", GOOD.replace("{0}/tok", "{0}/none"), ["tokenizer not found", "none"]),
     ("prepare", GOOD.replace("{0}/tok", "{0}/good.txt"), ["neither a sentencepiece"]),
     ("prepare", GOOD.replace("{0}/tok", "{0}/folder"), ["holds none of tokenizer.model"]),
-    ("prepare", GOOD.replace("{0}/out", "s3://bucket/pack"), ["s3://bucket/pack", "local directories"]),
+    ("prepare", GOOD.replace("{0}/out", "ftp://host/pack"), ["--out ftp://host/pack", "s3://"]),
+    ("prepare", GOOD + " --packing wrapped", ["--packing wrapped", "did you mean 'wrap'"]),
+    ("prepare", GOOD + " --packing aligned", ["--packing aligned", "--block-size"]),
+    ("prepare", GOOD + " --packing aligned --block-size 3", ["--block-size 3", "must divide --length 8"]),
+    ("prepare", GOOD + " --packing aligned --block-size 4 --frame bos-eos", ["--frame bos-eos", "leave it out"]),
+    ("prepare", GOOD + " --block-size 4", ["--block-size 4", "--packing aligned alone"]),
+    ("prepare", GOOD + " --scratch {0}", ["--scratch", "remote --out alone"]),
     ("prepare", GOOD.replace("{0}/out", "{0}/good.txt"), ["--out", "is a file"]),
     ("prepare", GOOD.replace("{0}/out", "{0}/good.txt/x"), ["cannot write to"]),
     ("prepare", GOOD.replace("{0}/out", "{0}/folder") + " --overwrite", ["not a data pack", "never overwritten"]),
@@ -85,7 +91,7 @@ CASES = [
     ("synthetic", CHAIN + " --seed -1", ["--seed -1", "at least 0"]),
     ("synthetic", CHAIN + " --part 99999999999999999999", ["--part 99999999999999999999", "at most"]),
     ("synthetic", CHAIN.replace("{0}/out", "{0}/folder"), ["not a data pack", "never overwritten"]),
-    ("synthetic", CHAIN.replace("{0}/out", "gs://bucket/pack"), ["gs://bucket/pack", "local directories"]),
+    ("synthetic", CHAIN.replace("{0}/out", "gs://bucket/pack"), ["gs://bucket/pack", "on this machine"]),
 ]
 
 

@@ -6,6 +6,7 @@ import gzip
 import inspect
 import json
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 from bd3_ds.data.pack import check_same_tokenizer, open_pack, read_manifest
 from bd3_ds.data.tokenizer import load_tokenizer, number_tokenizer
 from bd3_ds.runtime.errors import UserError
-from data_prep import prepare, train_tokenizer, verify
+from data_prep import parts, prepare, train_tokenizer, verify
+from data_prep.pack_writer import write_pack
 from data_prep.sources import open_source
 
 SHARED = Path(os.environ.get("BD3_SHARED", "../shared")) / "data"
@@ -62,7 +64,7 @@ def test_pack_holds_the_text(jsonl: Path, tokenizer: str, tmp_path: Path) -> Non
 
 
 def test_workers_do_not_matter(jsonl: Path, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 500)  # many batches of this small text
+    monkeypatch.setattr(parts, "PART_CHARACTERS", 500)  # many batches of this small text
     one = pack(jsonl, tokenizer, tmp_path / "one")
     assert pack(jsonl, tokenizer, tmp_path / "two", "--workers", "2") == one
     monkeypatch.undo()
@@ -146,17 +148,21 @@ def test_again_is_nothing_to_do(
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
 def test_verify_names_the_damaged_shard(jsonl: Path, tokenizer: str, tmp_path: Path, damage: str) -> None:
     out = tmp_path / "pack"
-    pack(jsonl, tokenizer, out)
+    whole = pack(jsonl, tokenizer, out)
     verify.verify(out)
-    shard = next(out.glob("shard.*"))
+    shard = next(out.rglob("shard.*"))
     data = bytearray(shard.read_bytes())
     if damage == "missing":
         shard.unlink()
     else:
         data[len(data) // 2] ^= 1
         shard.write_bytes(data if damage == "flipped" else data[:-7])
-    with pytest.raises(UserError, match=shard.name):
+    with pytest.raises(UserError, match=f"(?s){shard.parent.name}/{shard.name}.*1 shards are broken") as caught:
         verify.verify(out)
+    words = shlex.split(caught.value.messages[-1].splitlines()[-1])
+    assert prepare.main(words[words.index("--source") :]) == 0  # the command that it names mends the pack
+    verify.verify(out)
+    assert read_manifest(out).pack_hash == whole
 
 
 def test_prose_is_told_from_code_and_tables() -> None:
@@ -191,19 +197,19 @@ def test_trained_tokenizer_is_deterministic() -> None:
 def test_write_pack_from_arrays(tmp_path: Path) -> None:
     numbers = number_tokenizer(16)
     chunks = [(np.arange(8) + i, np.array([0, 3]) if i else np.array([])) for i in range(8)]
-    manifest = prepare.write_pack(tmp_path / "pack", chunks, numbers, 8, name="numbers")
+    manifest = write_pack(tmp_path / "pack", chunks, numbers, 8, name="numbers")
     opened = open_pack(tmp_path / "pack")
     assert (manifest.chunks, manifest.documents, len(opened)) == (8, 14, 8)
     assert (opened.all_tokens() == np.arange(8) + np.arange(8)[:, None]).all()
     assert opened.doc_starts(0).tolist() == [] and opened.doc_starts(5).tolist() == [0, 3]
     with pytest.raises(ValueError, match="mask id"):
-        prepare.write_pack(tmp_path / "bad", [(np.full(8, numbers.mask_id), np.array([0]))], numbers, 8, name="bad")
+        write_pack(tmp_path / "bad", [(np.full(8, numbers.mask_id), np.array([0]))], numbers, 8, name="bad")
     assert not (tmp_path / "bad").exists()
 
 
 def test_other_tokenizers_are_told_apart(tmp_path: Path) -> None:
     made = [
-        prepare.write_pack(tmp_path / str(n), [(np.arange(8), np.array([0]))], number_tokenizer(n), 8, name=str(n))
+        write_pack(tmp_path / str(n), [(np.arange(8), np.array([0]))], number_tokenizer(n), 8, name=str(n))
         for n in (16, 17)
     ]
     check_same_tokenizer(made[0], made[0])

@@ -1,0 +1,43 @@
+"""How far a preparation is: part of the source that was read, tokens, tokens per second, time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from data_prep.packing import Encoded, Tally
+    from data_prep.parts import Part
+    from data_prep.sources import Source
+
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+_BAR_WITHOUT_END = "{desc}: {elapsed}{postfix}"
+
+
+class Progress:
+    """A bar on a terminal, nothing in a file."""
+
+    def __init__(self, source: Source):
+        total = float(source.size) or None
+        form = _BAR if total else _BAR_WITHOUT_END
+        self._bar = tqdm(desc=f"preparing {source.name}", total=total, bar_format=form, disable=None, mininterval=0.5)
+        self._source, self._start, self._fresh = source, time.perf_counter(), 0
+
+    def watch(self, parts: Iterator[Part], tally: Tally) -> Iterator[Encoded]:
+        """The tokens of parts; counts their bytes in `tally`."""
+        for part in parts:
+            tally.bytes += part.bytes
+            self._fresh += len(part.run.ids) * part.fresh
+            rate = self._fresh / (time.perf_counter() - self._start)
+            self._bar.set_postfix_str(f"{tally.tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
+            yield part.run
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._bar.close()

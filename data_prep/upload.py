@@ -1,0 +1,84 @@
+"""Packs that go to object storage: sent file by file, the manifest last, so that a pack is there whole or not."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bd3_ds.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from bd3_ds.data.pack import Manifest
+
+SENT = ".sent"  # in the local copy: the files that have arrived
+TIMEOUT_SECONDS = 60.0
+
+
+def already_sent(remote: str, settings: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the pack with these settings is at `remote`; raises UserError for another that may not be replaced."""
+    from data_prep.prepare import check_same
+
+    there = remote_manifest(remote)
+    if there is None or overwrite:
+        return False
+    check_same(remote, there, settings)
+    print(f"{remote} already holds this pack (hash {there.pack_hash}); nothing to do")
+    return True
+
+
+def remote_manifest(remote: str) -> Manifest | None:
+    """The manifest at `remote`, None where there is none; raises UserError where the storage cannot be asked."""
+    from bd3_ds.data.pack import MANIFEST, read_manifest
+    from bd3_ds.data.streaming_import import import_streaming
+
+    import_streaming()
+    from streaming.base.storage import CloudDownloader
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            CloudDownloader.direct_download(f"{remote}/{MANIFEST}", str(Path(folder) / MANIFEST), TIMEOUT_SECONDS)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # every provider has its own classes
+            if "404" in str(error) or "NoSuchKey" in str(error):
+                return None
+            raise _unreachable(remote, error) from None
+        return read_manifest(folder)
+
+
+def send(pack: Path, remote: str) -> None:
+    """Send the pack's files to `remote`; those that an earlier start has sent are not sent again."""
+    from tqdm import tqdm
+
+    from bd3_ds.data.pack import MANIFEST, read_manifest
+    from bd3_ds.data.streaming_import import import_streaming
+
+    import_streaming()
+    from streaming.base.storage import CloudUploader
+
+    names = sorted(str(path.relative_to(pack)) for path in pack.rglob("*") if path.is_file() and path.name != SENT)
+    names.remove(MANIFEST)
+    note, head = pack / SENT, f"{remote} {read_manifest(pack).pack_hash}"
+    lines = note.read_text().splitlines() if note.is_file() else []
+    arrived = set(lines[1:]) if lines[:1] == [head] else set()
+    try:
+        uploader = CloudUploader.get((str(pack), remote), keep_local=True, retry=5, exist_ok=True)
+        with open(note, "w") as record:
+            record.write("\n".join([head, *sorted(arrived)]) + "\n")
+            for name in tqdm([*names, MANIFEST], desc=f"sending to {remote}", unit="file", disable=None):
+                if name not in arrived:
+                    uploader.upload_file(name)
+                    record.write(f"{name}\n")
+                    record.flush()
+    except Exception as error:
+        raise _unreachable(remote, error) from None
+    note.unlink()
+
+
+def _unreachable(remote: str, error: Exception) -> UserError:
+    cause = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"--out {remote}: the storage cannot be reached or refuses ({cause}); check the address, the credentials and "
+        "S3_ENDPOINT_URL, and give the same command again: what has arrived is not sent again"
+    )

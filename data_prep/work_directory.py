@@ -1,0 +1,109 @@
+"""Where a pack is made before it appears: a hidden folder beside it that outlives a kill and serves one at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.files import require_writable, sync_directory
+
+_UNFINISHED = ".unfinished-"
+
+
+def work_directory_of(out: Path) -> Path:
+    """The folder in which the pack `out` is made."""
+    return out.parent / f".{out.name}.partial"
+
+
+@contextmanager
+def work_directory(out: Path) -> Iterator[Path]:
+    """The work directory of `out`, held against other processes, with all finished files of an earlier start.
+
+    It is removed when the block ends well, and left for the next start when it does not and holds anything finished.
+    """
+    require_writable(out.parent)
+    work = work_directory_of(out)
+    work.mkdir(parents=True, exist_ok=True)
+    handle = os.open(work, os.O_RDONLY)  # given back when it is closed, also by a kill
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--out {out}: another process is making this pack; wait for it or stop it") from None
+        for path in list(work.rglob(f"{_UNFINISHED}*")):
+            _remove(path)
+        yield work
+        shutil.rmtree(work)
+    except BaseException:
+        if work.exists() and not any(path.is_file() for path in work.rglob("*")):
+            shutil.rmtree(work)
+        raise
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Have `write` fill a new file, which then appears as `path` in one step."""
+    aside = _aside(path)
+    try:
+        with open(aside, "xb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A new directory that appears as `path`, in place of what is there, when the block ends well."""
+    aside = _aside(path)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in aside.iterdir():
+            _sync(file)
+        sync_directory(aside)
+        _remove(path)
+        os.replace(aside, path)
+    except BaseException:
+        _remove(aside)
+        raise
+
+
+def put_in_place(made: Path, out: Path) -> None:
+    """Rename the directory `made` to `out`; what was there goes only once the new one is ready to take its place."""
+    old = _aside(made)
+    if out.exists():
+        os.replace(out, old)
+    os.replace(made, out)
+    sync_directory(out.parent)
+    _remove(old)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{_UNFINISHED}{path.name}-{secrets.token_hex(4)}")
+
+
+def _sync(file: Path) -> None:
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
