@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 
+from bd3_ds.config.check_data import data_problems
 from bd3_ds.config.check_diffusion import (
     EXACT_ALWAYS,
     EXACT_LIMIT,
@@ -97,6 +98,7 @@ def _ranges(run: RunConfig) -> list[str]:
         "model.heads": model.heads,
         "model.mlp_ratio": model.mlp_ratio,
         "model.cond_size": model.cond_size,
+        "model.vocab_multiple": model.vocab_multiple,
         "objective.views": run.objective.views,
         "model.rope_base": model.rope_base,
         "data.canonical_nodes": run.data.canonical_nodes,
@@ -117,6 +119,7 @@ def _ranges(run: RunConfig) -> list[str]:
         "objective.block_size": run.objective.block_size,
         "eval.max_chunks": run.eval.max_chunks,
         "eval.sample_length": run.eval.sample_length,
+        "data.predownload": run.data.predownload,
         "model.vocab_size": model.vocab_size,
     }
     positive |= {key: value for key, value in optional.items() if value is not None}
@@ -146,9 +149,7 @@ def _ranges(run: RunConfig) -> list[str]:
         "optim.ema_decay": optim.ema_decay,
     }
     problems += [f"{key}={value} must lie in [0, 1)" for key, value in below_one.items() if not 0 <= value < 1]
-    problems += diffusion_ranges(run)
-    if run.data.length < 2:
-        problems.append(f"data.length={run.data.length} must be at least 2: the first token is given, the rest scored")
+    problems += [*diffusion_ranges(run), *data_problems(run.data)]
     if not run.run_dir.strip():
         problems.append("run_dir is empty; name a directory such as runs/mine")
     # A set's name becomes a part of file names and of TensorBoard's tags.

@@ -221,6 +221,8 @@ def _describe(annotation: Any) -> str:
         return f"a list such as [{', '.join(['0.5', '0.9'] if float in typing.get_args(annotation) else ['4', '16'])}]"
     if annotation == typing.Dict[int, typing.List[int]]:
         return "'step: [block sizes]' pairs such as {0: [128], 500: [16]}"
+    if annotation == typing.Dict[str, float]:
+        return "'pack: share' pairs such as {data/code: 0.2}"
     optional = [part for part in typing.get_args(annotation) if part is not type(None)]
     if type(None) in typing.get_args(annotation):
         return f"{names[optional[0]]}, or null"

@@ -23,6 +23,7 @@ class ModelConfig:
     dropout: float
     rope_base: float
     attention: str
+    vocab_multiple: int
     vocab_size: Optional[int]
     mask_id: Optional[int]
 
@@ -30,10 +31,15 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     train: str
+    mix: Dict[str, float]
     length: int
     shuffle: bool
+    shuffle_algorithm: str
     shuffle_seed: int
     canonical_nodes: int
+    cache: str
+    cache_limit: Optional[str]
+    predownload: Optional[int]
     workers: int
     document_mask: bool
 

@@ -11,30 +11,38 @@ An epoch is as many whole global batches as there are; its last few samples, few
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from bd3_ds.config.check_data import is_remote, packs, size_in_bytes
 from bd3_ds.config.schema import DataConfig
-from bd3_ds.data.pack import document_numbers, read_starts
+from bd3_ds.data.mixture import samples_of_epoch
+from bd3_ds.data.pack import document_numbers, read_manifest, read_starts
+from bd3_ds.data.remote import fetch_facts, pack_directory
+from bd3_ds.data.shared_memory import clear_stale, hold
 from bd3_ds.data.streaming_import import import_streaming
+from bd3_ds.runtime.errors import EXIT_USER_ERROR, UserError
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """tokens [m, L] int64 and their slots [m] in the global batch; `waited` is seconds spent getting it.
 
-    `documents` [m, L] int64 numbers each token's document in its sequence; None unless data.document_mask.
+    `documents` [m, L] int64 numbers each place's document in its sequence, -1 where there is no text; None where
+    nothing is padding and data.document_mask is false.
     """
 
     tokens: Tensor
@@ -45,46 +53,93 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Share:
-    """A rank's part in a run's batches: where it stands in the cluster, and the batch numbers."""
+    """A rank's part in a run's batches: where it stands in the cluster, and the batch numbers.
+
+    `replicas` ranks in a row read the same samples, each of which counts once in the global batch.
+    """
 
     rank: int
     world_size: int
     local_size: int
     micro_batch: int
     global_batch: int
+    replicas: int = 1
+
+    @property
+    def readers(self) -> int:
+        """Ranks that read different samples."""
+        return self.world_size // self.replicas
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that samples are dealt to: as streaming counts them, one where replicas do not fill whole nodes."""
+        return self.readers // self.local_size if self.readers % self.local_size == 0 else 1
 
     @property
     def accumulation(self) -> int:
         """Micro-batches of this rank in one optimizer step."""
-        return self.global_batch // (self.micro_batch * self.world_size)
+        return self.global_batch // (self.micro_batch * self.readers)
 
     def slots(self, micro_step: int) -> np.ndarray:
         """Slots [m] of the micro-batch `micro_step` (0 … accumulation - 1) of a step."""
-        nodes = self.world_size // self.local_size
-        node, local_rank = divmod(self.rank, self.local_size)
+        per_node = self.readers // self.nodes
+        node, local_rank = divmod(self.rank // self.replicas, per_node)
         position = micro_step * self.micro_batch + np.arange(self.micro_batch)
-        return (position * self.local_size + local_rank) * nodes + node
+        return (position * per_node + local_rank) * self.nodes + node
 
 
 class Loader:
-    """Iterate once; the stream starts after `samples` samples of the run and never ends."""
+    """Iterate once; the stream starts after `samples` samples of the run and never ends.
+
+    Raises UserError where a pack cannot be read; of all ranks that meet one, the first says it and the others just end.
+    """
 
     def __init__(self, data: DataConfig, share: Share, samples: int):
-        streaming = import_streaming()
         self.share = share
+        try:
+            self.dataset = self._open(data, share)
+        except UserError as error:
+            raise _of_all_ranks(error, share) from None
+        # Nodes of the canonical order that are a sample short repeat one, in the last row of all.
+        whole = self.dataset.epoch_size // data.canonical_nodes * data.canonical_nodes
+        self.steps_per_epoch = whole // share.global_batch
+        self._data = data
+        self._samples = samples
+
+    def _open(self, data: DataConfig, share: Share) -> Any:
+        import_streaming()
+        from bd3_ds.data.checked_stream import CheckedDataset, CheckedStream
+
+        for pack in filter(is_remote, packs(data)):
+            fetch_facts(pack, data.cache)
+        places = {pack: pack_directory(pack, data.cache) for pack in packs(data)}
+        manifests = [read_manifest(place) for place in places.values()]
+        self._padded = any(manifest.padding > 0 for manifest in manifests)
+        counts = samples_of_epoch(data, [manifest.chunks for manifest in manifests]) if data.mix else [None]
         with _one_run_at_a_time(share):
-            self.dataset = streaming.StreamingDataset(
-                local=str(Path(data.train).resolve()),
+            streams = [
+                CheckedStream(pack, place, count) for (pack, place), count in zip(places.items(), counts, strict=True)
+            ]
+            leads = share.rank % share.local_size == 0
+            if leads:
+                clear_stale([stream.local for stream in streams if stream.remote])
+                for stream in streams:
+                    stream.sweep()
+            _barrier()
+            dataset = CheckedDataset(
+                streams,
                 shuffle=data.shuffle,
+                shuffle_algo=data.shuffle_algorithm,
                 shuffle_seed=data.shuffle_seed,
                 num_canonical_nodes=data.canonical_nodes,
                 batch_size=share.micro_batch,
+                predownload=data.predownload,
+                cache_limit=size_in_bytes(data.cache_limit) if data.cache_limit else None,
+                replication=share.replicas if share.replicas > 1 else None,
             )
-        self.steps_per_epoch = self.dataset.num_samples // share.global_batch
-        self._workers = data.workers
-        self._data = data
-        self._samples = samples
-        self._make_loader: Any = streaming.StreamingDataLoader
+            if leads:
+                self._hold = hold(dataset._shm_prefix_int)
+        return dataset
 
     def state(self, samples: int) -> dict[str, Any]:
         """What streaming needs to continue after `samples` samples of the run; for the checkpoint."""
@@ -95,21 +150,26 @@ class Loader:
             "sample_in_epoch": sample,
             "num_canonical_nodes": self._data.canonical_nodes,
             "shuffle_seed": self._data.shuffle_seed,
-            "initial_physical_nodes": self.share.world_size // self.share.local_size,
+            "initial_physical_nodes": self.share.nodes,
         }
 
     def __iter__(self) -> Iterator[MicroBatch]:
         step, accumulation = self._samples // self.share.global_batch, self.share.accumulation
+        collate: Any = stack_tokens
+        if self._padded or self._data.document_mask:
+            collate = functools.partial(stack_with_documents, apart=self._data.document_mask)
         while True:
             state = self.state(step * self.share.global_batch)
             self.dataset.load_state_dict(state)
             left = self.steps_per_epoch - state["sample_in_epoch"] // self.share.global_batch
             batches = iter(
-                self._make_loader(
+                DataLoader(
                     self.dataset,
                     batch_size=self.share.micro_batch,
-                    num_workers=self._workers,
-                    collate_fn=stack_with_documents if self._data.document_mask else stack_tokens,
+                    num_workers=self._data.workers,
+                    # A new interpreter would import streaming without the help of `import_streaming`.
+                    multiprocessing_context="fork" if self._data.workers else None,
+                    collate_fn=functools.partial(failure_or, collate),
                     worker_init_fn=obey_parent_alone,
                     drop_last=True,
                 )
@@ -117,10 +177,18 @@ class Loader:
             for _ in range(left):
                 for micro_step in range(accumulation):
                     start = time.perf_counter()
-                    tokens, documents = next(batches)
+                    batch = next(batches)
+                    if isinstance(batch, UserError):
+                        raise _of_all_ranks(batch, self.share)
                     waited = time.perf_counter() - start
+                    tokens, documents = batch
                     yield MicroBatch(tokens, self.share.slots(micro_step), waited, documents)
                 step += 1
+
+
+def failure_or(collate: Any, samples: list[Any]) -> Any:
+    """The first failure among samples, or `collate` of them."""
+    return next((sample for sample in samples if isinstance(sample, UserError)), None) or collate(samples)
 
 
 def stack_tokens(samples: list[dict[str, Any]]) -> tuple[Tensor, None]:
@@ -128,11 +196,30 @@ def stack_tokens(samples: list[dict[str, Any]]) -> tuple[Tensor, None]:
     return torch.from_numpy(np.stack([sample["tokens"] for sample in samples]).astype(np.int64)), None
 
 
-def stack_with_documents(samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Token rows of samples and each token's document (`document_numbers`), both int64 [m, L]."""
+def stack_with_documents(samples: list[dict[str, Any]], apart: bool = True) -> tuple[Tensor, Tensor]:
+    """Token rows of samples and each place's document (`document_numbers`), both int64 [m, L]."""
     tokens, _ = stack_tokens(samples)
     starts, pads = ([read_starts(sample[column]) for sample in samples] for column in ("doc_starts", "pad_starts"))
-    return tokens, torch.from_numpy(document_numbers(list(starts), list(pads), tokens.shape[1]))
+    return tokens, torch.from_numpy(document_numbers(list(starts), list(pads), tokens.shape[1], apart))
+
+
+def _of_all_ranks(error: UserError, share: Share) -> BaseException:
+    """What this rank raises for `error`: `run_command` prints what global rank 0 raises, and no other rank's.
+
+    A broken shard is met by some ranks or by all, so the first to meet it speaks.
+    """
+    if not torch.distributed.is_initialized():
+        return error
+    try:
+        first = torch.distributed.distributed_c10d._get_default_store().add("bd3_ds/data-failure", 1) == 1
+    except RuntimeError:  # the store has gone with the rank that held it, and that has its own reason
+        first = False
+    if first and share.rank == 0:
+        return error
+    if first:
+        for message in error.messages:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+    return SystemExit(EXIT_USER_ERROR)
 
 
 @contextmanager

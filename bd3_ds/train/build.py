@@ -14,7 +14,8 @@ from bd3_ds.checkpoint.store import Checkpoint, newest_checkpoint, save_checkpoi
 from bd3_ds.config.load import to_yaml
 from bd3_ds.config.schema import BD3, RunConfig, block_size, block_sizes
 from bd3_ds.data.loader import Loader, Share
-from bd3_ds.data.pack import open_pack, read_token_counts
+from bd3_ds.data.pack import TOKENIZER_DIR, open_pack, read_token_counts
+from bd3_ds.data.remote import pack_directory
 from bd3_ds.model.build import initialise, network_of
 from bd3_ds.model.dit import DiT
 from bd3_ds.parallel.apply import recompute_layers
@@ -72,7 +73,7 @@ class Trainer:
         weights = self.ema.gather(self.world)
         if self.world.is_main:
             name = export_name(self.state.step)
-            tokenizer = Path(self.run.data.train) / "tokenizer"
+            tokenizer = pack_directory(self.run.data.train, self.run.data.cache) / TOKENIZER_DIR
             run = self._scored_as_trained()
             write_export(self.run_dir / "exports" / name, weights, run, tokenizer, self.state.step)
         self.world.barrier()
@@ -124,7 +125,8 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
     share = Share(world.rank, world.size, world.local_size, run.train.micro_batch, run.train.global_batch)
     peak = torch.tensor(peak_flops(world.device, run.train.precision), device=world.device, dtype=torch.float64)
     search = run.objective.clip_search
-    counts = read_token_counts(run.data.train) if run.objective.frequency.power > 0 else None
+    train_pack = pack_directory(run.data.train, run.data.cache)
+    counts = read_token_counts(train_pack) if run.objective.frequency.power > 0 else None
     held_out = open_pack(run.eval.sets[search.set]) if search.method == "grid" else None
     stepper = Stepper(run, world, engine, ema, run.model.mask_id, counts)
     return Trainer(

@@ -7,34 +7,59 @@ from pathlib import Path
 
 from bd3_ds.checkpoint.export import find_export
 from bd3_ds.config.check import check_run
+from bd3_ds.config.check_data import is_remote, packs, size_in_bytes
 from bd3_ds.config.load import flat, load_resolved
 from bd3_ds.config.schema import AR, RunConfig
-from bd3_ds.data.pack import Manifest, check_same_tokenizer, read_index, read_manifest, read_token_counts
+from bd3_ds.data.mixture import samples_of_epoch
+from bd3_ds.data.pack import INDEX, Manifest, check_same_tokenizer, read_index, read_manifest, read_token_counts
+from bd3_ds.data.remote import fetch_facts, pack_directory
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.runtime.files import require_writable
+from bd3_ds.runtime.files import read_json, require_writable
 
 # What a run may not change between its start and its continuation.
 _FIXED = ("model.", "data.", "objective.", "seed", "train.global_batch", "train.precision")
-_FREE = ("data.workers", "data.train", "model.attention")
+_FREE = ("data.workers", "data.train", "data.cache", "data.predownload", "model.attention")
 
 # What two models must share for the weights of one to mean the same in the other.
 _SHAPE = ("hidden_size", "layers", "heads", "mlp_ratio", "cond_size", "rope_base", "vocab_size", "mask_id")
 
 
 def preflight(run: RunConfig, world_size: int) -> RunConfig:
-    """The run with its vocabulary filled in from the shards; raises UserError with what is wrong."""
+    """The run with its vocabulary filled in from the shards; raises UserError with what is wrong.
+
+    The facts of remote packs are then in data.cache.
+    """
     check_run(run, world_size)
-    try:
-        manifest = read_manifest(run.data.train)
-        read_index(run.data.train)
-    except UserError as error:
-        raise UserError(f"data.train: {error}") from None
+    manifest, *mixed = _manifests(run)
     run = with_vocabulary(run, manifest)
-    problems = [*_shards(run, manifest), *_sets(run, manifest), *_start(run), *_run_dir(run)]
+    problems = [
+        *_shards(run, manifest),
+        *_mix(run, [manifest, *mixed]),
+        *_cache_limit(run),
+        *_sets(run, manifest),
+        *_start(run),
+        *_run_dir(run),
+    ]
     problems = problems or [*_clip_search(run, world_size), *_token_counts(run)]
     if problems:
         raise UserError(*problems)
     return run
+
+
+def _manifests(run: RunConfig) -> list[Manifest]:
+    """Of data.train and of each pack mixed in; their shards are there, or can be fetched."""
+    found = []
+    for pack in packs(run.data):
+        key = "data.train" if pack == run.data.train else "data.mix"
+        try:
+            if is_remote(pack):
+                fetch_facts(pack, run.data.cache)
+            found.append(read_manifest(pack_directory(pack, run.data.cache)))
+            if not is_remote(pack):
+                read_index(pack)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+    return found
 
 
 def with_vocabulary(run: RunConfig, manifest: Manifest) -> RunConfig:
@@ -61,12 +86,52 @@ def _shards(run: RunConfig, manifest: Manifest) -> list[str]:
             f"data.length={run.data.length} but {run.data.train} was packed with length {manifest.length}; "
             f"set data.length={manifest.length} or prepare the text again"
         )
-    if manifest.chunks < run.train.global_batch:
+    nodes = run.data.canonical_nodes
+    if manifest.chunks // nodes * nodes < run.train.global_batch:
         problems.append(
             f"train.global_batch={run.train.global_batch} is more than the {manifest.chunks} sequences that "
             f"{run.data.train} holds; lower it or prepare more text"
         )
     return problems
+
+
+def _mix(run: RunConfig, manifests: list[Manifest]) -> list[str]:
+    """Packs that are mixed are of one kind, and each has a sample in an epoch."""
+    problems = []
+    counts = samples_of_epoch(run.data, [manifest.chunks for manifest in manifests])
+    for (pack, share), other, count in zip(run.data.mix.items(), manifests[1:], counts[1:], strict=True):
+        try:
+            check_same_tokenizer(manifests[0], other)
+        except UserError as error:
+            problems.append(f"data.mix: {error}")
+        if other.length != run.data.length:
+            problems.append(
+                f"data.mix: '{pack}' has sequences of {other.length} tokens, data.length is {run.data.length}; "
+                "prepare it with the same --length"
+            )
+        if count == 0:
+            problems.append(
+                f"data.mix gives '{pack}' the share {share}, less than one sample beside the {manifests[0].chunks} of "
+                "data.train; raise it or leave the pack out"
+            )
+    return problems
+
+
+def _cache_limit(run: RunConfig) -> list[str]:
+    """streaming wants room for four of the largest shard, packed and unpacked."""
+    if run.data.cache_limit is None:
+        return []
+    largest = max(
+        shard["raw_data"]["bytes"] + (shard["zip_data"] or {"bytes": 0})["bytes"]
+        for pack in packs(run.data)
+        for shard in read_json(pack_directory(pack, run.data.cache) / INDEX, "data pack index")["shards"]
+    )
+    if (size_in_bytes(run.data.cache_limit) or 0) >= 4 * largest:
+        return []
+    return [
+        f"data.cache_limit={run.data.cache_limit} is less than four times the largest shard, packed and unpacked "
+        f"({4 * largest} bytes); raise it, the more the better, or set it to null"
+    ]
 
 
 def _sets(run: RunConfig, manifest: Manifest) -> list[str]:
@@ -108,7 +173,7 @@ def _token_counts(run: RunConfig) -> list[str]:
     if run.objective.frequency.power == 0:
         return []
     try:
-        read_token_counts(run.data.train)
+        read_token_counts(pack_directory(run.data.train, run.data.cache))
     except UserError as error:
         return [f"objective.frequency.power={run.objective.frequency.power}: {error}"]
     return []

@@ -90,7 +90,20 @@ OVERRIDES = [
     ("train.global_batch=128", ["train.global_batch=128", "64 sequences"]),
     ("data.train={0}/nowhere", ["data.train", "'{0}/nowhere'", "data_prep.prepare"]),
     ("data.train={0}/folder", ["data.train", "'{0}/folder' is not a data pack"]),
-    ("data.train=s3://bucket/pack", ["data.train", "is remote", "local directory"]),
+    ("data.train=htp://host/pack", ["'htp://host/pack'", "unknown protocol 'htp'", "did you mean 'http'?"]),
+    ("data.shuffle_algorithm=py1", ["data.shuffle_algorithm=py1 is unknown", "did you mean 'py1"]),
+    ("data.cache_limit=big", ["data.cache_limit=big is no size", "100gb"]),
+    ("data.cache_limit=1gb", ["data.cache_limit=1gb", "'{0}/train' is local", "null"]),
+    ("data.predownload=0", ["data.predownload=0 must be finite and above 0"]),
+    ("'data.mix={{ {0}/valid: 1.5}}'", ["'{0}/valid' the share 1.5", "below 1"]),
+    ("'data.mix={{ {0}/valid: 0.5, {0}/long: 0.6}}'", ["sum to 1.1", "data.train"]),
+    ("'data.mix={{ {0}/train: 0.5}}'", ["data.mix holds data.train='{0}/train' itself"]),
+    ("'data.mix={{ {0}/valid: 0.5}}' data.shuffle=false", ["data.mix needs data.shuffle=true"]),
+    ("'data.mix={{ {0}/valid: 0.001}}'", ["'{0}/valid' the share 0.001, less than one sample"]),
+    ("'data.mix={{ {0}/foreign: 0.5}}'", ["data.mix", "different tokenizers", "one --tokenizer"]),
+    ("'data.mix={{ {0}/long: 0.5}}'", ["'{0}/long' has sequences of 32 tokens", "same --length"]),
+    ("'data.mix={{ {0}/nowhere: 0.5}}'", ["data.mix: data pack not found: '{0}/nowhere'"]),
+    ("data.mix=code", ["data.mix=code", "'pack: share' pairs"]),
     ("data.train={0}/truncated", ["data.train", "shard.00000.mds.zstd has", "data_prep.verify {0}/truncated"]),
     ("data.length=32 'eval.sets={{}}'", ["data.length=32", "packed with length 16", "set data.length=16"]),
     ("eval.sets.valid={0}/nowhere", ["eval.sets.valid", "'{0}/nowhere'", "data_prep.prepare"]),
@@ -162,7 +175,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_pack(root / "foreign", LENGTH, 8, tokenizer=tiny_tokenizer(90))
     tiny_pack(root / "long", 32, 8)
     shutil.copytree(root / "valid", root / "truncated")
-    shard = root / "truncated" / "shard.00000.mds.zstd"
+    shard = next((root / "truncated").rglob("shard.*"))
     shard.write_bytes(shard.read_bytes()[:-1])
     for name, text in {
         "recipe.yaml": (root / "recipe.yaml").read_text(),

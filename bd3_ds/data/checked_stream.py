@@ -1,0 +1,196 @@
+"""streaming's Stream and StreamingDataset with every shard checked, patient downloads, and failures in one sentence.
+
+Imported after `import_streaming()` alone. streaming checks a shard when it is unpacked, but not one that an earlier run
+unpacked; an exception in its threads ends as a silent end of data, and one in a loader process as text.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from streaming import Stream, StreamingDataset
+from streaming.base.compression import decompress
+from streaming.base.dataset import _ShardState
+from streaming.base.hashing import get_hash
+
+from bd3_ds.config.check_data import is_remote
+from bd3_ds.data.remote import Missing, cannot_write, opener, patiently, say
+from bd3_ds.runtime.errors import UserError
+
+HASH = "xxh64"
+ATTEMPTS = 3  # at a shard that comes damaged from a remote
+
+# It warns of replication, which the loader has accounted for.
+logging.getLogger("streaming.base.dataset").setLevel(logging.ERROR)
+
+
+class CheckedStream(Stream):
+    """The shards of `pack`, a directory or an address, in `directory`; `samples` of them an epoch, None: all once."""
+
+    def __init__(self, pack: str, directory: Path, samples: int | None = None):
+        remote = pack.rstrip("/") if is_remote(pack) else None
+        self.pack = pack
+        self._get = opener(pack) if remote else None
+        super().__init__(remote=remote, local=str(directory.resolve()), choose=samples)
+
+    def prepare_shard(self, shard: Any) -> int:
+        """Have the shard's plain file, made from the stored one; returns the bytes that the directory grew by."""
+        try:
+            grown: int = super().prepare_shard(shard)
+        except OSError as error:
+            raise cannot_write(error, self.local, f"shard {shard.file_pairs[0][0].basename}") from None
+        return grown
+
+    def _prepare_shard_part(self, raw_info: Any, zip_info: Any = None, compression: str | None = None) -> int:
+        infos = [info for info in (raw_info, zip_info) if info]
+        before = sum(info.bytes for info in infos if self._path(info).is_file())
+        if not self._path(raw_info).is_file():
+            data = self._stored(zip_info or raw_info)
+            if zip_info:
+                self._write(self._path(raw_info), decompress(compression, data))
+        if zip_info and not self.safe_keep_zip:
+            self._path(zip_info).unlink(missing_ok=True)
+        return sum(info.bytes for info in infos if self._path(info).is_file()) - before
+
+    def _stored(self, info: Any) -> bytes:
+        """The content of the stored file, fetched if need be, with the right hash."""
+        path = self._path(info)
+        for _ in range(ATTEMPTS):
+            if not path.is_file():
+                self._fetch(info, path)
+            data = path.read_bytes()
+            if get_hash(HASH, data) == info.hashes.get(HASH):
+                return data
+            wrong = "does not match its hash"
+            if len(data) != info.bytes:
+                wrong = f"has {len(data)} bytes instead of {info.bytes}"
+            if self.remote is None:
+                break
+            path.unlink()
+            say(f"{path} {wrong}; fetching it again")
+        raise self.damaged(info, wrong)
+
+    def _fetch(self, info: Any, path: Path) -> None:
+        if self._get is None:
+            raise self.damaged(info, "is missing")
+        get, aside = self._get, path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            patiently(lambda: get(info.basename, aside), f"{self.remote}/{info.basename}", self.local)
+        except Missing:
+            raise self.damaged(info, "is missing") from None
+        os.replace(aside, path)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        aside = path.with_name(f".{path.name}.{os.getpid()}")  # another run may unpack the same pack
+        try:
+            aside.write_bytes(data)
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+
+    def is_sound(self, shard: Any) -> bool:
+        """Whether the plain file is there with the right hash; a wrong one that can be made again is removed.
+
+        Raises UserError for a wrong one that nothing can be made from.
+        """
+        for raw_info, zip_info in shard.file_pairs:
+            path = self._path(raw_info)
+            try:
+                data = path.read_bytes()
+            except FileNotFoundError:
+                return False
+            if get_hash(HASH, data) != raw_info.hashes.get(HASH):
+                if zip_info is None and self.remote is None:
+                    raise self.damaged(raw_info, "does not match its hash")
+                path.unlink(missing_ok=True)
+                say(f"{path} does not match its hash; making it again")
+                return False
+        return True
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half written."""
+        for path in Path(self.local).rglob(".shard.*"):
+            if not Path("/proc", path.name.rsplit(".", 1)[-1]).exists():
+                path.unlink(missing_ok=True)
+
+    def damaged(self, info: Any, what: str) -> UserError:
+        """The sentence for a shard that cannot be read."""
+        check = f"`python -m data_prep.verify {self.pack}` checks all shards"
+        if self.remote is not None:
+            check = "`python -m data_prep.verify` checks all shards of a local copy"
+        return UserError(
+            f"data pack '{self.pack}' is damaged: shard {info.basename} {what}; {check}; make the pack again with "
+            "data_prep.prepare --overwrite, or copy that shard anew"
+        )
+
+    def _path(self, info: Any) -> Path:
+        return Path(self.local, info.basename)
+
+
+class CheckedDataset(StreamingDataset):
+    """Yields samples; after a failure that a user can mend it yields that UserError, again and again.
+
+    As a sample, because an exception would come out of a loader process as a text with a traceback.
+    """
+
+    def __init__(self, streams: list[CheckedStream], **options: Any):
+        self._sound: set[int] = set()
+        self._failure: BaseException | None = None
+        super().__init__(streams=streams, validate_hash=HASH, **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from super().__iter__()
+        except Exception as error:
+            self._failure = self._failure or error
+        while self._failure is not None:
+            if not isinstance(self._failure, UserError):
+                raise self._failure
+            yield self._failure
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        """The sample, from a shard that was found sound by this process."""
+        shard_id, _ = self.spanner[sample_id]
+        if shard_id not in self._sound:
+            self._make_sound(shard_id)
+        sample: dict[str, Any] = super().get_item(sample_id, retry)
+        return sample
+
+    def _make_sound(self, shard_id: int) -> None:
+        stream = self.streams[self.stream_per_shard[shard_id]]
+        for _ in range(8):  # it may be evicted in between
+            if stream.is_sound(self.shards[shard_id]):
+                self._sound.add(shard_id)
+                return
+            self.prepare_shard(shard_id)
+        raise stream.damaged(self.shards[shard_id].file_pairs[0][0], "cannot be kept whole")
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Have the shard on this node; a failure leaves it to others as not there, where streaming lets them wait."""
+        try:
+            return super().prepare_shard(shard_id, blocking)
+        except UserError as error:
+            failure = UserError(*error.messages)
+        except ValueError as error:
+            if "eviction" not in str(error):
+                raise
+            failure = UserError(
+                f"data.cache_limit={self.cache_limit} bytes is too little for the shards that are read at once; raise "
+                "it, or lower data.workers"
+            )
+        # Out of the handlers, the failed call's frame is gone, and with it its hold on the lock of the cache.
+        self._shard_states[shard_id] = _ShardState.REMOTE
+        raise failure
+
+    def on_exception(self, future: Future[None]) -> None:
+        """A thread of streaming's has ended; its failure is kept for `__iter__`, which the event ends."""
+        error = future.exception()
+        if error is not None:
+            self._failure = self._failure or error
+            self._event.set()
