@@ -30,6 +30,7 @@ def _closed_up(left: str, right: str) -> Rule:
 
 _WIKITEXT: list[Rule] = [
     ("s '", "s'"),
+    (re.compile("/' [0-9]/"), "/'[0-9]/"),  # meant a year after an apostrophe; matches nothing but its own slashes
     (" @-@ ", "-"),
     (" @,@ ", ","),
     (" @.@ ", "."),

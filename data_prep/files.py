@@ -1,4 +1,4 @@
-"""Text from local files: .txt, .jsonl, .csv (each also .gz or .zst) and .parquet."""
+"""Text from local files: .txt, .jsonl, .csv (each also .gz, .zst or .zip) and .parquet, in bounded memory."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import csv
 import io
 import itertools
 import json
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO
 
 from bd3_ds.runtime.errors import UserError
+from data_prep.pieces import Piece, Position
 
 TEXT, JSONL, CSV, PARQUET = "text", "jsonl", "csv", "parquet"
 FORMATS = {
@@ -20,115 +24,178 @@ FORMATS = {
     ".md": TEXT,
     ".rst": TEXT,
     ".jsonl": JSONL,
+    ".ndjson": JSONL,
+    ".json": JSONL,
     ".csv": CSV,
     ".parquet": PARQUET,
 }
-IN_DIRECTORIES = (".txt", ".raw", ".tokens", ".jsonl", ".csv", ".parquet")  # a folder's README is not its text
-COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".zip": "zip"}
+MAGIC = {
+    ".gz": b"\x1f\x8b",
+    ".zst": b"\x28\xb5\x2f\xfd",
+    ".zip": b"PK\x03\x04",
+    ".parquet": b"PAR1",
+    ".xz": b"\xfd7zXZ",
+}
 PIECE_CHARACTERS = 1 << 16
 
 
-class Piece(NamedTuple):
-    """A part of a document; `starts` where it is the document's first."""
+@dataclass(frozen=True)
+class Layout:
+    """How a set's text lies in its files.
 
-    text: str
-    starts: bool
-
-
-def whole(texts: Iterable[str]) -> Iterator[Piece]:
-    """Each text a document of one piece; empty texts are left out."""
-    return (Piece(text, True) for text in texts if text.strip())
-
-
-def find_files(path: Path, split: str | None) -> list[Path]:
-    """The file `path`, or the text files under the directory `path` in the order of their names.
-
-    With a split only those of which a directory or the file name begins with it. Raises UserError if none is left.
+    `field`: key or column of the text. `lines`: in plain text a line is a document, with its end if `keep_newline`,
+    else without white space around it. `span`: of plain text only the characters from the first to before the second
+    number. `any_ending`: a name without a known ending is plain text.
     """
-    if not path.exists():
-        raise UserError(f"--source: no such file or directory: {path}")
-    if not path.is_dir():
-        _format(path)
-        return [path]
-    found = sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file() and _suffixes(file)[0] in IN_DIRECTORIES and not file.name.startswith(".")
-    )
-    if not found:
-        raise UserError(f"--source: the directory {path} holds no {', '.join(IN_DIRECTORIES)} (.gz, .zst) file")
-    if split is None:
-        return found
-    chosen = [file for file in found if any(part.startswith(split) for part in file.relative_to(path).parts)]
-    if not chosen:
-        raise UserError(f"--split {split}: no name under {path} begins with '{split}'; leave --split out")
-    return chosen
+
+    field: str = "text"
+    lines: bool = False
+    keep_newline: bool = False
+    span: tuple[int, int] | None = None
+    any_ending: bool = False
 
 
-def read_file(path: Path, field: str, lines: bool = False, keep_newline: bool = False) -> Iterator[Piece]:
-    """The documents in a file. `field` is the key or column of the text; `lines`: in plain text, a line is a document.
-
-    Raises UserError, with the file's name, for damage and for a missing field.
-    """
-    readers = {JSONL: _jsonl, CSV: _csv, PARQUET: _parquet}
-    kind = _format(path)
-    try:
-        if kind != TEXT:
-            yield from whole(readers[kind](path, field))
-        elif lines:
-            with _open(path, newline=None) as stream:
-                yield from whole(line if keep_newline else line.rstrip("\n") for line in stream)
-        else:
-            with _open(path, newline=None) as stream:
-                yield from _cut(stream)
-    except UnicodeDecodeError as error:
-        raise UserError(f"--source: {path} is not UTF-8 text ({error.reason}); convert it first") from None
-    except (OSError, EOFError, csv.Error) as error:
-        raise UserError(f"--source: {path} cannot be read ({error})") from None
-
-
-def _suffixes(path: Path) -> tuple[str, str]:
-    """The format's suffix and the compression's, which may be ""."""
+def suffixes(path: Path) -> tuple[str, str]:
+    """The format's ending and the compression's, which may be ""."""
     packed = path.suffix.lower() if path.suffix.lower() in COMPRESSION else ""
     inner = Path(path.stem) if packed else path
     return inner.suffix.lower(), packed
 
 
-def _format(path: Path) -> str:
-    suffix = _suffixes(path)[0]
-    if suffix not in FORMATS:
-        raise UserError(f"--source: {path} has none of the known endings {', '.join(FORMATS)} (or .gz, .zst after it)")
-    return FORMATS[suffix]
+def check_ending(path: Path, layout: Layout) -> str:
+    """The format of `path`, or UserError if its name does not tell."""
+    suffix = suffixes(path)[0]
+    if suffix in FORMATS:
+        return FORMATS[suffix]
+    if layout.any_ending:
+        return TEXT
+    raise UserError(
+        f"--source: {path} has none of the known endings {', '.join(FORMATS)} (or {', '.join(COMPRESSION)} after it); "
+        "rename it"
+    )
 
 
-def _open(path: Path, newline: str | None) -> io.TextIOWrapper:
-    import pyarrow
+def count_documents(path: Path, layout: Layout) -> int:
+    """Documents in a file, empty ones too; Parquet knows its number, all others are read through."""
+    if check_ending(path, layout) == PARQUET:
+        import pyarrow.parquet
 
-    packed = _suffixes(path)[1]
-    stream = pyarrow.input_stream(str(path), compression=COMPRESSION.get(packed))
+        with _user_errors(path):
+            return int(pyarrow.parquet.read_metadata(path).num_rows)
+    return sum(piece.starts for piece in read_file(path, layout, Position()))
+
+
+def read_file(path: Path, layout: Layout, position: Position) -> Iterator[Piece]:
+    """The documents in a file, empty ones too; adds the file's bytes that were read to `position.done`.
+
+    Raises UserError, with the file's name, for damage, a wrong ending and a missing field.
+    """
+    kind, before = check_ending(path, layout), position.done
+    with _user_errors(path), path.open("rb") as raw:
+        _check_content(path, raw)
+        for piece in _pieces(path, raw, kind, layout):
+            position.done = before + raw.tell()
+            yield piece
+    position.done = before + path.stat().st_size
+
+
+class _user_errors:
+    """Turns what libraries raise for a damaged file into one sentence that names it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, UnicodeDecodeError):
+            raise UserError(f"--source: {self.path} is not UTF-8 text ({error.reason}); convert it first") from None
+        import pyarrow
+
+        known = (OSError, EOFError, csv.Error, zipfile.BadZipFile, zlib.error, pyarrow.ArrowException)
+        if isinstance(error, known):
+            what = f"is not a Parquet file or damaged ({error})" if self.path.suffix == ".parquet" else None
+            raise UserError(f"--source: {self.path} {what or f'cannot be read ({error})'}; get it again") from None
+
+
+def _check_content(path: Path, raw: BinaryIO) -> None:
+    head = raw.read(8)
+    raw.seek(0)
+    suffix, packed = suffixes(path)
+    if packed and not head:
+        raise UserError(f"--source: {path} is empty, which no {packed} file is; get it again")
+    for ending, magic in MAGIC.items():
+        if head.startswith(magic) and ending != (packed or suffix):
+            remedy = "unpack it first" if ending == ".xz" else f"let its name end in {ending}"
+            raise UserError(f"--source: {path} is a {ending} file, which its name does not say; {remedy}")
+
+
+def _pieces(path: Path, raw: BinaryIO, kind: str, layout: Layout) -> Iterator[Piece]:
+    if kind == TEXT and not layout.lines:
+        with _text(path, raw, newline=None) as stream:
+            yield from cut(_blocks(path, stream, layout.span))
+        return
+    texts: Iterable[str]
+    if kind == TEXT:
+        texts = (line if layout.keep_newline else line.strip() for line in _text(path, raw, newline=None))
+    else:
+        texts = {JSONL: _jsonl, CSV: _csv, PARQUET: _parquet}[kind](path, raw, layout.field)
+    yield from (Piece(text, True) for text in texts)
+
+
+def _text(path: Path, raw: BinaryIO, newline: str | None) -> io.TextIOWrapper:
+    packed = suffixes(path)[1]
+    stream: BinaryIO = raw
+    if packed == ".zip":
+        archive = zipfile.ZipFile(raw)
+        members = [member for member in archive.infolist() if not member.is_dir()]
+        if len(members) != 1:
+            raise UserError(f"--source: {path} holds {len(members)} files; unpack it and give the directory")
+        stream = archive.open(members[0])  # type: ignore[assignment]
+    elif packed:
+        import pyarrow
+
+        # Reads through all frames of a file and raises for a cut one, which Python's gzip and zstd's tools differ in.
+        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), COMPRESSION[packed])
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
 
 
-def _cut(stream: io.TextIOWrapper) -> Iterator[Piece]:
+def _blocks(path: Path, stream: io.TextIOWrapper, span: tuple[int, int] | None) -> Iterator[str]:
+    if span is None:
+        yield from iter(lambda: stream.read(PIECE_CHARACTERS), "")
+        return
+    at, (first, last) = 0, span
+    while at < last:
+        block = stream.read(min(PIECE_CHARACTERS, (first if at < first else last) - at))
+        if not block:
+            raise UserError(f"--source: {path} has {at} characters, fewer than {last}: not the whole set; get it again")
+        at += len(block)
+        if at > first:
+            yield block
+
+
+def cut(blocks: Iterable[str]) -> Iterator[Piece]:
+    """One document, which comes in blocks of PIECE_CHARACTERS but for the last, in pieces of about that size."""
     # Pieces are cut before a line's end: tokenizers that join white space to the word after it then give the same
     # tokens as for the whole file.
     rest, starts = "", True
-    while block := stream.read(PIECE_CHARACTERS):
+    for block in blocks:
         rest += block
         if len(block) < PIECE_CHARACTERS:
             continue  # the end: nothing to gain from a cut
-        cut = max(rest.rfind("\n"), 0) or max(rest.rfind(" "), 0) or len(rest)
-        if rest[:cut].strip():
-            yield Piece(rest[:cut], starts)
-            rest, starts = rest[cut:], False
+        end = max(rest.rfind("\n"), 0) or max(rest.rfind(" "), 0) or len(rest)
+        if rest[:end].strip():
+            yield Piece(rest[:end], starts)
+            rest, starts = rest[end:], False
         elif starts:
-            rest = rest[cut:]
+            rest = rest[end:]
     if rest.strip() or (rest and not starts):
         yield Piece(rest, starts)
 
 
-def _jsonl(path: Path, field: str) -> Iterator[str]:
-    with _open(path, newline="\n") as stream:
+def _jsonl(path: Path, raw: BinaryIO, field: str) -> Iterator[str]:
+    with _text(path, raw, newline="\n") as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
@@ -136,17 +203,18 @@ def _jsonl(path: Path, field: str) -> Iterator[str]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"--source: {path} line {number} is not valid JSON ({error})") from None
-            keys = list(record) if isinstance(record, dict) else []
-            if field not in keys:
-                raise _no_field(f"{path} line {number}", field, keys)
+            if not isinstance(record, dict):
+                raise UserError(f"--source: {path} line {number} is no JSON object; give one object a line")
+            if field not in record:
+                raise no_field(f"{path} line {number}", field, list(record))
             if not isinstance(record[field], str):
                 raise UserError(f"--text-field {field}: {path} line {number} holds no string there")
             yield record[field]
 
 
-def _csv(path: Path, field: str) -> Iterator[str]:
+def _csv(path: Path, raw: BinaryIO, field: str) -> Iterator[str]:
     csv.field_size_limit(1 << 30)
-    with _open(path, newline="") as stream:
+    with _text(path, raw, newline="") as stream:
         rows = csv.reader(stream)
         head = next(rows, [])
         if field in head:
@@ -156,24 +224,21 @@ def _csv(path: Path, field: str) -> Iterator[str]:
             for row in itertools.chain([head], rows):
                 yield " ".join(row[1:])
         elif head:
-            raise _no_field(str(path), field, head)
+            raise no_field(str(path), field, head)
 
 
-def _parquet(path: Path, field: str) -> Iterator[str]:
-    import pyarrow
+def _parquet(path: Path, raw: BinaryIO, field: str) -> Iterator[str]:
     import pyarrow.parquet
 
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"--source: {path} is not a Parquet file ({error})") from None
+    file = pyarrow.parquet.ParquetFile(raw)
     if field not in file.schema_arrow.names:
-        raise _no_field(str(path), field, file.schema_arrow.names)
+        raise no_field(str(path), field, file.schema_arrow.names)
     for batch in file.iter_batches(batch_size=256, columns=[field]):
-        yield from (str(text) for text in batch.column(0).to_pylist() if text is not None)
+        yield from ("" if text is None else str(text) for text in batch.column(0).to_pylist())
 
 
-def _no_field(where: str, field: str, fields: list[str]) -> UserError:
+def no_field(where: str, field: str, fields: list[str]) -> UserError:
+    """The sentence for a field that `where` lacks."""
     return UserError(
         f"--text-field {field}: {where} has no such field; it has: {', '.join(fields[:10]) or 'no fields at all'}"
     )

@@ -5,54 +5,45 @@ A document comes as one or more pieces; only plain text files are cut, at line e
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 from bd3_ds.runtime.errors import UserError, did_you_mean
-from data_prep.catalog import EMBEDDED_SETS, NAMED_SETS, NamedSet
-from data_prep.files import Piece, find_files, read_file, whole
+from data_prep import local
+from data_prep.catalog import EMBEDDED_SETS, NAMED_SETS, NamedSet, check_split
+from data_prep.files import PIECE_CHARACTERS, cut
 from data_prep.packing import NONE
+from data_prep.pieces import Piece, Position, Source
+
+_LIKE_A_FILE = re.compile(r"\.(txt|jsonl|json|csv|parquet|gz|zst|zip|raw)$")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A source that was found but not yet read. `size` is its bytes on disk, 0 where that is unknown.
-
-    `detokenizer` and `frame` are its defaults; `pieces()` starts reading from the beginning at each call.
-    """
-
-    name: str
-    spec: str
-    split: str | None
-    detokenizer: str
-    frame: str
-    size: int
-    pieces: Callable[[], Iterator[Piece]]
-
-
-def open_source(spec: str, split: str | None = None, text_field: str | None = None) -> Source:
+def open_source(
+    spec: str, split: str | None = None, text_field: str | None = None, revision: str | None = None
+) -> Source:
     """Find the source that `spec` names: NAME, NAME=PATH, FILE, DIR or OWNER/NAME on the hub.
 
-    `split` None means the named set's default, or everything of a local path. Raises UserError where there is no such
-    source or split; nothing is read or downloaded yet.
+    `split` None means a named set's default, or everything of any other path. `revision`: the commit of a hub set that
+    is to be read, by default the newest. Raises UserError where there is no such source or split; nothing is read or
+    downloaded yet.
     """
     name, equals, path = spec.partition("=")
     if equals and not Path(spec).exists():
         if name not in NAMED_SETS:
             raise UserError(f"--source {spec}: unknown set '{name}' before '='; {did_you_mean(name, NAMED_SETS)}")
-        return _local(name, Path(path), split, text_field, NAMED_SETS[name])
+        if not path:
+            raise UserError(f"--source {spec}: no path after '='; give {name}=PATH, or {name} for the hub's copy")
+        return local.named_set(name, Path(path).expanduser(), split, text_field, NAMED_SETS[name])
     if spec in EMBEDDED_SETS:
         return _embedded(spec, split)
     if spec in NAMED_SETS:
-        return _hub_named(spec, split, text_field)
-    local = Path(spec).expanduser()
-    if spec and local.exists():
-        return _local(local.name.split(".")[0] or "text", local, split, text_field, None)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec) and not re.search(r"\.(txt|jsonl|csv|parquet|gz|zst|raw)$", spec):
-        return _hub(spec, split, text_field)
+        return _hub_named(spec, split, text_field, NAMED_SETS[spec], revision)
+    path_on_disk = Path(spec).expanduser()
+    if spec and path_on_disk.exists():
+        return local.any_text(path_on_disk, split, text_field)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec) and not _LIKE_A_FILE.search(spec):
+        return _hub(spec, split, text_field, revision)
     known = [*NAMED_SETS, *EMBEDDED_SETS]
     raise UserError(
         f"--source '{spec}' is no file, no directory and no known set ({did_you_mean(spec, known)}); "
@@ -60,92 +51,53 @@ def open_source(spec: str, split: str | None = None, text_field: str | None = No
     )
 
 
-def _check_split(spec: str, split: str | None, known: Iterable[str]) -> str:
-    known = list(known)
-    if split is not None and split not in known:
-        raise UserError(f"--split {split}: {spec} has no such split; {did_you_mean(split, known)}")
-    return split or known[0]
-
-
 def _embedded(name: str, split: str | None) -> Source:
-    chosen = _check_split(name, split, EMBEDDED_SETS[name].splits)
+    chosen = check_split(name, split, EMBEDDED_SETS[name].splits)
 
-    def pieces() -> Iterator[Piece]:
+    def read(_: Position) -> Iterator[Piece]:
         from data_prep import python_docs
 
-        return whole(python_docs.documents(name, chosen))
+        return (Piece(text, True) for text in python_docs.documents(name, chosen))
 
-    return Source(name, name, chosen, "none", EMBEDDED_SETS[name].frame, 0, pieces)
-
-
-def _local(name: str, path: Path, split: str | None, field: str | None, known: NamedSet | None) -> Source:
-    path = path.expanduser().resolve()
-    held_out = known is not None and known.holdout > 0
-    if held_out and split is not None and known:
-        _check_split(name, split, known.splits)
-    elif split is not None and not path.is_dir():
-        raise UserError(f"--split {split}: {path} is one file and has no splits; leave --split out")
-    files = find_files(path, None if held_out else split)
-    text_field = field or (known.field if known else "text")
-    spec = f"{name}={path}" if known else str(path)
-
-    def pieces() -> Iterator[Piece]:
-        lines, newline = (known.lines, known.keep_newline) if known else (False, False)
-        return itertools.chain.from_iterable(read_file(file, text_field, lines, newline) for file in files)
-
-    def held() -> Iterator[Piece]:
-        assert known is not None
-        documents = sum(piece.starts for piece in pieces())
-        if documents <= known.holdout:
-            raise UserError(
-                f"--split {split}: {name} keeps its last {known.holdout} documents for validation, but {path} holds "
-                f"{documents} in all; leave --split out to take everything"
-            )
-        return _slice_documents(pieces(), documents - known.holdout, split == "train")
-
-    size = sum(file.stat().st_size for file in files)
-    detokenizer, frame = (known.detokenizer, known.frame) if known else ("none", NONE)
-    return Source(name, spec, split, detokenizer, frame, size, held if held_out and split else pieces)
+    return Source(name, name, chosen, "none", EMBEDDED_SETS[name].frame, 0, read)
 
 
-def _slice_documents(pieces: Iterator[Piece], boundary: int, before: bool) -> Iterator[Piece]:
-    seen = 0
-    for piece in pieces:
-        seen += piece.starts
-        if seen > boundary and before:
-            return
-        if (seen <= boundary) == before:
-            yield piece
-
-
-def _hub_named(name: str, split: str | None, field: str | None) -> Source:
+def _hub_named(name: str, split: str | None, field: str | None, known: NamedSet, revision: str | None) -> Source:
     from data_prep import hub
 
-    known = NAMED_SETS[name]
-    chosen = _check_split(name, split, known.splits)
+    chosen = check_split(name, split, known.splits)
+    advice = f"give a local copy with --source {name}=PATH"
+    hub_split = known.splits[chosen]
+    documents = known.documents[hub_split]
+    boundary = documents - known.holdout
+    part = (0, documents) if not known.holdout else (0, boundary) if chosen == "train" else (boundary, documents)
 
-    def pieces() -> Iterator[Piece]:
-        texts = hub.texts(
-            known.hub,
-            known.config,
-            known.splits[chosen],
-            field or known.field,
-            known.parquet,
-            advice=f"give a local copy with --source {name}=PATH",
-        )
-        if known.holdout:
-            boundary = known.documents - known.holdout
-            texts = itertools.islice(texts, boundary) if chosen == "train" else itertools.islice(texts, boundary, None)
-        return whole(texts)
+    def read(position: Position) -> Iterator[Piece]:
+        info = hub.find_commit(known.hub, revision or known.branch, advice)
+        folder = known.folder.format(config=known.config, split=hub_split)
+        for text in hub.parquet_texts(info, folder, field or known.field, documents, part, position, advice):
+            if known.spans:  # the whole split is one document
+                yield from cut(text[at : at + PIECE_CHARACTERS] for at in range(0, len(text), PIECE_CHARACTERS))
+            else:
+                yield Piece(text, True)
 
-    return Source(name, name, chosen, known.detokenizer, known.frame, 0, pieces)
+    def find_revision() -> str | None:
+        return hub.find_commit(known.hub, revision or known.branch, advice).sha
+
+    return Source(name, name, chosen, known.detokenizer, known.frame, 0, read, find_revision)
 
 
-def _hub(spec: str, split: str | None, field: str | None) -> Source:
+def _hub(spec: str, split: str | None, field: str | None, revision: str | None) -> Source:
     from data_prep import hub
 
-    def pieces() -> Iterator[Piece]:
-        advice = "if it is meant as a path, no such file exists here; otherwise download it and give --source FILE"
-        return whole(hub.texts(spec, None, split or "train", field or "text", False, advice))
+    advice = "if it is meant as a path, no such file exists here; otherwise download it and give --source FILE"
+    chosen = split or "train"
 
-    return Source(spec.split("/")[-1], spec, split or "train", "none", NONE, 0, pieces)
+    def read(position: Position) -> Iterator[Piece]:
+        info = hub.find_commit(spec, revision or "main", advice)
+        return (Piece(text, True) for text in hub.any_texts(info, chosen, field or "text", position, advice))
+
+    def find_revision() -> str | None:
+        return hub.find_commit(spec, revision or "main", advice).sha
+
+    return Source(spec.split("/")[-1], spec, chosen, "none", NONE, 0, read, find_revision)

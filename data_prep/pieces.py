@@ -1,0 +1,55 @@
+"""What a source is: text that comes in pieces, how far its reading is, and which revision of it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Piece(NamedTuple):
+    """A part of a document; `starts` where it is the document's first."""
+
+    text: str
+    starts: bool
+
+
+@dataclass
+class Position:
+    """How far reading is: `done` of `total`, both in bytes of the files or both in documents of a hub set.
+
+    `total` is 0 where it is unknown, and for a hub set until its first document was read.
+    """
+
+    done: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source that was found but not yet read. `size` is its bytes on disk, 0 where that is unknown.
+
+    `detokenizer` and `frame` are its defaults.
+    """
+
+    name: str
+    spec: str
+    split: str | None
+    detokenizer: str
+    frame: str
+    size: int
+    read: Callable[[Position], Iterator[Piece]]
+    find_revision: Callable[[], str | None] = lambda: None
+
+    def pieces(self, position: Position | None = None) -> Iterator[Piece]:
+        """Read from the beginning, the same pieces in the same order at each call; keeps `position` up to date.
+
+        Documents without text are left out. Raises UserError for what is damaged, missing or out of reach.
+        """
+        position = position or Position()
+        position.done, position.total = 0.0, float(self.size)
+        return (piece for piece in self.read(position) if piece.text.strip() or not piece.starts)
+
+    def revision(self) -> str | None:
+        """The hub's commit that `pieces` reads, asked for at the first call; None for what is no hub set."""
+        return self.find_revision()
