@@ -230,7 +230,7 @@ def _csv(path: Path, raw: BinaryIO, field: str) -> Iterator[str]:
 def _parquet(path: Path, raw: BinaryIO, field: str) -> Iterator[str]:
     import pyarrow.parquet
 
-    file = pyarrow.parquet.ParquetFile(raw)
+    file = pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True)
     if field not in file.schema_arrow.names:
         raise no_field(str(path), field, file.schema_arrow.names)
     for batch in file.iter_batches(batch_size=256, columns=[field]):

@@ -110,7 +110,7 @@ def _rows(info: DatasetInfo, file: str, metadata: Any, field: str, first: int, l
     if not groups:
         return
     with _open(info, file) as stream:
-        table = pyarrow.parquet.ParquetFile(stream, metadata=metadata)
+        table = pyarrow.parquet.ParquetFile(stream, metadata=metadata, page_checksum_verification=True)
         if field not in table.schema_arrow.names:
             raise no_field(info.id, field, table.schema_arrow.names)
         number = groups[0][1]
@@ -147,8 +147,7 @@ class _user_errors:
             return f"the hub has no such public data set ({hint})"
         if isinstance(error, errors.RevisionNotFoundError):
             return f"the hub has no {self.what} of it"
-        unreachable = (requests.RequestException, errors.HfHubHTTPError, errors.OfflineModeIsEnabled)
-        if isinstance(error, unreachable) or type(error) is OSError:
+        if isinstance(error, (requests.RequestException, ConnectionError, TimeoutError, errors.OfflineModeIsEnabled)):
             return "the Hugging Face hub cannot be reached from here"
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         return f"{self.what} cannot be read from the hub ({cause})"

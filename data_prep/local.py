@@ -33,7 +33,7 @@ def named_set(name: str, path: Path, split: str | None, field: str | None, known
             raise _no_split(path, split)
     layout = Layout(field or known.field, known.lines, known.keep_newline, any_ending=True)
     files, chosen = find_set(path, split, known, layout)
-    size = float(_size(files))
+    size = _size(files)
 
     def read(position: Position) -> Iterator[Piece]:
         return _read(files, layout, position)
@@ -43,7 +43,6 @@ def named_set(name: str, path: Path, split: str | None, field: str | None, known
             raise UserError(f"--source: {path} holds {len(files)} files, but {name} is one; give {name}=FILE")
         chosen = split or next(iter(known.splits))
         layout = Layout(span=known.spans[chosen], any_ending=True)
-        size *= layout.span[1] / max(last for _, last in known.spans.values()) if layout.span else 1
     elif known.holdout and chosen is None:
         chosen = split or next(iter(known.splits))
         train = chosen == "train"
@@ -58,7 +57,7 @@ def named_set(name: str, path: Path, split: str | None, field: str | None, known
                 )
             return _part(_read(files, layout, position), boundary, train)
 
-    return Source(name, f"{name}={path}", chosen, known.detokenizer, known.frame, int(size), read)
+    return Source(name, f"{name}={path}", chosen, known.detokenizer, known.frame, size, read)
 
 
 def _read(files: list[Path], layout: Layout, position: Position) -> Iterator[Piece]:
