@@ -28,16 +28,15 @@ def power_at(config: FrequencyConfig, step: int) -> float:
     return config.power * min(1.0, step / config.curriculum_steps)
 
 
-def token_rates(wish: Tensor, rate: Tensor) -> Tensor:
+def token_rates(wish: Tensor, rate: Tensor, scored: Tensor) -> Tensor:
     """Masking rates [b, B, L'] of tokens with these wishes in (0, 1], whose mean over a block is its `rate` [b, B].
 
-    The first token of the first block is given and does not count; its own rate means nothing.
+    Only tokens that can be masked count, `scored` [b, B, L']; the rates of others mean nothing.
 
     Below their mean wish, rates are wishes scaled down; above it, what is left to 1 is scaled down instead, so that all
     rates stay in [0, 1] and keep their order.
     """
-    counts = torch.ones_like(wish)
-    counts[:, 0, 0] = 0
+    counts = scored.to(wish.dtype)
     mean = ((wish * counts).sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp(min=1)).clamp(min=1e-300)
     p = rate[..., None]
     down = wish * (p / mean)

@@ -5,7 +5,8 @@ For one block of n maskable tokens, with c_i(M) = -log p(x_i | block with M mask
     NELBO = sum_{m=1..n} mean over subsets M of size m of (1/m) sum_{i in M} c_i(M)      (p integrated out)
           = integral_0^1 (1/p) E_{M ~ Bernoulli(p)} sum_{i in M} c_i(M) dp
 
-Position 0 is given: the first block has one maskable token less. All values are nats.
+Position 0 is given and padding is nobody's: a block has so many maskable tokens less. Every estimator takes the places'
+documents [b, L], below 0 at padding; None where there is none. All values are nats.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bd3_ds.diffusion.noise import next_tokens, scored_places
 from bd3_ds.diffusion.subs import SubsNats
 from bd3_ds.runtime.rng import Purpose, generator
 
@@ -39,13 +41,15 @@ class Bound:
 
     nelbo: [b, L] nats by token; a block's bound is spread over its tokens, so only sums over whole blocks have meaning.
     variance: [b] variance of a sequence's summed NELBO that the estimator itself adds (0 when exact).
-    forwards: passes of the network over a sequence, noisy views and clean passes together. The value, its standard
-    error and the number of tokens scored follow: `total`, `stderr`, `tokens`.
+    forwards: passes of the network over a sequence, noisy views and clean passes together.
+    tokens: scored ones, all but each sequence's first and padding. The value and its standard error follow: `total`,
+    `stderr`.
     """
 
     nelbo: Tensor
     variance: Tensor
     forwards: int
+    tokens: int
 
     @property
     def total(self) -> float:
@@ -53,54 +57,63 @@ class Bound:
         return float(self.nelbo.double().sum())
 
     @property
-    def tokens(self) -> int:
-        """Tokens scored: all but each sequence's first."""
-        return len(self.nelbo) * (self.nelbo.shape[1] - 1)
-
-    @property
     def stderr(self) -> Tensor:
         """Standard error [b] of each sequence's summed NELBO."""
         return self.variance.sqrt()
 
 
-def autoregressive(network: CausalNetwork, x0: Tensor, mask_id: int) -> Bound:
+def autoregressive(network: CausalNetwork, x0: Tensor, mask_id: int, documents: Tensor | None = None) -> Bound:
     """The exact NLL of tokens 1 … L-1 of x0 [b, L]."""
-    at = torch.arange(x0.numel(), device=x0.device).view(x0.shape)[:, :-1].flatten()
-    _, nats = network(x0, at, SubsNats(x0[:, 1:].flatten(), mask_id))
-    nelbo = torch.zeros(x0.shape, device=x0.device)
-    nelbo[:, 1:] = nats.view(len(x0), -1)
-    return Bound(nelbo, torch.zeros(len(x0), device=x0.device), len(x0))
+    at, of = next_tokens(x0, documents)
+    _, nats = network(x0, at, SubsNats(x0.flatten()[of], mask_id))
+    nelbo = torch.zeros(x0.numel(), device=x0.device).index_copy_(0, of, nats.float()).view(x0.shape)
+    return Bound(nelbo, torch.zeros(len(x0), device=x0.device), len(x0), len(of))
 
 
-def exact(condition: Condition, x0: Tensor, block_size: int, mask_id: int, at_once: int = 64) -> Bound:
-    """The NELBO without sampling: all 2^L' - 1 masks of a block, `at_once` noisy sequences a pass."""
-    batch, length = x0.shape
+def exact(
+    condition: Condition,
+    x0: Tensor,
+    block_size: int,
+    mask_id: int,
+    at_once: int = 64,
+    documents: Tensor | None = None,
+) -> Bound:
+    """The NELBO without sampling: all 2^L' - 1 masks of a block, `at_once` noisy sequences a pass.
+
+    A block with fewer maskable tokens has fewer masks: those that hold another place weigh nothing there.
+    """
+    batch = len(x0)
     subsets = torch.arange(1, 2**block_size)
-    pattern = (subsets[:, None] >> torch.arange(block_size)) & 1  # [M, L']
+    pattern = ((subsets[:, None] >> torch.arange(block_size)) & 1).bool()  # [M, L']
     size = pattern.sum(1)
+    scored = scored_places(x0, documents).cpu()  # where masks are made
+    by_block = scored.view(batch, 1, -1, block_size)  # [b, 1, B, L']
+    maskable = by_block.sum(-1)  # [b, 1, B]
+    # n over m; 1 where it would be 0, of masks that do not fit.
+    choose = torch.tensor([[max(1, comb(n, m)) for m in range(block_size + 1)] for n in range(block_size + 1)]).double()
     denoise = condition(x0)
     nelbo = torch.zeros(x0.shape, dtype=torch.float64, device=x0.device)
     views = max(1, at_once // batch)
     for start in range(0, len(subsets), views):
-        part = slice(start, start + views)
-        masked = pattern[part].bool().repeat(1, length // block_size)  # [K, L]
-        weight = 1.0 / (size[part].double() * _choose(block_size, size[part]))  # [K]
-        weight = weight[:, None].repeat(1, length)
-        # The first block has L' - 1 maskable tokens: views that mask position 0 do not count there.
-        first = torch.where(
-            pattern[part][:, 0] == 1, 0.0, 1.0 / (size[part].double() * _choose(block_size - 1, size[part]))
-        )
-        weight[:, :block_size] = first[:, None]
-        masked[:, 0] = False
-        nats = _view_nats(denoise, x0, masked.to(x0.device).expand(batch, -1, -1), mask_id)  # [b, K, L]
+        chosen, count = pattern[start : start + views, None], size[start : start + views, None]  # [K, 1, L'], [K, 1]
+        fits = (by_block | ~chosen).all(-1)  # [b, K, B]
+        weight = (fits / (count * choose[maskable, count])).repeat_interleave(block_size, dim=2)  # [b, K, L]
+        masked = (by_block & chosen).flatten(2)  # [b, K, L]
+        nats = _view_nats(denoise, x0, masked.to(x0.device), mask_id)
         nelbo += (nats * weight.to(x0.device)).sum(1)
-    return Bound(
-        nelbo, torch.zeros(batch, dtype=torch.float64, device=x0.device), batch * len(subsets) + _clean(x0, block_size)
-    )
+    forwards = batch * len(subsets) + _clean(x0, block_size)
+    return Bound(nelbo, torch.zeros(batch, dtype=torch.float64, device=x0.device), forwards, int(scored.sum()))
 
 
 def stratified(
-    condition: Condition, x0: Tensor, block_size: int, mask_id: int, views: int, seed: int, first_sequence: int = 0
+    condition: Condition,
+    x0: Tensor,
+    block_size: int,
+    mask_id: int,
+    views: int,
+    seed: int,
+    first_sequence: int = 0,
+    documents: Tensor | None = None,
 ) -> Bound:
     """An unbiased estimate by drawing the number of masked tokens m from strata of 1 … n, then which ones uniformly.
 
@@ -109,20 +122,20 @@ def stratified(
     """
     batch, length = x0.shape
     blocks = length // block_size
-    maskable = np.full(blocks, block_size)
-    maskable[0] -= 1
+    scored = scored_places(x0, documents).cpu().numpy().reshape(batch, blocks, block_size)
     masked = np.zeros((batch, views, blocks, block_size), dtype=bool)
     weight = np.zeros((batch, views, blocks))
     for row in range(batch):
         rng = generator(seed, Purpose.EVALUATION, first_sequence + row)
         u = (np.arange(views)[:, None] + rng.random(blocks)) / views  # [K, B]
+        maskable = scored[row].sum(-1)  # [B]
         count = np.minimum(1 + np.floor(u * maskable), maskable)  # [K, B]
         keys = rng.random((views, blocks, block_size))
-        keys[:, 0, 0] = np.inf
+        keys[:, ~scored[row]] = np.inf
         rank = keys.argsort(-1).argsort(-1)
         masked[row] = rank < count[:, :, None]
         weight[row] = np.divide(maskable, count, out=np.zeros_like(count), where=count > 0)
-    return _sampled(condition, x0, masked, weight, block_size, mask_id)
+    return _sampled(condition, x0, masked & scored[:, None], weight, block_size, mask_id, int(scored.sum()))
 
 
 def paper_rates(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,6 +153,7 @@ def monte_carlo(
     seed: int,
     first_sequence: int = 0,
     draw: RateDraw = paper_rates,
+    documents: Tensor | None = None,
 ) -> Bound:
     """The paper's protocol: a rate per block, evenly spread over a sequence's blocks, Bernoulli masks.
 
@@ -155,12 +169,12 @@ def monte_carlo(
         rate, weights = draw(torch.from_numpy((order + rng.random((views, blocks))) / blocks))  # each [K, B]
         masked[row] = rng.random((views, blocks, block_size)) < rate.numpy()[:, :, None]
         weight[row] = weights.numpy()
-    masked[:, :, 0, 0] = False
-    return _sampled(condition, x0, masked, weight, block_size, mask_id)
+    scored = scored_places(x0, documents).cpu().numpy().reshape(batch, 1, blocks, block_size)
+    return _sampled(condition, x0, masked & scored, weight, block_size, mask_id, int(scored.sum()))
 
 
 def _sampled(
-    condition: Condition, x0: Tensor, masked: np.ndarray, weight: np.ndarray, block_size: int, mask_id: int
+    condition: Condition, x0: Tensor, masked: np.ndarray, weight: np.ndarray, block_size: int, mask_id: int, tokens: int
 ) -> Bound:
     """Average over drawn views; masked [b, K, B, L'], weight [b, K, B] for each block's summed losses."""
     batch, length = x0.shape
@@ -169,7 +183,8 @@ def _sampled(
     nats = _view_nats(condition(x0), x0, at, mask_id)
     weighted = nats * torch.from_numpy(weight).to(x0.device).repeat_interleave(block_size, dim=2)  # [b, K, L]
     by_block = weighted.view(batch, views, length // block_size, block_size).sum(-1)  # [b, K, B]
-    return Bound(weighted.mean(1), _variance_of_mean(by_block).sum(-1), batch * views + _clean(x0, block_size))
+    forwards = batch * views + _clean(x0, block_size)
+    return Bound(weighted.mean(1), _variance_of_mean(by_block).sum(-1), forwards, tokens)
 
 
 def _variance_of_mean(values: Tensor) -> Tensor:
@@ -192,11 +207,6 @@ def _view_nats(denoise: ViewDenoiser, x0: Tensor, masked: Tensor, mask_id: int) 
     _, known = denoise(torch.where(masked, mask_id, clean), at, SubsNats(clean.flatten()[at], mask_id))
     nats = torch.zeros(masked.numel(), dtype=torch.float64, device=x0.device)
     return nats.index_copy_(0, at, known.double()).view(masked.shape)
-
-
-def _choose(n: int, sizes: Tensor) -> Tensor:
-    """n over m for each m in sizes; 1 where it would be 0 (such views carry no weight)."""
-    return torch.tensor([max(1, comb(n, int(m))) for m in sizes], dtype=torch.float64)
 
 
 def _clean(x0: Tensor, block_size: int) -> int:

@@ -37,15 +37,24 @@ class Noise:
     draws: Tensor
 
 
-def make_noise(u: Tensor, draws: Tensor, proposal: Draws, weight: WeightConfig, wish: Tensor | None = None) -> Noise:
+def make_noise(
+    u: Tensor,
+    draws: Tensor,
+    proposal: Draws,
+    weight: WeightConfig,
+    wish: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> Noise:
     """Noise from uniform numbers: u [b, B] for the blocks' rates, draws [b, L] for the masks.
 
-    wish [b, L] are the tokens' wishes to be masked (`frequency.py`), None where all are alike.
+    wish [b, L] are the tokens' wishes to be masked (`frequency.py`), None where all are alike; padding, where
+    documents [b, L] are below 0, has no say in them.
     """
     rate, bound_weight = proposal.draw(u)
     tokens = None
     if wish is not None:
-        tokens = token_rates(wish.view(*rate.shape, -1), rate).flatten(1)
+        counts = scored_places(wish, documents).view(*rate.shape, -1)
+        tokens = token_rates(wish.view(*rate.shape, -1), rate, counts).flatten(1)
     return Noise(rate, bound_weight, loss_weight(weight, rate, bound_weight), tokens, draws)
 
 
@@ -69,18 +78,35 @@ def choose_block_size(seed: int, step: int, sizes: Sequence[int]) -> int:
     return int(sizes[generator(seed, Purpose.BLOCK_SIZE, step).integers(len(sizes))])
 
 
-def maskable(blocks: int, block_size: int) -> Tensor:
-    """Tokens [B] of each block that can be masked: all, but for the first block's given token."""
-    count = torch.full((blocks,), block_size, dtype=torch.float64)
-    count[0] -= 1
-    return count
+def scored_places(x0: Tensor, documents: Tensor | None = None) -> Tensor:
+    """Where texts x0 [b, L] are masked and scored, boolean: all but position 0, which is given, and padding.
+
+    Padding is where documents [b, L] are below 0; without `documents` there is none.
+    """
+    scored = torch.ones_like(x0, dtype=torch.bool) if documents is None else documents >= 0
+    scored[:, 0] = False
+    return scored
 
 
-def corrupt(x0: Tensor, rate: Tensor, draws: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
+def next_tokens(x0: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a causal network is asked about texts [b, L]: places `at` [N] of the flattened texts, and of their targets.
+
+    Each scored token is asked of the last text before it, so that padding in between does not count.
+    """
+    place = torch.arange(x0.numel(), device=x0.device).view(x0.shape)
+    if documents is None:
+        return place[:, :-1].flatten(), place[:, 1:].flatten()
+    scored = scored_places(x0, documents)[:, 1:]
+    last_text = torch.where(documents < 0, -1, place).cummax(1).values[:, :-1]
+    return last_text[scored], place[:, 1:][scored]
+
+
+def corrupt(
+    x0: Tensor, rate: Tensor, draws: Tensor, mask_id: int, scored: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Mask tokens x0 [b, L] at `rate` [b, L] by `draws` [b, L]: (x_t, masked), both [b, L].
 
-    Position 0 is given: it is never masked.
+    `scored` [b, L] are the places that can be masked; None: all but position 0.
     """
-    masked = draws < rate
-    masked[:, 0] = False
+    masked = (draws < rate) & (scored_places(x0) if scored is None else scored)
     return torch.where(masked, mask_id, x0), masked

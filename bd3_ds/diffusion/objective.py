@@ -1,7 +1,7 @@
 """The training objectives: AR, MDLM, SEDD and BD3-LM, on a denoiser that is handed in.
 
 Each turns a micro-batch and its noise into one differentiable number in nats per scored token. Position 0 of a
-sequence is given, so L - 1 of its L tokens are scored.
+sequence is given, so L - 1 of its L tokens are scored, or fewer where there is padding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bd3_ds.config.schema import AR, SEDD
 from bd3_ds.diffusion.chunked_head import HeadLoss
-from bd3_ds.diffusion.noise import Noise, corrupt, maskable
+from bd3_ds.diffusion.noise import Noise, corrupt, next_tokens, scored_places
 from bd3_ds.diffusion.score_entropy import ScoreNats, sigma_of
 from bd3_ds.diffusion.subs import SubsNats
 
@@ -55,26 +55,34 @@ def training_loss(
     noise: Noise | None,
     mask_id: int,
     device: torch.device | None = None,
+    documents: Tensor | None = None,
+    scored_tokens: float | None = None,
 ) -> Loss:
     """The loss of objective `name` for clean tokens x0 [b, L]; AR takes no noise.
 
-    Noise of b K rows makes K views of each text, which share its clean pass. Where x0 and the noise lie on the host,
-    masks are made there and only sent to `device`, so that the host need not wait for it.
+    Padding, where documents [b, L] are below 0, costs nothing. The sum of nats is divided by `scored_tokens` a
+    sequence, L - 1 by default: a constant, so that a token counts the same in whatever micro-batch it stands.
+
+    Noise of b K rows makes K views of each text, which share its clean pass. Where x0, `documents` and the noise lie on
+    the host, masks are made there and only sent to `device`, so that the host need not wait for it.
 
     Where tokens of a block have rates of their own, p_i, their nats count p / p_i in the estimate of the bound: so each
     token counts as often as at the block's rate p. What it sees around it still differs, so the estimate is not exact.
     """
     device = x0.device if device is None else device
+    length = x0.shape[1]
+    per_sequence = length - 1 if scored_tokens is None else scored_tokens
     if name == AR:
-        return _autoregressive(denoiser, send(x0, device), mask_id)
+        return _autoregressive(denoiser, x0, mask_id, device, documents, per_sequence)
     assert noise is not None
-    (rows, blocks), length = noise.rate.shape, x0.shape[1]
-    spread = length // blocks
-    clean = x0.repeat_interleave(rows // len(x0), dim=0)  # [b K, L]
+    rows, blocks = noise.rate.shape
+    spread, views = length // blocks, rows // len(x0)
+    clean = x0.repeat_interleave(views, dim=0)  # [b K, L]
+    can_be = scored_places(x0, documents).repeat_interleave(views, dim=0)  # [b K, L]
     rate = noise.rate.repeat_interleave(spread, dim=1)  # [b K, L]
-    x_t, masked = corrupt(clean, rate if noise.token_rate is None else noise.token_rate, noise.draws, mask_id)
+    x_t, masked = corrupt(clean, rate if noise.token_rate is None else noise.token_rate, noise.draws, mask_id, can_be)
     at = masked.flatten().nonzero()[:, 0]  # [N]
-    scored = rows * (length - 1)
+    scored = rows * per_sequence
     rate_at = rate.flatten()[at]
     fair = torch.ones_like(rate_at) if noise.token_rate is None else rate_at / noise.token_rate.flatten()[at]
     weight = noise.loss_weight.repeat_interleave(spread, dim=1).flatten()[at].float() / scored
@@ -100,7 +108,7 @@ def training_loss(
     return Loss(
         loss,
         ((bound_weight * by_block).sum() / scored).float(),
-        by_block / send(maskable(blocks, spread), device),
+        by_block / send(can_be.view(rows, blocks, spread).sum(-1).double(), device),
         *_by_rate(known, rate_at.float()),
     )
 
@@ -112,12 +120,13 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-def _autoregressive(denoiser: Denoiser, x0: Tensor, mask_id: int) -> Loss:
+def _autoregressive(
+    denoiser: Denoiser, x0: Tensor, mask_id: int, device: torch.device, documents: Tensor | None, per_sequence: float
+) -> Loss:
     """Token i from tokens before it; every position is a masked position at rate 1."""
-    batch, length = x0.shape
-    at = torch.arange(batch * length, device=x0.device).view(batch, length)[:, :-1].flatten()  # [N]
-    targets = x0[:, 1:].flatten()
-    weight = torch.full(at.shape, 1 / len(at), device=x0.device)
+    at, of = next_tokens(x0, documents)
+    at, targets, x0 = (send(tensor, device) for tensor in (at, x0.flatten()[of], x0))
+    weight = torch.full(at.shape, 1 / (len(x0) * per_sequence), device=device)
     loss, nats = denoiser(x0, None, sigma=None, at=at, read=SubsNats(targets, mask_id, weight))
     return Loss(loss, loss.detach(), None, *_by_rate(nats.double(), torch.ones_like(nats)))
 

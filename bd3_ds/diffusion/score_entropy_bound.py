@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bd3_ds.diffusion.likelihood import T_MIN, Bound
+from bd3_ds.diffusion.noise import scored_places
 from bd3_ds.diffusion.score_entropy import ScoreNats, sigma_of
 from bd3_ds.runtime.rng import Purpose, generator
 
@@ -17,12 +18,18 @@ ScoreNetwork = Callable[[Tensor, Tensor, Tensor, ScoreNats], tuple[Tensor, Tenso
 
 
 def score_entropy_bound(
-    network: ScoreNetwork, x0: Tensor, mask_id: int, views: int, seed: int, first_sequence: int = 0
+    network: ScoreNetwork,
+    x0: Tensor,
+    mask_id: int,
+    views: int,
+    seed: int,
+    first_sequence: int = 0,
+    documents: Tensor | None = None,
 ) -> Bound:
     """The NELBO of clean tokens x0 [b, L], in nats, from `views` noisy versions of each sequence in one pass.
 
     View k takes one time t from the k-th of `views` equal strata of [1e-3, 1] and has weight 1/t. Draws depend on
-    (seed, number of the sequence), not on batching. Position 0 is given.
+    (seed, number of the sequence), not on batching. Position 0 is given, padding left out (documents [b, L] below 0).
     """
     batch, length = x0.shape
     t = np.zeros((batch, views))
@@ -31,11 +38,11 @@ def score_entropy_bound(
         rng = generator(seed, Purpose.EVALUATION, first_sequence + row)
         t[row] = T_MIN + (1 - T_MIN) * (np.arange(views) + rng.random(views)) / views
         masked[row] = rng.random((views, length)) < t[row, :, None]
-    masked[:, :, 0] = False
+    scored = scored_places(x0, documents).cpu()
 
     time = torch.from_numpy(t).flatten()  # [b K]
     sigma = sigma_of(time).float().to(x0.device)
-    hidden = torch.from_numpy(masked).flatten(0, 1)  # [b K, L]
+    hidden = (torch.from_numpy(masked) & scored[:, None]).flatten(0, 1)  # [b K, L]
     at = hidden.flatten().nonzero()[:, 0].to(x0.device)  # [N]
     clean = x0.repeat_interleave(views, dim=0)
     x_t = torch.where(hidden.to(x0.device), mask_id, clean)
@@ -44,7 +51,7 @@ def score_entropy_bound(
     weighted = nats.double() / time.to(x0.device)[at // length]
     nelbo = torch.zeros(batch * views * length, dtype=torch.float64, device=x0.device)
     by_view = nelbo.index_copy_(0, at, weighted).view(batch, views, length)
-    return Bound(by_view.mean(1), _variance_of_mean(by_view.sum(-1)), batch * views)
+    return Bound(by_view.mean(1), _variance_of_mean(by_view.sum(-1)), batch * views, int(scored.sum()))
 
 
 def _variance_of_mean(values: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from bd3_ds.config.schema import AR, SEDD, RunConfig, block_size
 from bd3_ds.data.pack import open_pack
 from bd3_ds.diffusion import likelihood
 from bd3_ds.diffusion.likelihood import Bound
+from bd3_ds.diffusion.noise import scored_places
 from bd3_ds.diffusion.report_estimator import report_rates
 from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
 from bd3_ds.evaluation.denoisers import causal, conditioned
@@ -48,14 +49,21 @@ def evaluate_pack(
 
     `stderr` is what the estimator itself adds, for this text: 0 where the value is exact. `batch` bounds the noisy
     sequences of a forward pass; weights and arithmetic are fp32. Raises UserError for a set that the export cannot
-    read, an estimator that does not fit, and a bound that is not finite. `report` adds `report_loss` (nats per scored
-    token) and `report_ppl` = its exp, which the project's report printed, to the stratified bound.
+    read or that has nothing to score, an estimator that does not fit, and a bound that is not finite. `report` adds
+    `report_loss` (nats per scored token) and `report_ppl` = its exp, which the project's report printed, to the
+    stratified bound.
     """
     manifest = check_pack(export, set_name, str(pack_dir))
     pack = open_pack(pack_dir)
     tokens = torch.from_numpy(pack.all_tokens(max_chunks))
-    documents = torch.from_numpy(pack.all_documents(max_chunks)) if export.run.data.document_mask else None
-    scored = len(tokens) * (manifest.length - 1)
+    numbers = pack.all_documents(max_chunks, apart=export.run.data.document_mask)
+    documents = None if numbers is None else torch.from_numpy(numbers)
+    scored = int(scored_places(tokens, documents).sum())
+    if scored == 0:
+        raise UserError(
+            f"set {set_name} in {pack_dir} has nothing to score: all but the given first tokens is padding; prepare it "
+            "from longer documents"
+        )
     used = estimator_used(export.run, estimator, "estimator", scored)
     size = block_size(export.run)
     together = _sequences_at_once(used, size, views, batch)
@@ -130,12 +138,13 @@ def bound_of(
     """The Bound of tokens x0 [b, L] under the run's objective, by a name that `estimator_used` returned.
 
     Sampled estimators draw by (seed, first_sequence + row), so batching does not matter; `exact` puts `at_once` noisy
-    sequences into a pass. With `documents` [b, L], each token's document, tokens see their own document alone.
+    sequences into a pass. With `documents` [b, L], each token's document, tokens see their own document alone; padding,
+    where they are below 0, is not scored.
     """
     mask_id, size = run.model.mask_id, block_size(run)
     assert mask_id is not None
     if run.objective.name == AR:
-        return likelihood.autoregressive(causal(model, documents), x0, mask_id)
+        return likelihood.autoregressive(causal(model, documents), x0, mask_id, documents)
     if run.objective.name == SEDD:
 
         def score(x_t: Tensor, sigma: Tensor, at: Tensor, read: Read) -> tuple[Tensor, Tensor]:
@@ -144,12 +153,12 @@ def bound_of(
             )
             return answer
 
-        return score_entropy_bound(score, x0, mask_id, views, seed, first_sequence)
+        return score_entropy_bound(score, x0, mask_id, views, seed, first_sequence, documents)
     condition = conditioned(model, size, documents)
     if estimator == "exact":
-        return likelihood.exact(condition, x0, size, mask_id, at_once)
+        return likelihood.exact(condition, x0, size, mask_id, at_once, documents)
     sampled = likelihood.monte_carlo if estimator == "mc" else likelihood.stratified
-    return sampled(condition, x0, size, mask_id, views, seed, first_sequence)
+    return sampled(condition, x0, size, mask_id, views, seed, first_sequence, documents=documents)
 
 
 @torch.no_grad()
@@ -169,7 +178,8 @@ def report_loss(
     size = block_size(run)
     draw = partial(report_rates, objective=run.objective, progress=export.step / run.train.total_steps)
     condition = conditioned(model, size, documents)
-    return likelihood.monte_carlo(condition, x0, size, run.model.mask_id, views, seed, first_sequence, draw).total
+    mask_id = run.model.mask_id
+    return likelihood.monte_carlo(condition, x0, size, mask_id, views, seed, first_sequence, draw, documents).total
 
 
 def _exp(nats: float) -> float:

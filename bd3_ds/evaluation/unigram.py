@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from bd3_ds.data.pack import Pack, check_same_tokenizer, open_pack
+from bd3_ds.data.pack import Pack, check_same_tokenizer, document_numbers, open_pack
 
 
 def unigram_perplexity(train_pack: str | Path, eval_pack: str | Path, max_chunks: int | None = None) -> float:
     """Perplexity of the evaluation pack's scored tokens under add-one-smoothed counts of the training pack.
 
-    The same tokens are scored as by every model here: all but a chunk's first; [MASK] has probability 0.
+    The same tokens are scored as by every model here: all but a chunk's first and padding; [MASK] has probability 0.
     `max_chunks` bounds the evaluation chunks, as it does for the models. Raises UserError for different tokenizers.
     """
     train, evaluation = open_pack(train_pack), open_pack(eval_pack)
@@ -31,12 +31,16 @@ def unigram_perplexity(train_pack: str | Path, eval_pack: str | Path, max_chunks
 def _counts(pack: Pack, vocabulary: int, limit: int | None) -> np.ndarray:
     """How often each token is scored in the first `limit` chunks, fp64 [V]."""
     total = np.zeros(vocabulary)
-    for rows in _rows(pack, limit):
-        total += np.bincount(np.concatenate(rows), minlength=vocabulary)
+    for rows in _scored(pack, limit):
+        total += np.bincount(rows, minlength=vocabulary)
     return total
 
 
-def _rows(pack: Pack, limit: int | None, together: int = 1024) -> Iterator[list[np.ndarray]]:
+def _scored(pack: Pack, limit: int | None, together: int = 1024) -> Iterator[np.ndarray]:
+    """The scored tokens of `together` chunks, [N]."""
     count = len(pack) if limit is None else min(limit, len(pack))
     for start in range(0, count, together):
-        yield [pack.tokens(i)[1:] for i in range(start, min(start + together, count))]
+        rows = range(start, min(start + together, count))
+        starts, pads = [pack.doc_starts(i) for i in rows], [pack.pad_starts(i) for i in rows]
+        text = document_numbers(starts, pads, pack.manifest.length) >= 0
+        yield np.stack([pack.tokens(i) for i in rows])[:, 1:][text[:, 1:]]

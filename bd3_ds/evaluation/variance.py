@@ -19,7 +19,7 @@ from torch import Tensor
 from bd3_ds.config.schema import AR, RunConfig, block_size
 from bd3_ds.diffusion.clip_search import Spread, spread_sums
 from bd3_ds.diffusion.frequency import power_at, rarity
-from bd3_ds.diffusion.noise import make_noise, mask_draws, stratified_times
+from bd3_ds.diffusion.noise import make_noise, mask_draws, scored_places, stratified_times
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import Interval, make_proposal
 from bd3_ds.model.dit import DiT, as_denoiser
@@ -62,12 +62,15 @@ def variances(
 ) -> Variances:
     """The variances of `run`'s objective under `model`, on batches drawn from tokens [N, L] of these documents [N, L].
 
-    Batch m is `sequences` draws from the N; its noise is stratified over it as in training after `step` steps.
+    Batch m is `sequences` draws from the N; its noise is stratified over it as in training after `step` steps. As
+    there, the loss is divided by the scored tokens of a mean sequence, the estimate of the bound by those of its batch.
     `at_once` sequences go through the network together. `interval` stands for the configured t_min and t_max.
     `token_counts` [V] are needed where the run masks by frequency. `progress` is called after every batch.
     """
     assert run.model.mask_id is not None
     device, size, length = next(model.parameters()).device, block_size(run), tokens.shape[1]
+    scored = scored_places(tokens, documents).sum(1)  # [N]
+    expected = float(scored.double().mean())
     moved = min(1.0, step / run.train.total_steps)
     proposal = None if run.objective.name == AR else make_proposal(run.objective.schedule, moved, interval)
     wishes = None if token_counts is None else rarity(token_counts) ** power_at(run.objective.frequency, step)
@@ -85,23 +88,25 @@ def variances(
         for start in range(0, sequences, at_once):
             slots = np.arange(start, min(start + at_once, sequences))
             chosen = torch.from_numpy(rows[slots])
-            x0, parts = tokens[chosen], None if documents is None else documents[chosen].to(device)
-            denoiser = as_denoiser(model, size, parts)
+            x0, parts = tokens[chosen], None if documents is None else documents[chosen]
+            denoiser = as_denoiser(model, size, None if parts is None else parts.to(device))
             noise = None
             if proposal is not None:
                 u = stratified_times(noise_seed, number, slots, sequences, length // size)
                 draws = mask_draws(noise_seed, number, slots, length)
                 wish = None if wishes is None else wishes[x0]
-                noise = make_noise(u, draws, proposal, run.objective.weight, wish)
+                noise = make_noise(u, draws, proposal, run.objective.weight, wish, parts)
             with torch.set_grad_enabled(gradient):
-                loss = training_loss(run.objective.name, denoiser, x0, noise, run.model.mask_id, device)
+                loss = training_loss(
+                    run.objective.name, denoiser, x0, noise, run.model.mask_id, device, parts, expected
+                )
             share = len(slots) / sequences
             estimate += float(loss.nelbo) * share
             if noise is not None and loss.block_nats is not None:
                 blocks += spread_sums(loss.block_nats, noise.bound_weight.to(device))
             if gradient:
                 (loss.loss * share).backward()
-        estimates.append(estimate)
+        estimates.append(estimate * (sequences * expected / max(1.0, float(scored[rows].sum()))))
         for total, parameter in zip(mean, weights, strict=True):
             if parameter.grad is not None:
                 total += parameter.grad.double() / batches

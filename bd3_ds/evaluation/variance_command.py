@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     device = open_device(options.device)
     pack = open_pack(directory)
     tokens = torch.from_numpy(pack.all_tokens())
-    documents = torch.from_numpy(pack.all_documents()) if run.data.document_mask else None
+    documents = pack.all_documents(apart=run.data.document_mask)
     model = load_model(export, device)
     records = []
     for interval in intervals:
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
             model,
             run,
             tokens,
-            documents,
+            None if documents is None else torch.from_numpy(documents),
             batches=options.batches,
             sequences=options.batch,
             at_once=options.at_once or run.eval.batch,

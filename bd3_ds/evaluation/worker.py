@@ -222,11 +222,12 @@ class Worker:
         from bd3_ds.evaluation.variance import variances
 
         run, pack = model.run, open_pack(wanted.sets[name])
+        documents = pack.all_documents(wanted.max_chunks, apart=run.data.document_mask)
         measured = variances(
             model.network,
             run,
             torch.from_numpy(pack.all_tokens(wanted.max_chunks)),
-            torch.from_numpy(pack.all_documents(wanted.max_chunks)) if run.data.document_mask else None,
+            None if documents is None else torch.from_numpy(documents),
             batches=wanted.variance_batches,
             sequences=wanted.batch,
             at_once=wanted.batch,

@@ -27,9 +27,10 @@ class ClipSearch:
         self.run = run = stepper.run
         self._tokens = self._documents = None
         if held_out is not None:
-            self._tokens = torch.from_numpy(held_out.all_tokens(run.objective.clip_search.sequences))
-            if run.data.document_mask:
-                self._documents = torch.from_numpy(held_out.all_documents(run.objective.clip_search.sequences))
+            sequences = run.objective.clip_search.sequences
+            self._tokens = torch.from_numpy(held_out.all_tokens(sequences))
+            documents = held_out.all_documents(sequences, apart=run.data.document_mask)
+            self._documents = None if documents is None else torch.from_numpy(documents)
 
     def search(self, state: TrainState) -> tuple[TrainState, list[str], dict[str, float]]:
         """The state with a new interval for each block size being trained, a line about each, and scalars to plot."""
@@ -81,15 +82,17 @@ class ClipSearch:
             rows = np.arange(start, start + micro) * world.size + world.rank
             tokens = self._tokens[rows]
             wish = self.stepper.wish(tokens, step)
-            documents = None if self._documents is None else self._documents[rows].to(world.device)
-            denoiser = as_denoiser(engine, size, documents)
+            documents = None if self._documents is None else self._documents[rows]
+            denoiser = as_denoiser(engine, size, None if documents is None else documents.to(world.device))
             u = torch.from_numpy(strata[rows])
             masks = [generator(run.seed, Purpose.CLIP_SEARCH, step, size, 1 + int(row)).random(length) for row in rows]
             draws = torch.from_numpy(np.stack(masks))
             for number, interval in enumerate(tried):
                 proposal = make_proposal(run.objective.schedule, progress, interval)
-                noise = make_noise(u, draws, proposal, run.objective.weight, wish)
-                loss = training_loss(run.objective.name, denoiser, tokens, noise, self.stepper.mask_id, world.device)
+                noise = make_noise(u, draws, proposal, run.objective.weight, wish, documents)
+                loss = training_loss(
+                    run.objective.name, denoiser, tokens, noise, self.stepper.mask_id, world.device, documents
+                )
                 assert loss.block_nats is not None
                 weight, place = (send(x, world.device) for x in (noise.bound_weight, u))
                 sums[number] += binned(loss.block_nats, weight, place, bins)

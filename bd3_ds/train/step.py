@@ -14,7 +14,14 @@ from bd3_ds.config.schema import AR, RunConfig, block_sizes
 from bd3_ds.data.loader import MicroBatch
 from bd3_ds.diffusion.clip_search import TIME_BINS, Spread, moment_sums, spread_sums
 from bd3_ds.diffusion.frequency import power_at, rarity
-from bd3_ds.diffusion.noise import Noise, choose_block_size, make_noise, mask_draws, stratified_times
+from bd3_ds.diffusion.noise import (
+    Noise,
+    choose_block_size,
+    make_noise,
+    mask_draws,
+    scored_places,
+    stratified_times,
+)
 from bd3_ds.diffusion.objective import BINS, send, training_loss
 from bd3_ds.diffusion.proposal import Draws, Exploring, Interval, base_schedule, make_proposal
 from bd3_ds.model.dit import as_denoiser
@@ -28,12 +35,12 @@ from bd3_ds.train.state import TrainState
 
 @dataclass(frozen=True)
 class StepResult:
-    """Means over the global batch, the same on every rank; loss and nelbo in nats per scored token.
+    """Means over the global batch, the same on every rank; loss and nelbo in nats per scored token of the batch.
 
     nats_by_rate: mean -log p(x0) of a masked token by its block's masking rate, in BINS equal bins; nan where a bin saw
-    none. masked_share: of the scored tokens. block_variance: variance over the batch's blocks of their estimates of the
-    bound. moments: the batch's sums for the clip search. interval: that of the times drawn. The last three are None for
-    AR.
+    none. masked_share: of all places but the given ones. block_variance: variance over the batch's blocks of their
+    estimates of the bound. moments: the batch's sums for the clip search. interval: that of the times drawn. The last
+    three are None for AR.
     """
 
     step: int
@@ -54,16 +61,28 @@ class StepResult:
 
 
 class Stepper:
-    """All that is fixed from step to step; `token_counts` [V] are needed where masking looks at frequencies."""
+    """All that is fixed from step to step; `token_counts` [V] are needed where masking looks at frequencies.
+
+    `scored_tokens` are those of a mean sequence, L - 1 by default, fewer where the packs are padded. The loss of a step
+    is divided by this constant, not by what its own batch happens to hold, so that every token of the run counts alike.
+    """
 
     def __init__(
-        self, run: RunConfig, world: World, engine: Engine, ema: Ema, mask_id: int, token_counts: np.ndarray | None
+        self,
+        run: RunConfig,
+        world: World,
+        engine: Engine,
+        ema: Ema,
+        mask_id: int,
+        token_counts: np.ndarray | None,
+        scored_tokens: float | None = None,
     ):
         self.run = run
         self.world = world
         self.engine = engine
         self.ema = ema
         self.mask_id = mask_id
+        self.scored_tokens = run.data.length - 1 if scored_tokens is None else scored_tokens
         self.accumulation = run.train.global_batch // (run.train.micro_batch * world.size)
         self._rarity = None if token_counts is None else rarity(token_counts)
 
@@ -86,12 +105,13 @@ class Stepper:
         size = choose_block_size(run.seed, done, block_sizes(run, done))
         proposal = None if run.objective.name == AR else self.proposal(state, size)
         schedule = base_schedule(run.objective.schedule, done / run.train.total_steps)
-        totals = torch.zeros(6 + 2 * BINS, device=self.world.device, dtype=torch.float64)
+        totals = torch.zeros(7 + 2 * BINS, device=self.world.device, dtype=torch.float64)
         moments = torch.zeros(3, TIME_BINS, device=self.world.device, dtype=torch.float64)
-        waited = 0.0
+        waited, scored = 0.0, 0
         for micro_step in range(self.accumulation):
             batch = next(batches)
             waited += batch.waited
+            scored += int(scored_places(batch.tokens, batch.documents).sum())
             torch.manual_seed(integer_seed(run.seed, Purpose.DROPOUT, done, micro_step, self.world.rank))
             noise = self._noise(done, batch, size, proposal)
             if noise is not None:
@@ -103,24 +123,28 @@ class Stepper:
                 noise,
                 self.mask_id,
                 self.world.device,
+                batch.documents,
+                self.scored_tokens,
             )
             self.engine.backward(loss.loss)
             self.engine.step(lr)
             totals[:2] += torch.stack([loss.loss.detach(), loss.nelbo]) / (self.accumulation * self.world.size)
-            totals[6:] += torch.cat([loss.bin_nats, loss.bin_masked])
+            totals[7:] += torch.cat([loss.bin_nats, loss.bin_masked])
             if noise is not None and loss.block_nats is not None:
                 totals[3:6] += spread_sums(loss.block_nats, weight)
                 moments += moment_sums(loss.block_nats, rate, schedule)
         self.ema.update()
-        totals[2] = float(stop_asked)
+        totals[2], totals[6] = float(stop_asked), float(scored)
         summed = self.world.sum(torch.cat([totals, moments.flatten()])).cpu()
         values = summed[: len(totals)].tolist()
-        nats, masked = values[6 : 6 + BINS], values[6 + BINS :]
+        nats, masked = values[7 : 7 + BINS], values[7 + BINS :]
+        # From nats per expected token to nats per token that the batch did hold; 1 exactly where nothing is padding.
+        per_token = run.train.global_batch * self.scored_tokens / max(1.0, values[6])
         configured = (run.objective.schedule.t_min, run.objective.schedule.t_max)
         return StepResult(
             step=done + 1,
-            loss=values[0],
-            nelbo=values[1],
+            loss=values[0] * per_token,
+            nelbo=values[1] * per_token,
             nelbo_is_bound=proposal is None or ((proposal.covers_all or size == 1) and self._rarity is None),
             nats_by_rate=[n / m if m else float("nan") for n, m in zip(nats, masked, strict=True)],
             masked_share=sum(masked) / (run.train.global_batch * run.objective.views * (run.data.length - 1)),
@@ -146,7 +170,8 @@ class Stepper:
         u = stratified_times(seed, done, slots, self.run.train.global_batch * views, length // size)
         draws = mask_draws(seed, done, slots, length)
         wish = self.wish(batch.tokens.repeat_interleave(views, dim=0), done)
-        return make_noise(u, draws, proposal, self.run.objective.weight, wish)
+        documents = None if batch.documents is None else batch.documents.repeat_interleave(views, dim=0)
+        return make_noise(u, draws, proposal, self.run.objective.weight, wish, documents)
 
     def wish(self, tokens: Tensor, step: int) -> Tensor | None:
         """The wishes of tokens [b, L] to be masked after `step` steps; None where all are alike."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD
 from bd3_ds.data.pack import document_numbers
 from bd3_ds.model.dit import DiT
-from data_prep.prepare import write_pack
+from data_prep.pack_writer import write_pack
 from tests.helpers.tiny import LENGTH, tiny_text, tiny_tokenizer
 
 ALIGNED = [[0, 4, 12], [8], []]  # starts on the block boundaries of L' = 4; an empty row is one document
@@ -23,7 +23,8 @@ CASES = [(AR, 1, ANYWHERE), (MDLM, LENGTH, ANYWHERE), (SEDD, LENGTH, ANYWHERE), 
 
 def numbers(starts: list[list[int]], length: int = LENGTH) -> Tensor:
     """Documents [N, length] of rows with these starts."""
-    return torch.from_numpy(document_numbers([np.array(row, np.int64) for row in starts], length))
+    nothing = [np.array([], np.int64)] * len(starts)
+    return torch.from_numpy(document_numbers([np.array(row, np.int64) for row in starts], nothing, length))
 
 
 def each_alone(

@@ -30,7 +30,7 @@ from bd3_ds.diffusion.clip_search import (
     spread_sums,
     within,
 )
-from bd3_ds.diffusion.noise import maskable
+from bd3_ds.diffusion.noise import scored_places
 from bd3_ds.diffusion.proposal import Exploring, base_schedule, make_proposal
 from bd3_ds.diffusion.schedule import Schedule
 from bd3_ds.train.state import Clip, TrainState
@@ -213,8 +213,8 @@ def test_one_density_for_clip_and_rest_is_no_clip_at_all() -> None:
 
 
 def test_first_block_has_a_token_less() -> None:
-    assert maskable(3, 4).tolist() == [3, 4, 4]
-    assert maskable(3, 1).tolist() == [0, 1, 1]
+    for size, expected in ((4, [3, 4, 4]), (1, [0, 1, 1])):
+        assert scored_places(torch.zeros(1, 3 * size)).view(3, size).sum(1).tolist() == expected
 
 
 @given(

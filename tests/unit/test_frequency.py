@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bd3_ds.config.schema import BD3, FrequencyConfig, WeightConfig
 from bd3_ds.data.pack import COUNTS, open_pack, read_token_counts
 from bd3_ds.diffusion.frequency import power_at, rarity, token_rates
-from bd3_ds.diffusion.noise import make_noise, mask_draws, stratified_times
+from bd3_ds.diffusion.noise import make_noise, mask_draws, scored_places, stratified_times
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.runtime.errors import UserError, run_command
@@ -42,7 +42,7 @@ def test_rates_of_a_block(number: np.ndarray, power: float, rate: float, size: i
     tokens = torch.randint(0, len(number), (2, 3, size), generator=torch.Generator().manual_seed(seed))
     wish = rarity(number)[tokens] ** power
     block = torch.full((2, 3), rate, dtype=torch.float64)
-    rates = token_rates(wish, block)
+    rates = token_rates(wish, block, scored_places(tokens.flatten(1)).view(tokens.shape))
     counted = rates.flatten(1)[:, 1:]
     assert bool((counted >= -1e-12).all()) and bool((counted <= 1 + 1e-12).all())
     torch.testing.assert_close(rates[:, 1:].mean(-1), block[:, 1:], rtol=1e-9, atol=1e-12)
