@@ -33,7 +33,10 @@ class HeadLoss(ABC):
     weight: Tensor | None = None
 
     def __call__(self, hidden: Tensor, matrix: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """From hidden states [N, D] and the projection to the vocabulary, matrix [V, D] and bias [V]."""
+        """From hidden states [N, D] and the projection to the vocabulary, matrix [V or more, D] and bias [V].
+
+        Further rows of the matrix are there for a GPU's sake; their logits are made and left out.
+        """
         if self.weight is None or not torch.is_grad_enabled():
             nats = _nats(hidden, matrix, bias, self)
             return self._sum(nats), nats
@@ -74,7 +77,7 @@ def _chunks(count: int, width: int, item: int, limit: int) -> list[slice]:
 def _nats(hidden: Tensor, matrix: Tensor, bias: Tensor, loss: HeadLoss) -> Tensor:
     nats = torch.empty(len(hidden), device=hidden.device)
     for rows in _chunks(len(hidden), len(matrix), 4, 2 * _together(hidden.device)):
-        logits = F.linear(hidden[rows], matrix).float().add_(bias)
+        logits = F.linear(hidden[rows], matrix)[:, : len(bias)].float().add_(bias)
         nats[rows] = loss.of_rows(logits, rows, False)[0]
     return nats
 
@@ -87,15 +90,17 @@ class _ChunkedLoss(torch.autograd.Function):
         nats = torch.empty(len(hidden), device=hidden.device)
         d_hidden = torch.empty_like(hidden)
         d_matrix: Tensor | None = None
+        vocab = len(bias)
         d_bias = torch.zeros(bias.shape, device=bias.device)
         for chunk in _chunks(len(hidden), len(matrix), hidden.element_size(), CHUNK_BYTES):
             part, scale = hidden[chunk], weight[chunk, None]
             # Logits, then row by row d nats / d logits; the bias comes there, where it costs no sweep of its own.
-            slopes = F.linear(part, matrix)
+            slopes = F.linear(part, matrix)  # [n, V or more]
+            slopes[:, vocab:] = 0
             for rows in _chunks(len(part), len(matrix), 4, _together(hidden.device)):
                 of_all = slice(chunk.start + rows.start, chunk.start + rows.stop)
-                nats[of_all], slope = loss.of_rows(slopes[rows].float().add_(bias), of_all, True)
-                slopes[rows] = slope
+                nats[of_all], slope = loss.of_rows(slopes[rows, :vocab].float().add_(bias), of_all, True)
+                slopes[rows, :vocab] = slope
             dtype = slopes.dtype
             d_hidden[chunk] = (slopes @ matrix.to(dtype)) * scale
             weighted = (part * scale).to(dtype)
@@ -105,7 +110,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 d_matrix.addmm_(slopes.t(), weighted)
             else:  # several parts are added up in fp32
                 d_matrix = d_matrix.float().add_(slopes.t() @ weighted)
-            d_bias += scale[:, 0].to(dtype) @ slopes
+            d_bias += (scale[:, 0].to(dtype) @ slopes)[:vocab]
         d_matrix = torch.zeros_like(matrix) if d_matrix is None else d_matrix.to(matrix.dtype)
         ctx.save_for_backward(d_hidden, d_matrix, d_bias.to(bias.dtype))
         ctx.mark_non_differentiable(nats)

@@ -28,6 +28,7 @@ def network_of(model: ModelConfig, objective: str) -> Network:
         dropout=model.dropout,
         rope_base=model.rope_base,
         attention=model.attention,
+        vocab_multiple=model.vocab_multiple,
     )
 
 

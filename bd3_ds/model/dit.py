@@ -23,7 +23,11 @@ from bd3_ds.model.rope import rotary_angles
 
 @dataclass(frozen=True)
 class Network:
-    """All that decides the network's parameters and their use; `causal` is AR: no conditioning, block size 1."""
+    """All that decides the network's parameters and their use; `causal` is AR: no conditioning, block size 1.
+
+    Embedding and output matrix have `vocab_rows` rows, vocab_size rounded up to a multiple of vocab_multiple: GPUs
+    multiply such sizes faster. The rows beyond the vocabulary are of no token and never have a probability.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -35,6 +39,12 @@ class Network:
     dropout: float = 0.0
     rope_base: float = 10_000.0
     attention: str = "auto"
+    vocab_multiple: int = 1
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding and of the output matrix."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 def as_denoiser(network: Callable[..., Any], block_size: int, documents: Tensor | None = None) -> Callable[..., Any]:
@@ -53,7 +63,7 @@ class DiT(nn.Module):
         super().__init__()
         self.network = network
         cond_size = None if network.causal else network.cond_size
-        self.embed = nn.Embedding(network.vocab_size, network.hidden_size)
+        self.embed = nn.Embedding(network.vocab_rows, network.hidden_size)
         self.time = TimeEmbedding(network.cond_size) if cond_size else None
         self.layers = nn.ModuleList(
             Layer(
@@ -67,7 +77,7 @@ class DiT(nn.Module):
             )
             for index in range(network.layers)
         )
-        self.head = Head(network.hidden_size, network.vocab_size, cond_size)
+        self.head = Head(network.hidden_size, network.vocab_size, network.vocab_rows, cond_size)
 
     def forward(
         self,

@@ -15,7 +15,7 @@ def training_flops_per_sequence(
 
     A product of [m, k] and [k, n] costs 2 m k n. The head runs where a loss is due: everywhere for AR, at the masked
     tokens for masked diffusion (half of them under the log-linear schedule). Pairs that only data.document_mask
-    hides depend on the text and are counted.
+    hides depend on the text and are counted, and so are padding and the rows that model.vocab_multiple adds.
     """
     width = network.hidden_size
     attention_weights, mlp_weights = 4 * width**2, 2 * network.mlp_ratio * width**2
@@ -35,4 +35,4 @@ def training_flops_per_sequence(
         spared = clean * (per_token - 2 * 2 * width**2) + (4 * width * (earlier + own) if clean else 0)
         body = network.layers * one_layer - spared
         scored = views * (length - 1) * masked_share
-    return 3.0 * (body + scored * 2 * width * network.vocab_size)
+    return 3.0 * (body + scored * 2 * width * network.vocab_rows)

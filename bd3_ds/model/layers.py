@@ -19,7 +19,7 @@ from bd3_ds.model.kv_cache import KVCache
 from bd3_ds.model.masks import AttentionMask
 from bd3_ds.model.rope import rotate
 
-# What a head's caller makes of the hidden states [N, D], the output matrix [V, D] and its bias [V].
+# What a head's caller makes of the hidden states [N, D], the output matrix [V or more, D] and its bias [V].
 Read = Callable[[Tensor, Tensor, Tensor], Any]
 
 
@@ -125,12 +125,13 @@ class Layer(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm and the projection to the vocabulary, [N, D] or [B, T, D] -> [..., V]."""
+    """Final norm and the projection to the vocabulary, [N, D] or [B, T, D] -> [..., V]; its matrix has `rows` >= V."""
 
-    def __init__(self, width: int, vocab_size: int, cond_size: int | None):
+    def __init__(self, width: int, vocab_size: int, rows: int, cond_size: int | None):
         super().__init__()
+        self.vocab_size = vocab_size
         self.norm = Norm(width)
-        self.linear = nn.Linear(width, vocab_size)
+        self.linear = nn.Linear(width, rows)
         self.modulation = nn.Linear(cond_size, 2 * width) if cond_size else None
 
     def forward(self, x: Tensor, cond: Tensor | None, at: Tensor | None, read: Read | None) -> Any:
@@ -150,4 +151,6 @@ class Head(nn.Module):
                 x = self.norm(x[:, None], scale[rows], shift[rows])[:, 0]
             else:
                 x = self.norm(x, scale, shift)
-        return self.linear(x) if read is None else read(x, self.linear.weight, self.linear.bias)
+        if read is None:
+            return self.linear(x)[..., : self.vocab_size]
+        return read(x, self.linear.weight, self.linear.bias[: self.vocab_size])
