@@ -11,10 +11,12 @@ import torch
 
 from bd3_ds.checkpoint.export import export_name, find_export, fit_weights, load_weights, write_export
 from bd3_ds.checkpoint.store import Checkpoint, newest_checkpoint, save_checkpoint
+from bd3_ds.config.check_data import packs
 from bd3_ds.config.load import to_yaml
 from bd3_ds.config.schema import BD3, RunConfig, block_size, block_sizes
 from bd3_ds.data.loader import Loader, Share
-from bd3_ds.data.pack import TOKENIZER_DIR, open_pack, read_token_counts
+from bd3_ds.data.mixture import samples_of_epoch
+from bd3_ds.data.pack import TOKENIZER_DIR, open_pack, read_manifest, read_token_counts
 from bd3_ds.data.remote import pack_directory
 from bd3_ds.model.build import initialise, network_of
 from bd3_ds.model.dit import DiT
@@ -128,7 +130,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
     train_pack = pack_directory(run.data.train, run.data.cache)
     counts = read_token_counts(train_pack) if run.objective.frequency.power > 0 else None
     held_out = open_pack(run.eval.sets[search.set]) if search.method == "grid" else None
-    stepper = Stepper(run, world, engine, ema, run.model.mask_id, counts)
+    stepper = Stepper(run, world, engine, ema, run.model.mask_id, counts, scored_tokens(run))
     return Trainer(
         run=run,
         world=world,
@@ -141,6 +143,20 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         meter=Meter(model.network, run, float(world.sum(peak))),
         state=state,
     )
+
+
+def scored_tokens(run: RunConfig) -> float:
+    """Scored tokens of a mean sequence of the run's packs: all but the first one and padding.
+
+    Raises UserError where there are none.
+    """
+    manifests = [read_manifest(pack_directory(pack, run.data.cache)) for pack in packs(run.data)]
+    samples = samples_of_epoch(run.data, [manifest.chunks for manifest in manifests])
+    padding = sum(n * manifest.padding / manifest.chunks for n, manifest in zip(samples, manifests, strict=True))
+    mean = run.data.length - 1 - padding / sum(samples)
+    if mean <= 0:
+        raise UserError(f"data.train={run.data.train} has nothing to learn: all but first tokens is padding")
+    return mean
 
 
 def _require_same_shards(checkpoint: Checkpoint, stage: int, world: World) -> None:
