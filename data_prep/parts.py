@@ -6,6 +6,7 @@ or not at all and names the text that it holds, so that a preparation which is s
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import zipfile
@@ -92,7 +93,9 @@ def encode_part(part: list[Piece], file: Path, digest: str) -> None:
     begins = np.array([piece.starts for piece in part]) & (lengths > 0)
     starts = (np.cumsum(lengths) - lengths)[begins]
     size = sum(len(text.encode()) for text in texts)
-    write_whole(file, lambda stream: np.savez(stream, ids=ids, starts=starts, bytes=size, digest=digest))
+    content = io.BytesIO()
+    np.savez(content, ids=ids, starts=starts, bytes=size, digest=digest)
+    write_whole(file, content.getvalue())
 
 
 def _digest(part: list[Piece], made_by: str) -> str:

@@ -86,10 +86,14 @@ def main(argv: list[str]) -> int:
 
         if already_sent(remote, settings, options.overwrite):
             return 0
-    if not already_there(out, settings, options.overwrite or remote is not None):
-        prepare(source, tokenizer, out, settings, workers)
-    if remote is not None:
+        if not _made_before(out, settings):
+            prepare(source, tokenizer, out, settings, workers)
         send(out, remote)
+        report(out, options.out)
+        shutil.rmtree(out)
+        return 0
+    if not already_there(out, settings, options.overwrite):
+        prepare(source, tokenizer, out, settings, workers)
     report(out, options.out)
     return 0
 
@@ -237,6 +241,13 @@ def already_there(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     read_index(out)
     print(f"{out} already holds this pack; nothing to do")
     return True
+
+
+def _made_before(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether the scratch place `out` holds this pack, made by a start that was stopped before all of it was sent."""
+    from bd3_ds.data.pack import MANIFEST, read_manifest
+
+    return (out / MANIFEST).is_file() and read_manifest(out).settings == settings
 
 
 def check_same(out: str, manifest: Manifest, settings: dict[str, Any]) -> None:

@@ -13,12 +13,15 @@ if TYPE_CHECKING:
 
 SENT = ".sent"  # in the local copy: the files that have arrived
 TIMEOUT_SECONDS = 60.0
+TRIES = 5
 
 
 def already_sent(remote: str, settings: dict[str, Any], overwrite: bool) -> bool:
     """Whether the pack with these settings is at `remote`; raises UserError for another that may not be replaced."""
     from data_prep.prepare import check_same
 
+    with tempfile.TemporaryDirectory() as nothing:
+        _uploader(Path(nothing), remote)  # before any work: does the place exist, and may we write?
     there = remote_manifest(remote)
     if there is None or overwrite:
         return False
@@ -41,7 +44,7 @@ def remote_manifest(remote: str) -> Manifest | None:
         except FileNotFoundError:
             return None
         except Exception as error:  # every provider has its own classes
-            if "404" in str(error) or "NoSuchKey" in str(error):
+            if any(words in str(error) for words in ("404", "NoSuchKey", "not found")):
                 return None
             raise _unreachable(remote, error) from None
         return read_manifest(folder)
@@ -52,10 +55,6 @@ def send(pack: Path, remote: str) -> None:
     from tqdm import tqdm
 
     from bd3_ds.data.pack import MANIFEST, read_manifest
-    from bd3_ds.data.streaming_import import import_streaming
-
-    import_streaming()
-    from streaming.base.storage import CloudUploader
 
     names = sorted(str(path.relative_to(pack)) for path in pack.rglob("*") if path.is_file() and path.name != SENT)
     names.remove(MANIFEST)
@@ -63,7 +62,7 @@ def send(pack: Path, remote: str) -> None:
     lines = note.read_text().splitlines() if note.is_file() else []
     arrived = set(lines[1:]) if lines[:1] == [head] else set()
     try:
-        uploader = CloudUploader.get((str(pack), remote), keep_local=True, retry=5, exist_ok=True)
+        uploader = _uploader(pack, remote)
         with open(note, "w") as record:
             record.write("\n".join([head, *sorted(arrived)]) + "\n")
             for name in tqdm([*names, MANIFEST], desc=f"sending to {remote}", unit="file", disable=None):
@@ -71,9 +70,23 @@ def send(pack: Path, remote: str) -> None:
                     uploader.upload_file(name)
                     record.write(f"{name}\n")
                     record.flush()
+    except UserError:
+        raise
     except Exception as error:
         raise _unreachable(remote, error) from None
     note.unlink()
+
+
+def _uploader(folder: Path, remote: str) -> Any:
+    from bd3_ds.data.streaming_import import import_streaming
+
+    import_streaming()
+    from streaming.base.storage import CloudUploader
+
+    try:
+        return CloudUploader.get((str(folder), remote), keep_local=True, retry=TRIES, exist_ok=True)
+    except Exception as error:
+        raise _unreachable(remote, error) from None
 
 
 def _unreachable(remote: str, error: Exception) -> UserError:

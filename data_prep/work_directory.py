@@ -6,10 +6,9 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
 
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import require_writable, sync_directory
@@ -33,28 +32,36 @@ def work_directory(out: Path) -> Iterator[Path]:
     work.mkdir(parents=True, exist_ok=True)
     handle = os.open(work, os.O_RDONLY)  # given back when it is closed, also by a kill
     try:
+        _hold(handle, work, out)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--out {out}: another process is making this pack; wait for it or stop it") from None
-        for path in list(work.rglob(f"{_UNFINISHED}*")):
-            _remove(path)
-        yield work
-        shutil.rmtree(work)
-    except BaseException:
-        if work.exists() and not any(path.is_file() for path in work.rglob("*")):
+            for path in list(work.rglob(f"{_UNFINISHED}*")):
+                _remove(path)
+            yield work
             shutil.rmtree(work)
-        raise
+        except BaseException:
+            if work.exists() and not any(path.is_file() for path in work.rglob("*")):
+                shutil.rmtree(work)
+            raise
     finally:
         os.close(handle)
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Have `write` fill a new file, which then appears as `path` in one step."""
+def _hold(handle: int, work: Path, out: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = os.path.samestat(os.fstat(handle), os.stat(work))  # else the other one has just finished
+    except OSError:
+        free = False
+    if not free:
+        raise UserError(f"--out {out}: another process is making this pack; wait for it or stop it")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears as `path` in one step."""
     aside = _aside(path)
     try:
         with open(aside, "xb") as stream:
-            write(stream)
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(aside, path)
