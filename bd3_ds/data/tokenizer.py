@@ -1,4 +1,4 @@
-"""Text to token ids and back, the same for sentencepiece models and Hugging Face tokenizers.
+"""Text to token ids and back, the same for characters, sentencepiece models and Hugging Face tokenizers.
 
 Hugging Face files are read with the library `tokenizers` alone: it loads in a tenth of a second and runs no remote
 code. Special tokens written out in a text ("[MASK]", "<|endoftext|>") are encoded as ordinary text, so that no document
@@ -19,6 +19,8 @@ from typing import Any
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json, sha256, write_json
 
+CHARACTERS = "characters"  # the name of the tokenizer for text8
+CHARACTERS_FILE = "characters.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
 HF_CONFIGS = ("config.json", "special_tokens_map.json", "tokenizer_config.json")  # the later wins
@@ -35,8 +37,8 @@ class Tokenizer(ABC):
     """Text <-> token ids in [0, vocab_size).
 
     `vocab_size` counts the mask id, which is the tokenizer's own mask token or one new id after its last; it never
-    equals `bos_id`, `eos_id` or `pad_id`. `pad_id` is the tokenizer's own padding, else its EOS. `fingerprint` (SHA-256, hex) is equal for equal vocabularies and rules, wherever
-    they lie.
+    equals `bos_id`, `eos_id` or `pad_id`. `pad_id` is the tokenizer's own padding, else its EOS. `fingerprint`
+    (SHA-256, hex) is equal for equal vocabularies and rules, wherever they lie.
     """
 
     vocab_size: int
@@ -83,7 +85,8 @@ class SentencepieceTokenizer(Tokenizer):
         self.pad_id = pad if pad >= 0 else self.eos_id
         size = self._model.vocab_size()
         ids = {token: self._model.piece_to_id(token) for token in MASK_TOKENS}
-        own = [i for token, i in ids.items() if self._model.id_to_piece(i) == token and self._model.is_control(i)]
+        masks = [i for token, i in ids.items() if self._model.id_to_piece(i) == token and self._model.is_control(i)]
+        own = [i for i in masks if i not in (self.bos_id, self.eos_id, self.pad_id)]
         self.mask_id = own[0] if own else size
         self.vocab_size = size if own else size + 1
         self.fingerprint = sha256(path)
@@ -163,10 +166,15 @@ class HuggingFaceTokenizer(Tokenizer):
 def load_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer that `spec` names.
 
-    `spec` is a sentencepiece `.model` file, a directory (sentencepiece `tokenizer.model`; or Hugging Face
-    `tokenizer.json`, `vocab.json` + `merges.txt`, or `vocab.txt`), or a name on the Hugging Face hub such as `gpt2`.
-    Raises UserError where there is no such thing or the hub cannot be reached.
+    `spec` is `characters` (a-z and space, for text8), a sentencepiece `.model` file, a directory (`characters.json`;
+    sentencepiece `tokenizer.model`; or Hugging Face `tokenizer.json`, `vocab.json` + `merges.txt`, or `vocab.txt`), or
+    a name on the Hugging Face hub such as `gpt2`. Raises UserError where there is no such thing or the hub cannot be
+    reached.
     """
+    if spec == CHARACTERS:
+        from bd3_ds.data.characters import CharacterTokenizer
+
+        return CharacterTokenizer()
     path = Path(spec).expanduser()
     if path.is_dir():
         return _load_directory(path)
@@ -176,7 +184,9 @@ def load_tokenizer(spec: str) -> Tokenizer:
         raise UserError(f"tokenizer {spec} is neither a sentencepiece .model file nor a directory")
     looks_local = path.is_absolute() or spec.startswith((".", "~")) or path.suffix == ".model" or spec.count("/") > 1
     if looks_local or not spec:
-        raise UserError(f"tokenizer not found: '{spec}'; give a .model file, a directory or a hub name such as gpt2")
+        raise UserError(
+            f"tokenizer not found: '{spec}'; give a .model file, a directory, `characters` or a hub name such as gpt2"
+        )
     return _load_directory(_download(spec))
 
 
@@ -196,6 +206,10 @@ def number_tokenizer(symbols: int) -> Tokenizer:
 
 
 def _load_directory(directory: Path) -> Tokenizer:
+    if (directory / CHARACTERS_FILE).is_file():
+        from bd3_ds.data.characters import CharacterTokenizer
+
+        return CharacterTokenizer.load(directory)
     if (directory / HF_FILE).is_file() or not (directory / SENTENCEPIECE_FILE).is_file():
         return _load_hugging_face(directory)
     return SentencepieceTokenizer(directory / SENTENCEPIECE_FILE)
@@ -226,7 +240,7 @@ def _load_hugging_face(directory: Path) -> Tokenizer:
             backend.decoder = decoders.WordPiece()
         else:
             raise UserError(
-                f"tokenizer directory {directory} holds none of tokenizer.model, tokenizer.json, "
+                f"tokenizer directory {directory} holds none of tokenizer.model, tokenizer.json, characters.json, "
                 "vocab.json with merges.txt, vocab.txt"
             )
     except UserError:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from bd3_ds.data.characters import CharacterTokenizer
 from bd3_ds.data.tokenizer import Tokenizer, load_tokenizer, number_tokenizer
 from bd3_ds.runtime.errors import UserError
 
 SHARED = Path(os.environ.get("BD3_SHARED", "../shared")) / "data" / "tokenizers"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared tokenizers (BD3_SHARED)")
+SPECIAL = "[MASK] <mask> <|endoftext|> </s> <pad> [PAD]"
 TEXT = "Hello world, it's a test.\n\n  Two  spaces, naïve — 数字.\n"
 
 
@@ -27,12 +29,15 @@ def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(params=["sentencepiece", "gpt2", "bert-base-uncased", "numbers"])
+@pytest.fixture(params=["sentencepiece", "gpt2", "bert-base-uncased", "numbers", "characters"])
 def tokenizer(request: pytest.FixtureRequest, sentencepiece_file: Path) -> Tokenizer:
     if request.param == "sentencepiece":
         return load_tokenizer(str(sentencepiece_file))
     if request.param == "numbers":
         return number_tokenizer(16)
+    if request.param == "characters":
+        # Of any alphabet, so that it takes the text that the others take.
+        return CharacterTokenizer("".join(sorted(set(TEXT + SPECIAL))))
     if not SHARED.is_dir():
         pytest.skip("needs the shared tokenizers (BD3_SHARED)")
     return load_tokenizer(str(SHARED / request.param))
@@ -41,17 +46,17 @@ def tokenizer(request: pytest.FixtureRequest, sentencepiece_file: Path) -> Token
 def test_saved_is_equal(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "copy")
     copy = load_tokenizer(str(tmp_path / "copy"))
-    for name in ("fingerprint", "vocab_size", "bos_id", "eos_id", "mask_id"):
+    for name in ("fingerprint", "vocab_size", "bos_id", "eos_id", "pad_id", "mask_id"):
         assert getattr(copy, name) == getattr(tokenizer, name)
     assert copy.encode_batch([TEXT, ""]) == tokenizer.encode_batch([TEXT, ""])
 
 
 def test_special_ids(tokenizer: Tokenizer) -> None:
-    assert tokenizer.mask_id not in (tokenizer.bos_id, tokenizer.eos_id)
-    assert max(tokenizer.mask_id, tokenizer.bos_id, tokenizer.eos_id) < tokenizer.vocab_size
-    ids = tokenizer.encode_batch([TEXT + "[MASK] <mask> <|endoftext|> </s>"])[0]
-    assert not {tokenizer.mask_id, tokenizer.bos_id, tokenizer.eos_id} & set(ids)
-    framed = [tokenizer.bos_id, *ids, tokenizer.mask_id, tokenizer.eos_id]
+    assert tokenizer.mask_id not in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    assert max(tokenizer.mask_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) < tokenizer.vocab_size
+    ids = tokenizer.encode_batch([TEXT + SPECIAL])[0]
+    assert not {tokenizer.mask_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id} & set(ids)
+    framed = [tokenizer.bos_id, *ids, tokenizer.mask_id, tokenizer.eos_id, tokenizer.pad_id]
     assert tokenizer.decode(framed) == tokenizer.decode(ids)
 
 
@@ -102,6 +107,62 @@ def test_mask_never_equals_eos(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(tmp_path))
     assert tokenizer.bos_id == tokenizer.eos_id == 3
     assert tokenizer.mask_id == tokenizer.vocab_size - 1 == 9
+
+
+@pytest.mark.parametrize("mask", ["3", "5"])
+def test_mask_never_equals_padding(tmp_path: Path, mask: str) -> None:
+    number_tokenizer(8).save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "3", "pad_token": "5", "mask_token": mask})
+    )
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id, tokenizer.vocab_size) == (3, 5, 9, 10)
+    tokenizer.save(tmp_path / "copy")
+    copy = load_tokenizer(str(tmp_path / "copy"))
+    assert (copy.eos_id, copy.pad_id, copy.mask_id, copy.vocab_size) == (3, 5, 9, 10)
+
+
+def test_mask_never_equals_a_sentencepiece_padding(tmp_path: Path) -> None:
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the model reads a text and writes another text"] * 20),
+        model_prefix=str(tmp_path / "small"),
+        vocab_size=24,
+        model_type="char",
+        pad_id=3,
+        pad_piece="<mask>",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer(str(tmp_path / "small.model"))
+    assert tokenizer.pad_id == 3
+    assert tokenizer.mask_id == tokenizer.vocab_size - 1 > 3
+
+
+def test_text8() -> None:
+    tokenizer = load_tokenizer("characters")
+    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id, tokenizer.vocab_size)
+    assert ids == (27, 27, 27, 28, 29)
+    alphabet = "abcdefghijklmnopqrstuvwxyz "
+    assert tokenizer.encode_batch([alphabet, "", "zed a"]) == [list(range(27)), [], [25, 4, 3, 26, 0]]
+    assert tokenizer.decode([27, *range(27), 28, 27]) == alphabet
+
+
+@pytest.mark.parametrize(
+    ("text", "place"), [("anarchism Is", 10), ("naïve", 2), ("数", 0), ("a\nb", 1), ("a\ud800", 1), ("ab`{", 2)]
+)
+def test_text8_names_a_foreign_character(text: str, place: int) -> None:
+    with pytest.raises(UserError) as error:
+        load_tokenizer("characters").encode_batch(["fine", text])
+    assert repr(text[place]) in str(error.value) and f"place {place}" in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"characters": ""}', '{"characters": "aba"}', '{"characters": 3}'])
+def test_a_damaged_alphabet_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "characters.json").write_text(content)
+    with pytest.raises(UserError, match=r"characters\.json is not a character tokenizer"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
