@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from data_prep.files import Piece
     from data_prep.packing import Encoded
+    from data_prep.pieces import Piece
     from data_prep.workers import Workers
 
 PART_CHARACTERS = 1 << 21  # half a million tokens: half a second of work

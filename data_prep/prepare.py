@@ -25,8 +25,7 @@ from data_prep.options import output, whole_number
 if TYPE_CHECKING:
     from bd3_ds.data.pack import Manifest
     from bd3_ds.data.tokenizer import Tokenizer
-    from data_prep.files import Piece
-    from data_prep.sources import Source
+    from data_prep.pieces import Piece, Source
 
 LEAST_LENGTH = 4
 
@@ -122,6 +121,7 @@ def _prepare(
 ) -> Manifest:
     from data_prep.packing import Recipe, Tally, pack
     from data_prep.parts import encode_parts, start_worker
+    from data_prep.pieces import Position
     from data_prep.progress import Progress
     from data_prep.work_directory import put_in_place
     from data_prep.workers import Workers
@@ -140,8 +140,12 @@ def _prepare(
     parts_folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as saved:
         tokenizer.save(Path(saved))
-        pieces = _limited(source.pieces(), settings["limit_documents"])
-        with Workers(workers, start_worker, saved, settings["detokenizer"]) as pool, Progress(source) as progress:
+        position = Position()
+        pieces = _limited(source.pieces(position), settings["limit_documents"])
+        with (
+            Workers(workers, start_worker, saved, settings["detokenizer"]) as pool,
+            Progress(source.name, position) as progress,
+        ):
             parts = encode_parts(pieces, pool, parts_folder, made_by)
             chunks = pack(progress.watch(parts, tally), recipe, tally)
             first = next(chunks, None)  # before slow libraries are loaded
@@ -169,6 +173,7 @@ def _prepare(
                 packing=recipe.packing,
                 frame=recipe.frame,
                 detokenizer=settings["detokenizer"],
+                revision=source.revision(),
             )
             manifest = writer.finish(about)
             put_in_place(work / "pack", out)

@@ -12,29 +12,35 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from data_prep.packing import Encoded, Tally
     from data_prep.parts import Part
-    from data_prep.sources import Source
+    from data_prep.pieces import Position
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 _BAR_WITHOUT_END = "{desc}: {elapsed}{postfix}"
 
 
 class Progress:
-    """A bar on a terminal, nothing in a file."""
+    """A bar on a terminal, nothing in a file; `position` is moved by what reads the source."""
 
-    def __init__(self, source: Source):
-        total = float(source.size) or None
-        form = _BAR if total else _BAR_WITHOUT_END
-        self._bar = tqdm(desc=f"preparing {source.name}", total=total, bar_format=form, disable=None, mininterval=0.5)
-        self._source, self._start, self._fresh = source, time.perf_counter(), 0
+    def __init__(self, name: str, position: Position):
+        self._bar = tqdm(desc=f"preparing {name}", bar_format=_BAR_WITHOUT_END, disable=None, mininterval=0.5)
+        self._position, self._start, self._fresh = position, time.perf_counter(), 0
 
     def watch(self, parts: Iterator[Part], tally: Tally) -> Iterator[Encoded]:
         """The tokens of parts; counts their bytes in `tally`."""
         for part in parts:
             tally.bytes += part.bytes
             self._fresh += len(part.run.ids) * part.fresh
-            rate = self._fresh / (time.perf_counter() - self._start)
-            self._bar.set_postfix_str(f"{tally.tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
+            self._show(tally)
             yield part.run
+
+    def _show(self, tally: Tally) -> None:
+        rate = self._fresh / (time.perf_counter() - self._start)
+        self._bar.set_postfix_str(f"{tally.tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
+        if self._position.total:
+            self._bar.bar_format, self._bar.total = _BAR, self._position.total
+            self._bar.update(self._position.done - self._bar.n)
+        else:
+            self._bar.update(1)
 
     def __enter__(self) -> Progress:
         return self
