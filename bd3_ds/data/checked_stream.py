@@ -19,8 +19,10 @@ from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
 
 from bd3_ds.config.check_data import is_remote
+from bd3_ds.data.pack import INDEX
 from bd3_ds.data.remote import Missing, cannot_write, opener, patiently, say
 from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.files import read_json
 
 HASH = "xxh64"
 ATTEMPTS = 3  # at a shard that comes damaged from a remote
@@ -37,6 +39,16 @@ class CheckedStream(Stream):
         self.pack = pack
         self._get = opener(pack) if remote else None
         super().__init__(remote=remote, local=str(directory.resolve()), choose=samples)
+
+    def get_shards(self, world: Any, allow_unsafe_types: bool) -> list[Any]:
+        """The shards of the index; raises UserError where it is missing or damaged."""
+        path = Path(self.local, INDEX)
+        read_json(path, "data pack index")
+        try:
+            found: list[Any] = super().get_shards(world, allow_unsafe_types)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"data pack index {path} is damaged ({error}); make the pack again") from None
+        return found
 
     def prepare_shard(self, shard: Any) -> int:
         """Have the shard's plain file, made from the stored one; returns the bytes that the directory grew by."""
@@ -172,7 +184,7 @@ class CheckedDataset(StreamingDataset):
         raise stream.damaged(self.shards[shard_id].file_pairs[0][0], "cannot be kept whole")
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Have the shard on this node; a failure leaves it to others as not there, where streaming lets them wait."""
+        """Have the shard on this node; after a failure others try too, where streaming would let them wait for ever."""
         try:
             return super().prepare_shard(shard_id, blocking)
         except UserError as error:
@@ -184,8 +196,9 @@ class CheckedDataset(StreamingDataset):
                 f"data.cache_limit={self.cache_limit} bytes is too little for the shards that are read at once; raise "
                 "it, or lower data.workers"
             )
-        # Out of the handlers, the failed call's frame is gone, and with it its hold on the lock of the cache.
-        self._shard_states[shard_id] = _ShardState.REMOTE
+        # Out of the handlers, the failed call's frame is gone, and with it its hold on the lock of the cache. Who waits
+        # for the shard waits until it is local; told that it is, they find no file, try themselves, and fail or not.
+        self._shard_states[shard_id] = _ShardState.LOCAL
         raise failure
 
     def on_exception(self, future: Future[None]) -> None:

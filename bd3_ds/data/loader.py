@@ -217,6 +217,7 @@ def _of_all_ranks(error: UserError, share: Share) -> BaseException:
     if first and share.rank == 0:
         return error
     if first:
+        print(file=sys.stderr)  # rank 0 has its progress bar on the console's line
         for message in error.messages:
             print(f"error: {message}", file=sys.stderr, flush=True)
     return SystemExit(EXIT_USER_ERROR)

@@ -136,7 +136,9 @@ def patiently(fetch: Callable[[], None], what: str, place: str) -> None:
             status = _status(error)
             if isinstance(error, OSError) and error.errno in _UNWRITABLE:
                 raise cannot_write(error, place, what) from None
-            if isinstance(error, FileNotFoundError) or status == 404:
+            # huggingface_hub names so a file that it could not ask for.
+            offline = type(error).__name__ == "LocalEntryNotFoundError"
+            if status == 404 or (isinstance(error, FileNotFoundError) and not offline):
                 raise Missing(f"'{what}' is not there ({reason})") from None
             refused = status is not None and 400 <= status < 500 and status not in _TRY_AGAIN
             if refused or "Credentials" in type(error).__name__:

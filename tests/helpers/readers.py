@@ -27,7 +27,10 @@ _FORK = multiprocessing.get_context("fork")
 
 
 def numbered_pack(directory: Path, chunks: int, mark: int = 0, to_a_shard: int = 16, pads: bool = False) -> Path:
-    """A pack of `chunks` chunks with numbers of their own, `to_a_shard` in each shard; `pads`: the last 4 are padding."""
+    """A pack of `chunks` chunks with numbers of their own, `to_a_shard` in each shard.
+
+    A second document begins at place 5; with `pads` the last 4 places are padding.
+    """
     from data_prep.pack_writer import write_pack
 
     tokenizer = tiny_tokenizer()

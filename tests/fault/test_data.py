@@ -1,0 +1,262 @@
+"""Damaged shards, remotes that fail, full disks and killed runs: reading recovers, or ends with one sentence."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from bd3_ds.data.remote import pack_directory
+from bd3_ds.data.shared_memory import clear_stale
+from bd3_ds.runtime.errors import UserError
+from tests.helpers.launch import curve, launch_training, start_training, stop, train, wait_for_step
+from tests.helpers.readers import Cluster, data_config, numbered_pack, read
+from tests.helpers.s3_server import ObjectServer, object_server
+from tests.helpers.tiny import tiny_run
+
+STEPS = 8  # one pass over 64 chunks in 4 shards
+WORKERS = pytest.mark.parametrize("workers", [0, 2])
+PROTOCOLS = pytest.mark.parametrize("protocol", ["http", "s3"])
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return numbered_pack(tmp_path_factory.mktemp("sound") / "pack", 64)
+
+
+@pytest.fixture(scope="module")
+def expected(pack: Path) -> np.ndarray:
+    return read(data_config(pack), Cluster(), 0, STEPS)
+
+
+@pytest.fixture
+def copy(pack: Path, tmp_path: Path) -> Path:
+    """A copy that may be damaged, without what reading has unpacked; tmp_path/bucket/pack."""
+    return shutil.copytree(pack, tmp_path / "bucket" / "pack", ignore=shutil.ignore_patterns("*.mds"))
+
+
+@pytest.fixture
+def server(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer]:
+    with object_server(copy.parents[1]) as running:
+        for name, value in running.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("bd3_ds.data.remote.PAUSES", (0.01, 0.02))
+        yield running
+
+
+def address(server: ObjectServer, protocol: str) -> str:
+    return "s3://bucket/pack" if protocol == "s3" else f"{server.url}/bucket/pack"
+
+
+def damage(directory: Path, how: str) -> str:
+    """Do it to the third shard; returns its name."""
+    shard = directory / "00002/shard.00000.mds.zstd"
+    content = shard.read_bytes()
+    if how == "missing":
+        shard.unlink()
+    else:
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        shard.write_bytes({"truncated": content[:-9], "flipped": flipped}[how])
+    return shard.relative_to(directory).as_posix()
+
+
+SAYS = {"missing": "is missing", "truncated": r"has \d+ bytes instead of \d+", "flipped": "does not match its hash"}
+
+
+@WORKERS
+@pytest.mark.parametrize("how", SAYS)
+def test_damaged_shard_ends_with_its_name(copy, how, workers):
+    name = damage(copy, how)
+    with pytest.raises(UserError) as caught:
+        read(data_config(copy), Cluster(1, workers), 0, STEPS)
+    (message,) = caught.value.messages
+    assert re.search(f"data pack '{copy}' is damaged: shard {name} {SAYS[how]}; `python -m data_prep.verify", message)
+    assert "copy that shard anew" in message and "\n" not in message
+
+
+@WORKERS
+def test_unpacked_shard_with_a_flipped_byte_is_made_again(copy, expected, workers, capfd):
+    read(data_config(copy), Cluster(), 0, STEPS)  # it has unpacked all shards
+    plain = copy / "00001/shard.00000.mds"
+    content = plain.read_bytes()
+    plain.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert np.array_equal(read(data_config(copy), Cluster(1, workers), 0, STEPS), expected)
+    assert f"{plain} does not match its hash; making it again" in capfd.readouterr().err
+    assert plain.read_bytes() == content
+
+
+@pytest.mark.parametrize("damaged", [None, "{", '{"version": 2}', '{"version": 3, "shards": []}'])
+def test_index_missing_or_damaged(copy, damaged):
+    (copy / "index.json").unlink()
+    if damaged is not None:
+        (copy / "index.json").write_text(damaged)
+    with pytest.raises(UserError, match=f"data pack index.*{copy}/index.json"):
+        read(data_config(copy), Cluster(), 0, 1)
+
+
+@PROTOCOLS
+@WORKERS
+def test_remote_pack_is_the_local_one(server, expected, tmp_path, protocol, workers):
+    """Read by two ranks that are killed on the way, in one cache, and in the end without the remote."""
+    data = data_config(address(server, protocol), cache=str(tmp_path / "cache"))
+    for begin, end in ((0, 3), (3, STEPS)):
+        found = read(data, Cluster(2, workers), begin, end - begin)
+        assert np.array_equal(found, expected[begin:end])
+    assert len([line for line in server.requests if line.startswith("GET") and line.endswith(".zstd")]) == 4
+    server.fail_next(1000)
+    assert np.array_equal(read(data, Cluster(2, workers), 0, STEPS), expected)
+
+
+@PROTOCOLS
+@pytest.mark.parametrize("status", [503, 500, 429, 0])
+def test_failing_remote_is_asked_again(server, expected, tmp_path, protocol, status, capfd):
+    """From the first file on and again in the shards; status 0 cuts a body in the middle."""
+    data = data_config(address(server, protocol), cache=str(tmp_path / "cache"))
+    server.fail_next(2, status)
+    assert np.array_equal(read(data, Cluster(), 0, 1), expected[:1])
+    server.fail_next(2 if protocol == "http" else 12, status)  # boto3 asks several times itself
+    assert np.array_equal(read(data, Cluster(1, 2), 0, STEPS), expected)
+    if protocol == "http":
+        assert "could not be fetched" in (said := capfd.readouterr().err) and "trying again in 0 s" in said
+
+
+@PROTOCOLS
+@WORKERS
+def test_remote_gone_for_good(server, tmp_path, protocol, workers):
+    data = data_config(address(server, protocol), cache=str(tmp_path / "cache"), predownload=1)
+    with (
+        mock.patch("bd3_ds.data.remote.PAUSES", ()),
+        pytest.raises(UserError, match="could not be fetched in 1 attempts"),
+    ):
+        server.fail_next(10_000)
+        read(data, Cluster(), 0, 1)
+    server.fail_next(0)
+    read(data, Cluster(), 0, 1)
+    for plain in pack_directory(data.train, data.cache).rglob("*.mds"):
+        plain.unlink()
+    server.fail_next(10_000)
+    with pytest.raises(
+        UserError, match=r"shard.00000.mds.zstd' could not be fetched in 3 attempts \(.+\); when the address"
+    ):
+        read(data, Cluster(1, workers), 0, STEPS)
+
+
+@PROTOCOLS
+@pytest.mark.parametrize("how", SAYS)
+def test_damaged_remote_shard(server, copy, tmp_path, protocol, how):
+    name = damage(copy, how)
+    with pytest.raises(UserError, match=f"pack' is damaged: shard {name} {SAYS[how]}.*copy that shard anew"):
+        read(data_config(address(server, protocol), cache=str(tmp_path / "cache")), Cluster(1, 2), 0, STEPS)
+
+
+def test_no_pack_there_and_a_changed_one(server, copy, tmp_path):
+    cache = str(tmp_path / "cache")
+    with pytest.raises(UserError, match=r"bucket/nothing' is not a data pack: it has no index\.json"):
+        read(data_config(f"{server.url}/bucket/nothing", cache=cache), Cluster(), 0, 1)
+    data = data_config(f"{server.url}/bucket/pack", cache=cache)
+    read(data, Cluster(), 0, 1)
+    numbered_pack(copy, 48)
+    with pytest.raises(UserError, match=r"keeps parts of another, .* remove that directory"):
+        read(data, Cluster(), 0, 1)
+
+
+def test_cache_limit_evicts_and_order_stays(server, expected, tmp_path):
+    data = data_config(f"{server.url}/bucket/pack", cache=str(tmp_path / "cache"), predownload=1)
+    read(data, Cluster(), 0, STEPS)
+    kept = pack_directory(data.train, data.cache)
+    largest = max(path.stat().st_size for path in kept.rglob("*.mds"))
+    shutil.rmtree(kept)
+    limit = (kept.parent / "x", f"{7 * largest + 4096}b")[1]
+    limited = data_config(data.train, cache=data.cache, predownload=1, cache_limit=limit)
+    assert np.array_equal(read(limited, Cluster(1, 2), 0, STEPS), expected)
+
+
+def test_two_runs_do_not_share_a_cache(server, tmp_path):
+    """The first goes on, the second ends with a sentence; local packs are shared."""
+    data = data_config(f"{server.url}/bucket/pack", cache=str(tmp_path / "cache"))
+    script = (
+        "import sys; from tests.helpers.readers import *\n"
+        f"loader = Loader(data_config({data.train!r}, cache={data.cache!r}), Share(0, 1, 1, 1, 8), 0)\n"
+        "batches = iter(loader); next(batches); print('reading', flush=True)\n"
+        "sys.stdin.readline(); next(batches); print('still reading', flush=True)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as first:
+        assert first.stdin is not None and first.stdout is not None
+        assert first.stdout.readline() == "reading\n"
+        with (
+            mock.patch("bd3_ds.data.shared_memory.PATIENCE", 0.5),
+            pytest.raises(UserError, match="in use by another run"),
+        ):
+            read(data, Cluster(), 0, 1)
+        first.stdin.write("\n")
+        first.stdin.flush()
+        assert first.stdout.readline() == "still reading\n"
+        first.kill()
+    clear_stale([str(pack_directory(data.train, data.cache))])  # raises nothing: the killed run is gone
+    read(data, Cluster(), 0, 1)
+
+
+@WORKERS
+def test_full_disk(tmp_path, workers):
+    """In a file system of 700 KiB of its own."""
+    numbered_pack(tmp_path / "bucket/pack", 4000, to_a_shard=1000)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    script = (
+        "import sys; from tests.helpers.readers import *\n"
+        "try:\n"
+        f"    read(data_config(sys.argv[1], cache={str(cache)!r}), Cluster(1, {workers}), 0, 500)\n"
+        "except UserError as error: print(error)\n"
+    )
+    mount = f'mount -t tmpfs -o size=420k none {cache} && exec {sys.executable} -c "$0" "$1"'
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no file systems may be mounted here")
+    with object_server(tmp_path) as server:
+        command = ["unshare", "-rm", "sh", "-c", mount, script, f"{server.url}/bucket/pack"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "No space left on device; free some space, lower data.cache_limit, or name another directory" in done.stdout
+    assert done.stdout.count("\n") == 1 and str(cache) in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@WORKERS
+def test_training_ends_with_one_sentence_and_code_2(tmp_path, workers):
+    """Both ranks meet the shard, under the launcher; one says so."""
+    tiny_run(tmp_path)
+    shard = next((tmp_path / "train").rglob("*.zstd"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+    done = launch_training(tmp_path / "recipe.yaml", f"data.workers={workers}", timeout=120)
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "does not match its hash" in errors[0], done.stdout
+    assert "Traceback" not in done.stdout and done.returncode == 2, done.stdout
+
+
+@pytest.mark.slow
+def test_kill_9_of_training_from_a_remote_pack(tmp_path):
+    """All processes of the run die at once; the same command then ends as a run from the local pack does."""
+    tiny_run(tmp_path)
+    steps = ("train.total_steps=12", "train.checkpoint_every=1", "train.export_every=100", "train.global_batch=8")
+    train(tmp_path / "recipe.yaml", f"run_dir={tmp_path / 'calm'}", *steps)
+    with object_server(tmp_path) as server:
+        words = (f"data.train={server.url}/train", f"data.cache={tmp_path / 'cache'}", "data.workers=2", *steps)
+        with start_training(tmp_path / "recipe.yaml", *words) as process:
+            wait_for_step(tmp_path / "run", 3, process)
+            stop(process, signal.SIGKILL)
+        server.fail_next(1)
+        assert "continuing" in train(tmp_path / "recipe.yaml", *words)
+    assert curve(tmp_path / "run") == curve(tmp_path / "calm")
+    assert f"train: {server.url}/train" in (tmp_path / "run/run.yaml").read_text()
+    assert len(list((tmp_path / "run/exports").glob("*/tokenizer/*"))) == 1
