@@ -70,12 +70,13 @@ def main(argv: list[str]) -> int:
     from data_prep.detokenizers import DETOKENIZERS
     from data_prep.packing import FRAMES, PACKINGS
     from data_prep.sources import open_source
+    from data_prep.work_directory import revision_begun
 
     _check_name("--packing", options.packing, PACKINGS)
     _check_name("--frame", options.frame, FRAMES)
     _check_name("--detokenizer", options.detokenizer, DETOKENIZERS)
     block_size = _block_size(options, length)
-    source = open_source(options.source, options.split, options.text_field)
+    source = open_source(options.source, options.split, options.text_field, revision_begun(out))
     from bd3_ds.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer)
@@ -123,7 +124,7 @@ def _prepare(
     from data_prep.parts import encode_parts, start_worker
     from data_prep.pieces import Position
     from data_prep.progress import Progress
-    from data_prep.work_directory import put_in_place
+    from data_prep.work_directory import keep_revision, put_in_place
     from data_prep.workers import Workers
 
     recipe = Recipe(
@@ -138,6 +139,7 @@ def _prepare(
     tally, made_by = Tally(), f"{settings['tokenizer']} {settings['detokenizer']}"
     parts_folder = work / "parts"
     parts_folder.mkdir(exist_ok=True)
+    keep_revision(work, source.revision())
     with tempfile.TemporaryDirectory() as saved:
         tokenizer.save(Path(saved))
         position = Position()
@@ -150,7 +152,7 @@ def _prepare(
             chunks = pack(progress.watch(parts, tally), recipe, tally)
             first = next(chunks, None)  # before slow libraries are loaded
             if first is None:
-                shutil.rmtree(parts_folder)
+                shutil.rmtree(work)
                 if tally.documents == 0:
                     raise UserError(f"--source {source.spec}: holds no text")
                 raise UserError(

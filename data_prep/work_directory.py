@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.runtime.files import require_writable, sync_directory
+from bd3_ds.runtime.files import require_writable, sync_directory, write_text
 
-_UNFINISHED = ".unfinished-"
+_UNFINISHED, _REVISION = ".unfinished-", "revision"
 
 
 def work_directory_of(out: Path) -> Path:
@@ -54,6 +54,18 @@ def _hold(handle: int, work: Path, out: Path) -> None:
         free = False
     if not free:
         raise UserError(f"--out {out}: another process is making this pack; wait for it or stop it")
+
+
+def keep_revision(work: Path, revision: str | None) -> None:
+    """Note which revision of the source this preparation reads, so that a later start reads it too."""
+    if revision is not None:
+        write_text(work / _REVISION, revision)
+
+
+def revision_begun(out: Path) -> str | None:
+    """The source's revision of which the pack `out` was begun; None where none was, or it has no revision."""
+    note = work_directory_of(out) / _REVISION
+    return note.read_text() if note.is_file() else None
 
 
 def write_whole(path: Path, content: bytes) -> None:

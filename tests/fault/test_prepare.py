@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from bd3_ds.data.pack import open_pack, read_manifest
 from bd3_ds.runtime.errors import UserError
 from data_prep import pack_writer, parts, prepare, train_tokenizer, verify
+from data_prep.sources import open_source
 from tests.helpers.s3_server import object_server
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +142,26 @@ def test_finished_parts_and_groups_are_kept(text: Path, tmp_path: Path, monkeypa
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
+def test_a_later_start_reads_the_revision_of_the_first(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    def open_at(spec, split, field, revision):
+        asked.append(revision)
+        return replace(open_source(spec, split, field), find_revision=lambda: revision or f"newest-{len(asked)}")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_prep.sources.open_source", open_at)
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr(pack_writer, "write_group", stop)
+        prepare.main(arguments(text, tmp_path / "out", 1))
+    assert prepare.main(arguments(text, tmp_path / "out", 1)) == 0
+    assert asked == [None, "newest-1"] and read_manifest(tmp_path / "out").revision == "newest-1"
+
+
 def test_other_text_is_not_mistaken_for_the_finished_part(text: Path, tmp_path: Path) -> None:
     """What an earlier start left is used where it fits alone."""
     assert prepare.main(arguments(text, tmp_path / "whole", 1)) == 0
@@ -148,17 +170,10 @@ def test_other_text_is_not_mistaken_for_the_finished_part(text: Path, tmp_path: 
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"text": "something else entirely " * 200}) + "\n")
     parts.start_worker(str(text / "tokenizer"), "none")
-    pieces = [parts.cut(prepare.__dict__["_limited"](_pieces(other), None))]
-    part = next(pieces[0])
+    part = next(parts.cut(open_source(str(other)).pieces()))
     parts.encode_part(part, work / "000000.npz", parts._digest(part, "another tokenizer"))
     assert prepare.main(arguments(text, tmp_path / "out", 1)) == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-
-
-def _pieces(file: Path):
-    from data_prep.sources import open_source
-
-    return open_source(str(file)).pieces()
 
 
 def test_one_pack_is_made_by_one_process(text: Path, tmp_path: Path) -> None:
