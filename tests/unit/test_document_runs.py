@@ -28,13 +28,13 @@ from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
 from bd3_ds.diffusion.subs import SubsNats
 from bd3_ds.evaluation.network import load_model
 from bd3_ds.evaluation.perplexity import evaluate_pack
-from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.world import World
 from bd3_ds.train.preflight import preflight
 from bd3_ds.train.state import TrainState
 from bd3_ds.train.step import Stepper
 from tests.helpers.documents import CASES, document_pack, each_alone, numbers
+from tests.helpers.engine import OneProcess
 from tests.helpers.tiny import LENGTH, tiny_export, tiny_run
 
 CPU = torch.device("cpu")
@@ -132,26 +132,6 @@ def test_perplexity_is_that_of_each_document(scene: Callable[..., RunConfig], nu
     for batch in (1, 64):
         assert evaluated(True, batch) == pytest.approx(by_hand, rel=TOLERANCE)
     assert abs(evaluated(False, 64) - by_hand) > 10 * TOLERANCE * by_hand
-
-
-class OneProcess:
-    """Stands in for the engine and the average of weights: the network itself, gradients kept, no update."""
-
-    def __init__(self, model: DiT):
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def step(self, lr: float) -> None: ...
-
-    def update(self) -> None: ...
-
-    def grad_norm(self) -> float:
-        return 1.0
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
