@@ -106,18 +106,11 @@ def compare(pack: str, flat: str, workers: int, length: int, batch: int, batches
 
 def ours(pack: str, length: int, batch: int, workers: int) -> Iterator[torch.Tensor]:
     """Micro-batches of a run on one rank."""
-    from bd3_ds.config.schema import DataConfig
+    from bd3_ds.config.load import load_defaults
     from bd3_ds.data.loader import Loader, Share
 
-    data = DataConfig(
-        train=pack,
-        length=length,
-        shuffle=True,
-        shuffle_seed=9176,
-        canonical_nodes=1,
-        workers=workers,
-        document_mask=False,
-    )
+    values = {"run_dir": "none", "data.train": pack, "data.length": length, "data.workers": workers}
+    data = load_defaults(values, "the benchmark").data
     for micro_batch in Loader(data, Share(0, 1, 1, batch, batch), samples=0):
         yield micro_batch.tokens
 

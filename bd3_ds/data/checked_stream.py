@@ -55,7 +55,13 @@ class CheckedStream(Stream):
         try:
             grown: int = super().prepare_shard(shard)
         except OSError as error:
-            raise cannot_write(error, self.local, f"shard {shard.file_pairs[0][0].basename}") from None
+            name = shard.file_pairs[0][0].basename
+            if self.remote is not None:
+                raise cannot_write(error, self.local, f"shard {name}") from None
+            raise UserError(
+                f"data pack '{self.pack}': shard {name} cannot be unpacked beside its compressed file: "
+                f"{error.strerror}; make room there, or copy the pack to a directory that can be written to"
+            ) from None
         return grown
 
     def _prepare_shard_part(self, raw_info: Any, zip_info: Any = None, compression: str | None = None) -> int:
@@ -154,6 +160,7 @@ class CheckedDataset(StreamingDataset):
     def __init__(self, streams: list[CheckedStream], **options: Any):
         self._sound: set[int] = set()
         self._failure: BaseException | None = None
+        self._at_work: set[int] = set()
         super().__init__(streams=streams, validate_hash=HASH, **options)
 
     def __iter__(self) -> Iterator[Any]:
@@ -185,6 +192,7 @@ class CheckedDataset(StreamingDataset):
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Have the shard on this node; after a failure others try too, where streaming would let them wait for ever."""
+        self._at_work.add(shard_id)
         try:
             return super().prepare_shard(shard_id, blocking)
         except UserError as error:
@@ -196,10 +204,18 @@ class CheckedDataset(StreamingDataset):
                 f"data.cache_limit={self.cache_limit} bytes is too little for the shards that are read at once; raise "
                 "it, or lower data.workers"
             )
+        finally:
+            self._at_work.discard(shard_id)
         # Out of the handlers, the failed call's frame is gone, and with it its hold on the lock of the cache. Who waits
         # for the shard waits until it is local; told that it is, they find no file, try themselves, and fail or not.
         self._shard_states[shard_id] = _ShardState.LOCAL
         raise failure
+
+    def give_up(self) -> None:
+        """Before this process ends in the middle of a shard: leave it to the others, who would wait for it for ever."""
+        for shard_id in list(self._at_work):
+            if self._shard_states[shard_id] == _ShardState.PREPARING:
+                self._shard_states[shard_id] = _ShardState.LOCAL
 
     def on_exception(self, future: Future[None]) -> None:
         """A thread of streaming's has ended; its failure is kept for `__iter__`, which the event ends."""
@@ -207,3 +223,4 @@ class CheckedDataset(StreamingDataset):
         if error is not None:
             self._failure = self._failure or error
             self._event.set()
+            self._iterator.on_exit()  # else the end of the iteration would wait for this thread

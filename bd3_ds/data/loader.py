@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from bd3_ds.config.check_data import is_remote, packs, size_in_bytes
 from bd3_ds.config.schema import DataConfig
@@ -251,9 +251,13 @@ def obey_parent_alone(_worker: int) -> None:
     The trainer's own SIGTERM still counts: Python sends it to the children of an ending process and waits for them.
     """
 
+    info = get_worker_info()
+    assert info is not None
+
     def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
             pass
+        info.dataset.give_up()  # type: ignore[attr-defined]
         os._exit(0)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -36,6 +36,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "characters.json",
 )
+OPTIONAL = (*(f"{TOKENIZER_DIR}/{name}" for name in TOKENIZER_FILES), COUNTS)
 NEEDED = (INDEX, MANIFEST)  # the manifest last: where it is, the rest is
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt
 TIMEOUT = 60.0  # seconds without an answer
@@ -77,9 +78,9 @@ def fetch_facts(pack: str, cache: str) -> None:
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 _require_unchanged(pack, directory, get, aside)
             return
-        for name in (f"{TOKENIZER_DIR}/{file}" for file in TOKENIZER_FILES):
-            _fetch_if_there(get, pack, name, aside)
-        _fetch_if_there(get, pack, COUNTS, aside)
+        for name in OPTIONAL:
+            with suppress(Missing, Refused):
+                patiently(lambda name=name: get(name, aside / name), f"{pack}/{name}", cache)  # type: ignore[misc]
         for name in NEEDED:
             try:
                 patiently(lambda name=name: get(name, aside / name), f"{pack}/{name}", cache)  # type: ignore[misc]
@@ -88,11 +89,9 @@ def fetch_facts(pack: str, cache: str) -> None:
                     f"'{pack}' is not a data pack: it has no {name}; give the address of a directory that "
                     "`python -m data_prep.prepare` made"
                 ) from None
-        found = [path for path in aside.rglob("*") if path.is_file()]
-        for path in sorted(found, key=lambda path: path.name == MANIFEST):
-            target = directory / path.relative_to(aside)
-            target.parent.mkdir(exist_ok=True)
-            os.replace(path, target)
+        for name in filter(lambda name: (aside / name).is_file(), (*OPTIONAL, *NEEDED)):
+            (directory / name).parent.mkdir(exist_ok=True)
+            os.replace(aside / name, directory / name)
 
 
 def opener(pack: str) -> Callable[[str, Path], None]:
@@ -164,11 +163,6 @@ def cannot_write(error: OSError, place: str, what: str) -> UserError:
 def say(text: str) -> None:
     """A line on the console, from whichever process."""
     print(f"data: {text}", file=sys.stderr, flush=True)
-
-
-def _fetch_if_there(get: Callable[[str, Path], None], pack: str, name: str, aside: Path) -> None:
-    with suppress(Missing, Refused):
-        patiently(lambda: get(name, aside / name), f"{pack}/{name}", str(aside.parent))
 
 
 def _require_unchanged(pack: str, directory: Path, get: Callable[[str, Path], None], aside: Path) -> None:

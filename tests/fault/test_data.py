@@ -53,6 +53,19 @@ def server(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer
         yield running
 
 
+@pytest.fixture
+def hub(copy: Path, server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of the pack on a hub of Hugging Face's kind."""
+    place = copy.parents[1] / "datasets/owner/name/resolve/main"
+    place.parent.mkdir(parents=True)
+    place.symlink_to(copy.parent)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return "hf://datasets/owner/name/pack"
+
+
 def address(server: ObjectServer, protocol: str) -> str:
     return "s3://bucket/pack" if protocol == "s3" else f"{server.url}/bucket/pack"
 
@@ -115,6 +128,15 @@ def test_remote_pack_is_the_local_one(server, expected, tmp_path, protocol, work
     assert len([line for line in server.requests if line.startswith("GET") and line.endswith(".zstd")]) == 4
     server.fail_next(1000)
     assert np.array_equal(read(data, Cluster(2, workers), 0, STEPS), expected)
+
+
+@WORKERS
+def test_pack_on_a_hub(hub, server, expected, tmp_path, workers):
+    data = data_config(hub, cache=str(tmp_path / "cache"))
+    assert np.array_equal(read(data, Cluster(1, workers), 0, STEPS), expected)
+    assert any("datasets/owner/name/resolve/main/pack/00003/shard" in line for line in server.requests)
+    with pytest.raises(UserError, match=r"'hf://datasets/owner/name/none' is not a data pack: it has no index\.json"):
+        read(data_config(hub.replace("/pack", "/none"), cache=str(tmp_path / "cache")), Cluster(), 0, 1)
 
 
 @PROTOCOLS

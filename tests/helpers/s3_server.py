@@ -1,4 +1,6 @@
-"""A directory served over HTTP on loopback, with as much of S3 as boto3 needs; it can be made to fail.
+"""A directory served over HTTP on loopback, with as much of S3 as boto3 needs, and of a hub as huggingface_hub.
+
+It can be made to fail.
 
 `http://HOST:PORT/BUCKET/KEY` is the file DIRECTORY/BUCKET/KEY, so a pack in it can be read by http:// and by s3://.
 """
@@ -163,7 +165,8 @@ class _Handler(BaseHTTPRequestHandler):
     ) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
-        for name, value in {"ETag": f'"{hashlib.md5(content).hexdigest()}"', **(headers or {})}.items():
+        hub = {"X-Repo-Commit": "0" * 40, **({"X-Error-Code": "EntryNotFound"} if status == 404 else {})}
+        for name, value in {"ETag": f'"{hashlib.md5(content).hexdigest()}"', **hub, **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

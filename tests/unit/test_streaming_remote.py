@@ -129,6 +129,22 @@ def test_padding_is_told_from_text(tmp_path, pads, apart):
     assert documents is not None and documents.tolist() == [expected.tolist()] * 2
 
 
+def test_shard_of_a_loader_process_that_was_ended_is_taken_up(tmp_path):
+    """It has said that it is at work on the shard; others would wait for it."""
+    loader = Loader(data_config(numbered_pack(tmp_path / "pack", 8), shuffle=False), Share(0, 1, 1, 2, 2), 0)
+    loader.dataset._shard_states[0] = 2  # streaming's PREPARING
+    loader.dataset._at_work.add(0)
+    loader.dataset.give_up()
+    assert [next(iter(loader)).tokens[i, 1].item() for i in range(2)] == [0, 1]
+
+
+def test_pack_that_cannot_be_unpacked_where_it_is(tmp_path):
+    pack = numbered_pack(tmp_path / "pack", 8)
+    (pack / "00000/shard.00000.mds").mkdir()  # permissions would not stop root
+    with pytest.raises(UserError, match=r"shard 00000/shard.+ cannot be unpacked beside its compressed file: Is a"):
+        next(iter(Loader(data_config(pack), Share(0, 1, 1, 2, 2), 0)))
+
+
 def test_preflight_of_a_remote_pack(tmp_path, capsys):
     """`check` reads its facts from the address; they are then in data.cache, and no shard is."""
     tiny_run(tmp_path)
