@@ -7,6 +7,7 @@ A packed sequence holds noisy tokens (of one or more views) and clean tokens; ea
 With block size 1 and clean tokens alone this is a causal mask (AR); with one block and noisy tokens alone it hides
 nothing (MDLM, SEDD); noisy and clean together it is the block-diffusion mask of Arriola et al. 2025, figure 2.
 Where the text is packed from several documents, the rule may be narrowed to each document (`AttentionMask.within`).
+Padding is then a document like any other, -1: text does not see it, and it sees itself, so that no softmax is empty.
 """
 
 from __future__ import annotations
