@@ -192,15 +192,20 @@ def test_no_pack_there_and_a_changed_one(server, copy, tmp_path):
         read(data, Cluster(), 0, 1)
 
 
-def test_cache_limit_evicts_and_order_stays(server, expected, tmp_path):
-    data = data_config(f"{server.url}/bucket/pack", cache=str(tmp_path / "cache"), predownload=1)
-    read(data, Cluster(), 0, STEPS)
-    kept = pack_directory(data.train, data.cache)
-    largest = max(path.stat().st_size for path in kept.rglob("*.mds"))
-    shutil.rmtree(kept)
-    limit = (kept.parent / "x", f"{7 * largest + 4096}b")[1]
-    limited = data_config(data.train, cache=data.cache, predownload=1, cache_limit=limit)
-    assert np.array_equal(read(limited, Cluster(1, 2), 0, STEPS), expected)
+@WORKERS
+def test_cache_limit_evicts_and_order_stays(server, copy, tmp_path, workers):
+    shards, steps = 16, 200
+    local = numbered_pack(copy.with_name("larger"), 100 * shards, to_a_shard=100)
+    order = {"shuffle_algorithm": "py1s"}  # shard by shard
+    expected = read(data_config(local, **order), Cluster(), 0, steps)
+    largest = max(path.stat().st_size for path in local.rglob("*.mds"))
+    limit = 8 * largest + (local / "index.json").stat().st_size
+    data = data_config(
+        f"{server.url}/bucket/larger", cache=str(tmp_path / "cache"), predownload=8, cache_limit=f"{limit}b", **order
+    )
+    assert np.array_equal(read(data, Cluster(2, workers), 0, steps), expected)
+    kept = list(pack_directory(data.train, data.cache).rglob("*.mds"))
+    assert 0 < len(kept) <= 8 < len({line for line in server.requests if line.endswith(".zstd")}) == shards
 
 
 def test_two_runs_do_not_share_a_cache(server, tmp_path):
