@@ -119,12 +119,20 @@ def test_index_missing_or_damaged(copy, damaged):
 
 @PROTOCOLS
 @WORKERS
-def test_remote_pack_is_the_local_one(server, expected, tmp_path, protocol, workers):
-    """Read by two ranks that are killed on the way, in one cache, and in the end without the remote."""
+def test_remote_pack_is_the_local_one(server, expected, tmp_path, protocol, workers, monkeypatch):
+    """Read by two ranks that are killed on the way, in one cache, and in the end without the remote.
+
+    What they leave in shared memory would tell streaming that the cache is in use, once its locks have been swept.
+    """
+    locks = tmp_path / "locks"
+    locks.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(locks))
     data = data_config(address(server, protocol), cache=str(tmp_path / "cache"))
     for begin, end in ((0, 3), (3, STEPS)):
         found = read(data, Cluster(2, workers), begin, end - begin)
         assert np.array_equal(found, expected[begin:end])
+        for lock in locks.glob("*_filelock"):
+            lock.unlink()
     assert len([line for line in server.requests if line.startswith("GET") and line.endswith(".zstd")]) == 4
     server.fail_next(1000)
     assert np.array_equal(read(data, Cluster(2, workers), 0, STEPS), expected)
