@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bd3_ds.data.pack import COUNTS, FORMAT, MANIFEST, TOKENIZER_DIR, Manifest, PackHash, TokenizerInfo
+from bd3_ds.data.pack import (
+    COUNTS,
+    FORMAT,
+    MANIFEST,
+    TOKENIZER_DIR,
+    Manifest,
+    PackHash,
+    TokenizerInfo,
+    document_numbers,
+)
 from bd3_ds.runtime.files import read_json, sync_directory, write_json
 from data_prep.packing import Chunk, Tally, padded_places
 from data_prep.work_directory import put_in_place, whole_directory, work_directory
@@ -84,7 +93,11 @@ class PackWriter:
         if (tokens == self._tokenizer.mask_id).any():
             raise ValueError(f"chunks from {first} on hold the mask id {self._tokenizer.mask_id}")
         self._hash.add(tokens)
-        self._counts += np.bincount(tokens.ravel(), minlength=len(self._counts))
+        text = tokens
+        if any(len(chunk.pad_starts) for chunk in self._group):
+            starts, pads = zip(*((chunk.doc_starts, chunk.pad_starts) for chunk in self._group), strict=True)
+            text = tokens[document_numbers(starts, pads, self._length) >= 0]
+        self._counts += np.bincount(text.ravel(), minlength=len(self._counts))
         marks = [(_bytes(chunk.doc_starts), _bytes(chunk.pad_starts)) for chunk in self._group]
         name, self._group = _name(self._groups), []
         self._groups += 1

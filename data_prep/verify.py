@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bd3_ds.runtime.cli import Parser
 from bd3_ds.runtime.errors import UserError, run_command
-from data_prep.packing import BOS_EOS, padded_places
+from data_prep.packing import BOS_EOS
 
 SAMPLES, SAMPLE_CHARACTERS, FREQUENT = 2, 400, 10
 
@@ -31,7 +31,15 @@ def verify(directory: Path) -> None:
     """
     import numpy as np
 
-    from bd3_ds.data.pack import COUNTS, PackHash, TokenizerInfo, open_pack, read_manifest, read_token_counts
+    from bd3_ds.data.pack import (
+        COUNTS,
+        PackHash,
+        TokenizerInfo,
+        document_numbers,
+        open_pack,
+        read_manifest,
+        read_token_counts,
+    )
 
     mend = f"to mend it, copy it anew from where it is whole, or make it again:\n{command(directory)}"
     manifest = read_manifest(directory)
@@ -47,9 +55,10 @@ def verify(directory: Path) -> None:
         digest.add(tokens)
         if tokens.max() >= tokenizer.vocab_size:
             raise UserError(f"{directory}: chunk {i} holds token {tokens.max()}, outside the vocabulary; {mend}")
-        counts += np.bincount(tokens, minlength=tokenizer.vocab_size)
+        numbers = document_numbers([pack.doc_starts(i)], [pack.pad_starts(i)], manifest.length)[0]
+        counts += np.bincount(tokens[numbers >= 0], minlength=tokenizer.vocab_size)
         starts += len(pack.doc_starts(i))
-        padding += padded_places(pack.doc_starts(i), pack.pad_starts(i), manifest.length)
+        padding += int((numbers < 0).sum())
     if digest.hexdigest() != manifest.pack_hash:
         raise UserError(f"{directory}: its chunks do not have the manifest's hash; {mend}")
     framed = 2 * len(pack) if manifest.frame == BOS_EOS else 0

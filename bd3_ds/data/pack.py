@@ -3,7 +3,7 @@
     index.json                     all shards, in order, for mosaicml-streaming
     00000/shard.*.mds.zstd, ...    the chunks
     manifest.json                  what they are: `Manifest`
-    token_counts.npy               how often each token occurs in the chunks
+    token_counts.npy               how often each token occurs in the chunks, padding left out
     tokenizer/                     what `load_tokenizer` needs to read them
 
 A chunk has three columns: `tokens` (uint16 or uint32 by vocabulary size), `doc_starts` and `pad_starts` (bytes: the
@@ -143,7 +143,7 @@ def stored_file(shard: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_token_counts(directory: str | Path) -> np.ndarray:
-    """How often each token occurs in the pack, int64 [vocabulary]; raises UserError where the pack has no counts."""
+    """How often each token occurs in a pack's text, int64 [vocabulary]; raises UserError where it has no counts."""
     import numpy as np
 
     manifest = read_manifest(directory)
@@ -154,7 +154,8 @@ def read_token_counts(directory: str | Path) -> np.ndarray:
         raise UserError(
             f"data pack '{directory}' has no readable {COUNTS}, which masking by frequency needs; make the pack again"
         ) from None
-    if counts.shape != (manifest.tokenizer.vocab_size,) or int(counts.sum()) != manifest.chunks * manifest.length:
+    text = manifest.chunks * manifest.length - manifest.padding
+    if counts.shape != (manifest.tokenizer.vocab_size,) or int(counts.sum()) != text:
         raise UserError(f"data pack '{directory}' is damaged: {COUNTS} does not fit its manifest; make the pack again")
     return counts.astype("int64")
 

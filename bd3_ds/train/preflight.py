@@ -21,7 +21,17 @@ _FIXED = ("model.", "data.", "objective.", "seed", "train.global_batch", "train.
 _FREE = ("data.workers", "data.train", "data.cache", "data.predownload", "model.attention")
 
 # What two models must share for the weights of one to mean the same in the other.
-_SHAPE = ("hidden_size", "layers", "heads", "mlp_ratio", "cond_size", "rope_base", "vocab_size", "mask_id")
+_SHAPE = (
+    "hidden_size",
+    "layers",
+    "heads",
+    "mlp_ratio",
+    "cond_size",
+    "rope_base",
+    "vocab_size",
+    "vocab_multiple",
+    "mask_id",
+)
 
 
 def preflight(run: RunConfig, world_size: int) -> RunConfig:
