@@ -123,6 +123,8 @@ class CheckedStream(Stream):
                 data = path.read_bytes()
             except FileNotFoundError:
                 return False
+            except OSError as error:
+                raise self.damaged(raw_info, f"cannot be read ({error.strerror})") from None
             if get_hash(HASH, data) != raw_info.hashes.get(HASH):
                 if zip_info is None and self.remote is None:
                     raise self.damaged(raw_info, "does not match its hash")
