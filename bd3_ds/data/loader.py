@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from bd3_ds.config.check_data import is_remote, packs, size_in_bytes
+from bd3_ds.config.check_data import packs, size_in_bytes
 from bd3_ds.config.schema import DataConfig
 from bd3_ds.data.mixture import samples_of_epoch
 from bd3_ds.data.pack import document_numbers, read_manifest, read_starts
-from bd3_ds.data.remote import fetch_facts, pack_directory
+from bd3_ds.data.remote import fetch_facts
 from bd3_ds.data.shared_memory import clear_stale, hold
 from bd3_ds.data.streaming_import import import_streaming
 from bd3_ds.runtime.errors import EXIT_USER_ERROR, UserError
@@ -110,9 +110,7 @@ class Loader:
         import_streaming()
         from bd3_ds.data.checked_stream import CheckedDataset, CheckedStream
 
-        for pack in filter(is_remote, packs(data)):
-            fetch_facts(pack, data.cache)
-        places = {pack: pack_directory(pack, data.cache) for pack in packs(data)}
+        places = {pack: fetch_facts(pack, data.cache) for pack in packs(data)}
         manifests = [read_manifest(place) for place in places.values()]
         self._padded = any(manifest.padding > 0 for manifest in manifests)
         counts = samples_of_epoch(data, [manifest.chunks for manifest in manifests]) if data.mix else [None]

@@ -62,13 +62,15 @@ def pack_directory(pack: str, cache: str) -> Path:
     return Path(cache).expanduser() / f"{address.rsplit('/', 1)[-1]}-{digest}"
 
 
-def fetch_facts(pack: str, cache: str) -> None:
-    """Have the facts of a remote pack in `pack_directory`, whole or not at all; processes of a node take turns.
+def fetch_facts(pack: str, cache: str) -> Path:
+    """Have the facts of a pack in `pack_directory`, whole or not at all, and return it; processes of a node take turns.
 
     What is there is kept; whether the remote is still the same is asked once a node, if it can be reached. Raises
-    UserError where the pack is not there, has changed, or cannot be fetched.
+    UserError where the pack is not there, has changed, or cannot be fetched. A local pack is left to itself.
     """
     directory = pack_directory(pack, cache)
+    if not is_remote(pack):
+        return directory
     require_writable(directory.parent)
     directory.mkdir(parents=True, exist_ok=True)
     get = opener(pack)
@@ -77,7 +79,7 @@ def fetch_facts(pack: str, cache: str) -> None:
         if (directory / MANIFEST).is_file():
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 _require_unchanged(pack, directory, get, aside)
-            return
+            return directory
         for name in OPTIONAL:
             with suppress(Missing, Refused):
                 patiently(lambda name=name: get(name, aside / name), f"{pack}/{name}", cache)  # type: ignore[misc]
@@ -92,6 +94,7 @@ def fetch_facts(pack: str, cache: str) -> None:
         for name in filter(lambda name: (aside / name).is_file(), (*OPTIONAL, *NEEDED)):
             (directory / name).parent.mkdir(exist_ok=True)
             os.replace(aside / name, directory / name)
+    return directory
 
 
 def opener(pack: str) -> Callable[[str, Path], None]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from bd3_ds.config.load import load_resolved
 from bd3_ds.config.schema import RunConfig, block_size
+from bd3_ds.data.remote import fetch_facts
 from bd3_ds.evaluation.results import EVALUATIONS
 from bd3_ds.evaluation.unigram import unigram_perplexity
 from bd3_ds.runtime import records
@@ -60,7 +61,7 @@ def column(run_dir: Path) -> dict[str, str]:
 
 
 def _perplexities(run: RunConfig, name: str, pack: str, line: dict[str, Any]) -> dict[str, str]:
-    unigram = unigram_perplexity(run.data.train, pack, run.eval.max_chunks)
+    unigram = unigram_perplexity(fetch_facts(run.data.train, run.data.cache), pack, run.eval.max_chunks)
     error = line["ppl"] * line["stderr"]
     kind = "held-out" if name == "valid" else "zero-shot"
     assert math.isfinite(error)

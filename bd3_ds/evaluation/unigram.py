@@ -8,20 +8,21 @@ from pathlib import Path
 
 import numpy as np
 
-from bd3_ds.data.pack import Pack, check_same_tokenizer, document_numbers, open_pack
+from bd3_ds.data.pack import Pack, check_same_tokenizer, document_numbers, open_pack, read_manifest, read_token_counts
 
 
 def unigram_perplexity(train_pack: str | Path, eval_pack: str | Path, max_chunks: int | None = None) -> float:
-    """Perplexity of the evaluation pack's scored tokens under add-one-smoothed counts of the training pack.
+    """Perplexity of the evaluation pack's scored tokens under add-one-smoothed counts of the training pack's text.
 
     The same tokens are scored as by every model here: all but a chunk's first and padding; [MASK] has probability 0.
-    `max_chunks` bounds the evaluation chunks, as it does for the models. Raises UserError for different tokenizers.
+    `max_chunks` bounds the evaluation chunks, as it does for the models. Of the training pack only the facts are read.
+    Raises UserError for different tokenizers.
     """
-    train, evaluation = open_pack(train_pack), open_pack(eval_pack)
-    check_same_tokenizer(train.manifest, evaluation.manifest)
-    vocabulary = train.manifest.tokenizer.vocab_size
-    seen = _counts(train, vocabulary, None) + 1
-    seen[train.manifest.tokenizer.mask_id] = 0
+    train, evaluation = read_manifest(train_pack), open_pack(eval_pack)
+    check_same_tokenizer(train, evaluation.manifest)
+    vocabulary = train.tokenizer.vocab_size
+    seen = read_token_counts(train_pack) + 1.0
+    seen[train.tokenizer.mask_id] = 0
     scored = _counts(evaluation, vocabulary, max_chunks)
     present = scored > 0
     nats = -(scored[present] * np.log(seen[present] / seen.sum())).sum() / scored.sum()

@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
     from bd3_ds.config.check import check_run
     from bd3_ds.config.load import override
     from bd3_ds.data.pack import open_pack, read_token_counts
+    from bd3_ds.data.remote import fetch_facts
 
     export = find_export(options.export)
     run = override(as_trained_now(export.run), options.overrides, FREE)
@@ -43,7 +44,8 @@ def main(argv: list[str]) -> int:
         )
     name, directory = next(iter(choose_sets([options.set] if options.set else None, export, None).items()))
     check_pack(export, name, directory)
-    counts = read_token_counts(run.data.train) if run.objective.frequency.power > 0 else None
+    wanted = run.objective.frequency.power > 0
+    counts = read_token_counts(fetch_facts(run.data.train, run.data.cache)) if wanted else None
 
     import torch
 

@@ -219,9 +219,12 @@ class Worker:
         import torch
 
         from bd3_ds.data.pack import open_pack, read_token_counts
+        from bd3_ds.data.remote import fetch_facts
         from bd3_ds.evaluation.variance import variances
 
-        run, pack = model.run, open_pack(wanted.sets[name])
+        run, pack, counts = model.run, open_pack(wanted.sets[name]), None
+        if run.objective.frequency.power > 0:
+            counts = read_token_counts(fetch_facts(run.data.train, run.data.cache))
         documents = pack.all_documents(wanted.max_chunks, apart=run.data.document_mask)
         measured = variances(
             model.network,
@@ -234,7 +237,7 @@ class Worker:
             gradient=True,
             step=model.export.step,
             progress=self._check,
-            token_counts=read_token_counts(run.data.train) if run.objective.frequency.power > 0 else None,
+            token_counts=counts,
         )
         return {key: getattr(measured, key) for key in ("var_nelbo", "var_block", "var_gradient")}
 

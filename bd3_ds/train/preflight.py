@@ -62,9 +62,7 @@ def _manifests(run: RunConfig) -> list[Manifest]:
     for pack in packs(run.data):
         key = "data.train" if pack == run.data.train else "data.mix"
         try:
-            if is_remote(pack):
-                fetch_facts(pack, run.data.cache)
-            found.append(read_manifest(pack_directory(pack, run.data.cache)))
+            found.append(read_manifest(fetch_facts(pack, run.data.cache)))
             if not is_remote(pack):
                 read_index(pack)
         except UserError as error:

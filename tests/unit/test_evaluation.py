@@ -154,7 +154,7 @@ def test_stderr_of_sedd_is_the_spread_over_seeds():
 @pytest.mark.parametrize("limit", [None, 3])
 def test_unigram_perplexity(place, limit):
     vocabulary = open_pack(place / "train").manifest.tokenizer.vocab_size
-    seen = np.bincount(open_pack(place / "train").all_tokens()[:, 1:].ravel(), minlength=vocabulary) + 1.0
+    seen = np.bincount(open_pack(place / "train").all_tokens().ravel(), minlength=vocabulary) + 1.0
     text = open_pack(place / "valid").all_tokens(limit)[:, 1:].ravel()
     share = seen / seen[:-1].sum()  # [MASK], the last token, is never scored
     expected = math.exp(-np.log(share[text]).mean())
