@@ -219,7 +219,10 @@ def _csv(path: Path, raw: BinaryIO, field: str) -> Iterator[str]:
         head = next(rows, [])
         if field in head:
             column = head.index(field)
-            yield from (row[column] for row in rows if len(row) > column)
+            for row in rows:
+                if row and len(row) <= column:
+                    raise UserError(f"--source: {path} line {rows.line_num} has too few columns for '{field}'")
+                yield row[column] if row else ""
         elif len(head) == 3 and head[0].isdigit():  # AG News as published: class, title, description, no header
             for row in itertools.chain([head], rows):
                 yield " ".join(row[1:])

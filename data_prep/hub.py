@@ -81,7 +81,9 @@ def any_texts(info: DatasetInfo, split: str, field: str, position: Position, adv
             if field not in row:
                 raise no_field(info.id, field, list(row))
             position.done += 1
-            yield str(row[field])
+            if not isinstance(row[field], (str, type(None))):
+                raise UserError(f"--text-field {field}: {info.id} holds no strings there; {advice}")
+            yield row[field] or ""
 
 
 def _open(info: DatasetInfo, file: str) -> Any:

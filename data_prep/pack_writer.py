@@ -130,7 +130,7 @@ def write_pack(
             writer.add(Chunk(tokens, starts, *pads))
             tally.documents += len(starts)
             tally.padding += padded_places(starts, pads[0], length) if pads else 0
-        tally.tokens = writer.chunks * length
+        tally.tokens = writer.chunks * length - tally.padding
         manifest = writer.finish(facts(tokenizer, length, tally, name=name, source=source, settings=settings or {}))
         put_in_place(work / "pack", Path(out))
     return manifest
@@ -205,7 +205,7 @@ def _bytes(offsets: np.ndarray) -> bytes:
 
 def _merge_indexes(directory: Path) -> None:
     shards = []
-    for index in sorted(directory.glob("*/index.json")):
+    for index in sorted(directory.glob("*/index.json"), key=lambda path: int(path.parent.name)):
         for shard in read_json(index, "index of a group")["shards"]:
             for part in ("raw_data", "zip_data"):
                 if shard[part]:

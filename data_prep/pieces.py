@@ -48,8 +48,21 @@ class Source:
         """
         position = position or Position()
         position.done, position.total = 0.0, float(self.size)
-        return (piece for piece in self.read(position) if piece.text.strip() or not piece.starts)
+        return (
+            Piece(whole_characters(piece.text), piece.starts)
+            for piece in self.read(position)
+            if piece.text.strip() or not piece.starts
+        )
 
     def revision(self) -> str | None:
         """The hub's commit that `pieces` reads, asked for at the first call; None for what is no hub set."""
         return self.find_revision()
+
+
+def whole_characters(text: str) -> str:
+    """`text` with U+FFFD for halves of surrogate pairs, which JSON of web crawls has and no encoding can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

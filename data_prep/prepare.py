@@ -50,6 +50,7 @@ def parser() -> Parser:
     )
     add("--detokenizer", help="rules that undo a set's own tokenisation (default: the set's, else none)")
     add("--text-field", help="key or column that holds the text (default: the set's, else text)")
+    add("--revision", help="commit of a hub set (default: the newest)")
     add("--workers", default=str(os.cpu_count() or 1), help="processes that tokenize and write (default: all cores)")
     add("--limit-documents", help="stop after so many documents")
     add(
@@ -70,13 +71,14 @@ def main(argv: list[str]) -> int:
     from data_prep.detokenizers import DETOKENIZERS
     from data_prep.packing import FRAMES, PACKINGS
     from data_prep.sources import open_source
-    from data_prep.work_directory import revision_begun
+    from data_prep.work_directory import drop_work_directory, revision_begun
 
     _check_name("--packing", options.packing, PACKINGS)
     _check_name("--frame", options.frame, FRAMES)
     _check_name("--detokenizer", options.detokenizer, DETOKENIZERS)
     block_size = _block_size(options, length)
-    source = open_source(options.source, options.split, options.text_field, revision_begun(out))
+    revision = options.revision or revision_begun(out, options.source)
+    source = open_source(options.source, options.split, options.text_field, revision)
     from bd3_ds.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer)
@@ -85,6 +87,8 @@ def main(argv: list[str]) -> int:
         from data_prep.upload import already_sent, send
 
         if already_sent(remote, settings, options.overwrite):
+            drop_work_directory(out)
+            shutil.rmtree(out, ignore_errors=True)  # a start that was killed once all was sent
             return 0
         if not _made_before(out, settings):
             prepare(source, tokenizer, out, settings, workers)
@@ -139,7 +143,7 @@ def _prepare(
     tally, made_by = Tally(), f"{settings['tokenizer']} {settings['detokenizer']}"
     parts_folder = work / "parts"
     parts_folder.mkdir(exist_ok=True)
-    keep_revision(work, source.revision())
+    keep_revision(work, source.spec, source.revision())
     with tempfile.TemporaryDirectory() as saved:
         tokenizer.save(Path(saved))
         position = Position()
@@ -219,6 +223,7 @@ def _settings(
         "source": source.spec,
         "source_bytes": source.size,
         "split": source.split,
+        "revision": options.revision,
         "text_field": options.text_field,
         "limit_documents": limit,
         "tokenizer": tokenizer.fingerprint,
@@ -234,7 +239,10 @@ def already_there(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     """Whether `out` is this very pack; raises UserError for anything else there that may not be replaced."""
     from bd3_ds.data.pack import MANIFEST, read_index, read_manifest
     from bd3_ds.runtime.files import require_writable
+    from data_prep.work_directory import drop_work_directory
 
+    if os.path.ismount(out) or out.name in ("", ".."):
+        raise UserError(f"--out {out}: a pack takes the place of its directory, which cannot be; name one inside it")
     require_writable(out.parent)
     if not out.exists():
         return False
@@ -246,6 +254,7 @@ def already_there(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         return False
     check_same(str(out), read_manifest(out), settings)
     read_index(out)
+    drop_work_directory(out)
     print(f"{out} already holds this pack; nothing to do")
     return True
 

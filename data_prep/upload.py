@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from bd3_ds.data.pack import Manifest
 
 SENT = ".sent"  # in the local copy: the files that have arrived
-TIMEOUT_SECONDS = 60.0
+UNFINISHED = {"format": "unfinished"}  # the manifest while another pack takes its place: refused by readers
 TRIES = 5
 
 
@@ -33,21 +33,17 @@ def already_sent(remote: str, settings: dict[str, Any], overwrite: bool) -> bool
 def remote_manifest(remote: str) -> Manifest | None:
     """The manifest at `remote`, None where there is none; raises UserError where the storage cannot be asked."""
     from bd3_ds.data.pack import MANIFEST, read_manifest
-    from bd3_ds.data.streaming_import import import_streaming
-
-    import_streaming()
-    from streaming.base.storage import CloudDownloader
+    from bd3_ds.data.remote import Missing, opener, patiently
+    from bd3_ds.runtime.files import read_json
 
     with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder) / MANIFEST
+        fetch = opener(remote)
         try:
-            CloudDownloader.direct_download(f"{remote}/{MANIFEST}", str(Path(folder) / MANIFEST), TIMEOUT_SECONDS)
-        except FileNotFoundError:
+            patiently(lambda: fetch(MANIFEST, here), f"{remote}/{MANIFEST}", folder)
+        except Missing:
             return None
-        except Exception as error:  # every provider has its own classes
-            if any(words in str(error) for words in ("404", "NoSuchKey", "not found")):
-                return None
-            raise _unreachable(remote, error) from None
-        return read_manifest(folder)
+        return None if read_json(here, "remote manifest") == UNFINISHED else read_manifest(folder)
 
 
 def send(pack: Path, remote: str) -> None:
@@ -61,7 +57,10 @@ def send(pack: Path, remote: str) -> None:
     note, head = pack / SENT, f"{remote} {read_manifest(pack).pack_hash}"
     lines = note.read_text().splitlines() if note.is_file() else []
     arrived = set(lines[1:]) if lines[:1] == [head] else set()
+    replaces = remote_manifest(remote) is not None
     try:
+        if replaces:
+            _withdraw(remote)
         uploader = _uploader(pack, remote)
         with open(note, "w") as record:
             record.write("\n".join([head, *sorted(arrived)]) + "\n")
@@ -75,6 +74,16 @@ def send(pack: Path, remote: str) -> None:
     except Exception as error:
         raise _unreachable(remote, error) from None
     note.unlink()
+
+
+def _withdraw(remote: str) -> None:
+    """Make the pack at `remote` no pack, before the first of its files is another one's."""
+    from bd3_ds.data.pack import MANIFEST
+    from bd3_ds.runtime.files import write_json
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / MANIFEST, UNFINISHED)
+        _uploader(Path(folder), remote).upload_file(MANIFEST)
 
 
 def _uploader(folder: Path, remote: str) -> Any:

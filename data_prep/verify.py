@@ -108,6 +108,8 @@ def command(directory: Path) -> str:
     made, given = manifest.settings, ["--source", manifest.source]
     if "packing" not in made:
         return f"the program that made it ({manifest.source})"
+    if manifest.revision is not None:
+        given += ["--revision", manifest.revision]
     for option in ("split", "text_field", "limit_documents", "packing", "block_size", "frame", "detokenizer"):
         if made[option] is not None:
             given += [f"--{option.replace('_', '-')}", str(made[option])]

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.runtime.files import require_writable, sync_directory, write_text
+from bd3_ds.runtime.files import read_json, require_writable, sync_directory, write_json
 
-_UNFINISHED, _REVISION = ".unfinished-", "revision"
+_UNFINISHED, _REVISION, _REPLACED = ".unfinished-", "revision.json", "replaced"
 
 
 def work_directory_of(out: Path) -> Path:
@@ -25,7 +25,8 @@ def work_directory_of(out: Path) -> Path:
 def work_directory(out: Path) -> Iterator[Path]:
     """The work directory of `out`, held against other processes, with all finished files of an earlier start.
 
-    It is removed when the block ends well, and left for the next start when it does not and holds anything finished.
+    It is removed when the block ends well, and left for the next start when it does not and holds anything finished. An
+    old pack that a killed start had taken away, and put none in its place, is back before the block begins.
     """
     require_writable(out.parent)
     work = work_directory_of(out)
@@ -34,12 +35,13 @@ def work_directory(out: Path) -> Iterator[Path]:
     try:
         _hold(handle, work, out)
         try:
+            _put_back(work, out)
             for path in list(work.rglob(f"{_UNFINISHED}*")):
                 _remove(path)
             yield work
             shutil.rmtree(work)
         except BaseException:
-            if work.exists() and not any(path.is_file() for path in work.rglob("*")):
+            if work.exists() and not any(path.is_file() and path.name != _REVISION for path in work.rglob("*")):
                 shutil.rmtree(work)
             raise
     finally:
@@ -56,16 +58,32 @@ def _hold(handle: int, work: Path, out: Path) -> None:
         raise UserError(f"--out {out}: another process is making this pack; wait for it or stop it")
 
 
-def keep_revision(work: Path, revision: str | None) -> None:
-    """Note which revision of the source this preparation reads, so that a later start reads it too."""
+def drop_work_directory(out: Path) -> None:
+    """Remove what a start left that was killed when the pack `out` was complete."""
+    if work_directory_of(out).exists():
+        with work_directory(out):
+            pass
+
+
+def _put_back(work: Path, out: Path) -> None:
+    if (work / _REPLACED).exists():
+        if out.exists():
+            _remove(work / _REPLACED)
+        else:
+            os.replace(work / _REPLACED, out)
+
+
+def keep_revision(work: Path, source: str, revision: str | None) -> None:
+    """Note which revision of `source` this preparation reads, so that a later start reads it too."""
     if revision is not None:
-        write_text(work / _REVISION, revision)
+        write_json(work / _REVISION, {"source": source, "revision": revision})
 
 
-def revision_begun(out: Path) -> str | None:
-    """The source's revision of which the pack `out` was begun; None where none was, or it has no revision."""
+def revision_begun(out: Path, source: str) -> str | None:
+    """The revision of `source` of which the pack `out` was begun; None where none was, or of another source."""
     note = work_directory_of(out) / _REVISION
-    return note.read_text() if note.is_file() else None
+    begun = read_json(note, "note of a revision") if note.is_file() else {}
+    return str(begun["revision"]) if begun.get("source") == source else None
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -101,7 +119,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
 def put_in_place(made: Path, out: Path) -> None:
     """Rename the directory `made` to `out`; what was there goes only once the new one is ready to take its place."""
-    old = _aside(made)
+    old = made.parent / _REPLACED
     if out.exists():
         os.replace(out, old)
     os.replace(made, out)

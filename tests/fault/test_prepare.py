@@ -158,22 +158,115 @@ def test_a_later_start_reads_the_revision_of_the_first(
     with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
         during.setattr(pack_writer, "write_group", stop)
         prepare.main(arguments(text, tmp_path / "out", 1))
+    other = [*arguments(text, tmp_path / "out", 1)]
+    other[1] = str(text / "other.jsonl")  # of another source that commit means nothing
+    shutil.copyfile(text / "text.jsonl", other[1])
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr(pack_writer, "write_group", stop)
+        prepare.main([*other[:-1], "1", "--revision", "given"])
+    assert asked == [None, "given"]
+    assert prepare.main(arguments(text, tmp_path / "out", 1)) == 0
+    assert asked[2] is None
+    assert prepare.main([*arguments(text, tmp_path / "again", 1), "--revision", "abc"]) == 0
+    assert asked[3] == "abc" and read_manifest(tmp_path / "again").revision == "abc"
+
+
+def test_a_killed_start_reads_on_at_its_revision(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def open_at(spec, split, field, revision):
+        asked.append(revision)
+        return replace(open_source(spec, split, field), find_revision=lambda: revision or f"newest-{len(asked)}")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_prep.sources.open_source", open_at)
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr(pack_writer, "write_group", stop)
+        prepare.main(arguments(text, tmp_path / "out", 1))
     assert prepare.main(arguments(text, tmp_path / "out", 1)) == 0
     assert asked == [None, "newest-1"] and read_manifest(tmp_path / "out").revision == "newest-1"
 
 
-def test_other_text_is_not_mistaken_for_the_finished_part(text: Path, tmp_path: Path) -> None:
-    """What an earlier start left is used where it fits alone."""
+@pytest.mark.parametrize("differs", ["text", "tokenizer"])
+def test_what_does_not_fit_is_made_again(text: Path, tmp_path: Path, differs: str) -> None:
+    """Of what an earlier start left, a part of other text or tokens is not taken for this one's."""
     assert prepare.main(arguments(text, tmp_path / "whole", 1)) == 0
     work = tmp_path / ".out.partial" / "parts"
     work.mkdir(parents=True)
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"text": "something else entirely " * 200}) + "\n")
+    source, made_by = open_source(str(text / "text.jsonl")), read_manifest(tmp_path / "whole").settings
+    if differs == "text":
+        source, name = open_source(str(other)), f"{made_by['tokenizer']} none"
+    else:
+        name = "another tokenizer none"
+    part = next(parts.cut(source.pieces()))
     parts.start_worker(str(text / "tokenizer"), "none")
-    part = next(parts.cut(open_source(str(other)).pieces()))
-    parts.encode_part(part, work / "000000.npz", parts._digest(part, "another tokenizer"))
+    wrong = [piece._replace(text="something else") for piece in part] if differs == "tokenizer" else part
+    parts.encode_part(wrong, work / "000000.npz", parts._digest(part, name))
     assert prepare.main(arguments(text, tmp_path / "out", 1)) == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_a_group_of_other_chunks_is_written_again(text: Path, tmp_path: Path) -> None:
+    """As many chunks of the same length, other tokens."""
+    assert prepare.main(arguments(text, tmp_path / "whole", 1)) == 0
+    pack = open_pack(tmp_path / "whole")
+    tokens = pack.all_tokens()[:, ::-1].astype(pack.manifest.dtype)
+    marks = [(pack.doc_starts(i).astype("<u4").tobytes(), b"") for i in range(len(pack))]
+    work = tmp_path / ".out.partial"
+    for folder in ("pack", "groups"):
+        (work / folder).mkdir(parents=True)
+    pack_writer.write_group(tokens, marks, work / "pack" / "00000", work / "groups" / "00000.json")
+    assert prepare.main(arguments(text, tmp_path / "out", 1)) == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_kill_while_a_pack_takes_anothers_place(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the two renames there is no pack; the next start has the old one back before anything can go wrong."""
+    out, move = tmp_path / "out", os.replace
+    assert prepare.main(arguments(text, out, 1)) == 0
+    old = tree(out)
+
+    def killed(source, target):
+        if Path(target) == out:
+            raise KeyboardInterrupt
+        move(source, target)
+
+    longer = [*arguments(text, out, 1), "--length", "64", "--overwrite"]
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr("data_prep.work_directory.os.replace", killed)
+        prepare.main(longer)
+    assert not out.exists()
+    hidden = text / "text.jsonl.hidden"
+    (text / "text.jsonl").rename(hidden)
+    (text / "text.jsonl").write_text("not JSON\n")
+    try:
+        with pytest.raises(UserError, match="not valid JSON"):
+            prepare.main(longer)
+    finally:
+        hidden.rename(text / "text.jsonl")
+    assert tree(out) == old
+    assert prepare.main(longer) == 0 and read_manifest(out).length == 64
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_kill_after_the_last_rename(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = shutil.rmtree
+
+    def killed(path, **options):
+        if path == tmp_path / ".out.partial":
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr("data_prep.work_directory.shutil.rmtree", killed)
+        prepare.main(arguments(text, tmp_path / "out", 1))
+    assert (tmp_path / "out").exists() and (tmp_path / ".out.partial").exists()
+    assert prepare.main(arguments(text, tmp_path / "out", 1)) == 0
+    assert not (tmp_path / ".out.partial").exists()
 
 
 def test_one_pack_is_made_by_one_process(text: Path, tmp_path: Path) -> None:
@@ -266,8 +359,19 @@ def test_object_storage(
         assert prepare.main(remote) == 0 and "nothing to do" in capsys.readouterr().out
         with pytest.raises(UserError, match=r"another length.*--overwrite"):
             prepare.main([*remote, "--length", "64"])
-        assert prepare.main([*remote, "--length", "64", "--overwrite"]) == 0
+        longer = [*remote, "--length", "64", "--overwrite"]
+        keep = _fail_after(server, 3, monkeypatch)
+        with pytest.raises(UserError, match="what has arrived is not sent again"):
+            prepare.main(longer)
+        keep()
+        with pytest.raises(UserError, match="unfinished"):  # half of one, half of the other
+            read_manifest(sent)
+        assert prepare.main(longer) == 0
         assert open_pack(sent).manifest.length == 64
+        assert (
+            open_pack(sent).all_tokens().ravel().tolist()[:64]
+            == open_pack(tmp_path / "local").all_tokens(2).ravel().tolist()
+        )
         with pytest.raises(UserError, match="cannot be reached or refuses"):
             prepare.main([*arguments(text, "s3://nobody/sets", 1), "--scratch", str(tmp_path / "scratch")])
 

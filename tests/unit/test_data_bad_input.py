@@ -62,6 +62,8 @@ CASES = [
     ("prepare", GOOD + " --packing aligned --block-size 3", ["--block-size 3", "must divide --length 8"]),
     ("prepare", GOOD + " --packing aligned --block-size 4 --frame bos-eos", ["--frame bos-eos", "leave it out"]),
     ("prepare", GOOD + " --block-size 4", ["--block-size 4", "--packing aligned alone"]),
+    ("prepare", GOOD.replace("{0}/out", "."), ["--out .", "name one inside it"]),
+    ("prepare", GOOD.replace("{0}/out", "/proc"), ["--out /proc", "name one inside it"]),
     ("prepare", GOOD + " --scratch {0}", ["--scratch", "remote --out alone"]),
     ("prepare", GOOD.replace("{0}/out", "{0}/good.txt"), ["--out", "is a file"]),
     ("prepare", GOOD.replace("{0}/out", "{0}/good.txt/x"), ["cannot write to"]),

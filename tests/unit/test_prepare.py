@@ -90,6 +90,15 @@ def test_containers_do_not_matter(jsonl: Path, tokenizer: str, tmp_path: Path) -
         assert pack(tmp_path / name, tokenizer, tmp_path / f"out-{name}") == plain, name
 
 
+def test_half_a_surrogate_pair_becomes_a_character(tokenizer: str, tmp_path: Path) -> None:
+    (tmp_path / "crawl.jsonl").write_text(
+        '{"text": "Document 1 \\ud83d tells a story. It is \\ud83d\\ude00. ' + "It has 9 parts. " * 9 + '"}\n'
+    )
+    pack(tmp_path / "crawl.jsonl", tokenizer, tmp_path / "out")
+    text = open_pack(tmp_path / "out").tokenizer.decode(open_pack(tmp_path / "out").all_tokens().ravel())
+    assert text.startswith("Document 1 \ufffd tells a story. It is \U0001f600.")
+
+
 def test_long_text_is_one_document(tokenizer: str, tmp_path: Path) -> None:
     text = "".join(DOCUMENTS) * 20
     (tmp_path / "long.txt").write_text(text)
