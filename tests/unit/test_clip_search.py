@@ -107,7 +107,15 @@ WIDE = {"gaussian": {"mu": 0.5, "sigma": 0.3}, "bimodal": {"sigma1": 0.3, "sigma
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [(name, size) for size in (4, 128) for name in SCHEDULES if size == 4 or name not in WIDE]
+    ("name", "size"),
+    [
+        *((name, 4) for name in SCHEDULES),
+        *(
+            pytest.param(name, 128, marks=() if name == "log_linear" else pytest.mark.slow)
+            for name in SCHEDULES
+            if name not in WIDE
+        ),
+    ],
 )
 def test_variance_from_moments_is_that_of_stratified_batches(name, size) -> None:
     """Moments of plainly drawn blocks foretell N Var(mean of N stratified blocks) under any clip."""
