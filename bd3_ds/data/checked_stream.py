@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from bd3_ds.runtime.files import read_json
 
 HASH = "xxh64"
 ATTEMPTS = 3  # at a shard that comes damaged from a remote
+LEFT_BEHIND = 3600.0  # seconds after which nobody writes to a temporary file any more
 
 # It warns of replication, which the loader has accounted for.
 logging.getLogger("streaming.base.dataset").setLevel(logging.ERROR)
@@ -96,18 +100,18 @@ class CheckedStream(Stream):
     def _fetch(self, info: Any, path: Path) -> None:
         if self._get is None:
             raise self.damaged(info, "is missing")
-        get, aside = self._get, path.with_name(f".{path.name}.{os.getpid()}")
+        get, aside = self._get, _aside(path)
         try:
             patiently(lambda: get(info.basename, aside), f"{self.remote}/{info.basename}", self.local)
         except Missing:
             raise self.damaged(info, "is missing") from None
-        os.replace(aside, path)
+        _put(aside, path)
 
     def _write(self, path: Path, data: bytes) -> None:
-        aside = path.with_name(f".{path.name}.{os.getpid()}")  # another run may unpack the same pack
+        aside = _aside(path)
         try:
             aside.write_bytes(data)
-            os.replace(aside, path)
+            _put(aside, path)
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
@@ -134,10 +138,15 @@ class CheckedStream(Stream):
         return True
 
     def sweep(self) -> None:
-        """Remove what killed processes left half written."""
+        """Remove what killed processes left half written.
+
+        By age, because who writes may be a run in another container or on another host, whose processes are not seen
+        from here; to write one shard takes minutes at most.
+        """
         for path in Path(self.local).rglob(".shard.*"):
-            if not Path("/proc", path.name.rsplit(".", 1)[-1]).exists():
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # its writer, or another run's sweep, may be faster
+                if time.time() - path.stat().st_mtime > LEFT_BEHIND:
+                    path.unlink()
 
     def damaged(self, info: Any, what: str) -> UserError:
         """The sentence for a shard that cannot be read."""
@@ -151,6 +160,20 @@ class CheckedStream(Stream):
 
     def _path(self, info: Any) -> Path:
         return Path(self.local, info.basename)
+
+
+def _aside(path: Path) -> Path:
+    """A name to write `path` under first, of no other process: runs of several hosts may unpack one pack."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+
+
+def _put(aside: Path, path: Path) -> None:
+    """Give the file its name; if it was swept away, another process's `path` is as good: readers check its hash."""
+    try:
+        os.replace(aside, path)
+    except FileNotFoundError:
+        if not path.is_file():
+            raise
 
 
 class CheckedDataset(StreamingDataset):

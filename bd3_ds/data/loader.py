@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader, get_worker_info
 from bd3_ds.config.check_data import packs, size_in_bytes
 from bd3_ds.config.schema import DataConfig
 from bd3_ds.data.mixture import samples_of_epoch
-from bd3_ds.data.pack import document_numbers, read_manifest, read_starts
-from bd3_ds.data.remote import fetch_facts
+from bd3_ds.data.pack import document_numbers, read_manifest, read_shard_cut, read_starts
+from bd3_ds.data.remote import fetch_facts, pack_directory
 from bd3_ds.data.shared_memory import clear_stale, hold
 from bd3_ds.data.streaming_import import import_streaming
 from bd3_ds.runtime.errors import EXIT_USER_ERROR, UserError
@@ -99,7 +99,7 @@ class Loader:
         try:
             self.dataset = self._open(data, share)
         except UserError as error:
-            raise _of_all_ranks(error, share) from None
+            raise of_all_ranks(error, share) from None
         # Nodes of the canonical order that are a sample short repeat one, in the last row of all.
         whole = self.dataset.epoch_size // data.canonical_nodes * data.canonical_nodes
         self.steps_per_epoch = whole // share.global_batch
@@ -111,6 +111,7 @@ class Loader:
         from bd3_ds.data.checked_stream import CheckedDataset, CheckedStream
 
         places = {pack: fetch_facts(pack, data.cache) for pack in packs(data)}
+        self._identity = identity(data)
         manifests = [read_manifest(place) for place in places.values()]
         self._padded = any(manifest.padding > 0 for manifest in manifests)
         counts = samples_of_epoch(data, [manifest.chunks for manifest in manifests]) if data.mix else [None]
@@ -140,7 +141,11 @@ class Loader:
         return dataset
 
     def state(self, samples: int) -> dict[str, Any]:
-        """What streaming needs to continue after `samples` samples of the run; for the checkpoint."""
+        """Where the run stands after `samples` samples, and in which packs; for the checkpoint."""
+        return {**self._position(samples), **self._identity}
+
+    def _position(self, samples: int) -> dict[str, Any]:
+        """What streaming needs to continue after `samples` samples of the run; it has room for little more."""
         per_epoch = self.steps_per_epoch * self.share.global_batch
         epoch, sample = divmod(samples, per_epoch)
         return {
@@ -157,7 +162,7 @@ class Loader:
         if self._padded or self._data.document_mask:
             collate = functools.partial(stack_with_documents, apart=self._data.document_mask)
         while True:
-            state = self.state(step * self.share.global_batch)
+            state = self._position(step * self.share.global_batch)
             self.dataset.load_state_dict(state)
             left = self.steps_per_epoch - state["sample_in_epoch"] // self.share.global_batch
             batches = iter(
@@ -177,11 +182,43 @@ class Loader:
                     start = time.perf_counter()
                     batch = next(batches)
                     if isinstance(batch, UserError):
-                        raise _of_all_ranks(batch, self.share)
+                        raise of_all_ranks(batch, self.share)
                     waited = time.perf_counter() - start
                     tokens, documents = batch
                     yield MicroBatch(tokens, self.share.slots(micro_step), waited, documents)
                 step += 1
+
+
+def identity(data: DataConfig) -> dict[str, Any]:
+    """What tells the packs of a run from others, data.train first: hashes of their tokens, and of their shards' cut.
+
+    Both make the order of samples; where the packs lie and how their shards are compressed does not.
+    """
+    places = [pack_directory(pack, data.cache) for pack in packs(data)]
+    return {
+        "pack_hashes": [read_manifest(place).pack_hash for place in places],
+        "shard_cuts": [read_shard_cut(place) for place in places],
+    }
+
+
+def require_same_packs(data: DataConfig, saved: dict[str, Any], saved_by: str) -> None:
+    """Raise UserError unless the packs are those that `saved`, a `Loader.state`, was counted in.
+
+    What `saved` does not say, as that of earlier versions, is not compared. `saved_by` is the run's directory.
+    """
+    mend = f"name the pack it was started with, or start a new run_dir with train.init_from={saved_by}"
+    now = identity(data)
+    if len(saved.get("pack_hashes", now["pack_hashes"])) != len(now["pack_hashes"]):
+        raise UserError(f"data.mix has another number of packs than {saved_by} was started with; {mend}")
+    for i, pack in enumerate(packs(data)):
+        key = "data.mix" if i else "data.train"
+        for name, differ in (("pack_hashes", "another pack"), ("shard_cuts", "the same tokens cut into other shards")):
+            before, after = saved.get(name, now[name])[i], now[name][i]
+            if before != after:
+                raise UserError(
+                    f"{key}: '{pack}' is {differ} (hash {after[:12]}) than {saved_by} was started with (hash "
+                    f"{before[:12]}), so its samples have another order; {mend}"
+                )
 
 
 def failure_or(collate: Any, samples: list[Any]) -> Any:
@@ -201,7 +238,7 @@ def stack_with_documents(samples: list[dict[str, Any]], apart: bool = True) -> t
     return tokens, torch.from_numpy(document_numbers(list(starts), list(pads), tokens.shape[1], apart))
 
 
-def _of_all_ranks(error: UserError, share: Share) -> BaseException:
+def of_all_ranks(error: UserError, share: Share) -> BaseException:
     """What this rank raises for `error`: `run_command` prints what global rank 0 raises, and no other rank's.
 
     A broken shard is met by some ranks or by all, so the first to meet it speaks.

@@ -122,6 +122,12 @@ def list_shards(directory: Path) -> list[dict[str, Any]]:
     return shards
 
 
+def read_shard_cut(directory: str | Path) -> str:
+    """A hash of how many chunks each shard of a pack has, in order: what the order of samples knows of its shards."""
+    samples = [shard["samples"] for shard in list_shards(Path(directory))]
+    return hashlib.sha256(repr(samples).encode()).hexdigest()
+
+
 def read_index(directory: str | Path) -> list[dict[str, Any]]:
     """`list_shards`, with every shard file there in its size; raises UserError that names the first that is not."""
     path = Path(directory)

@@ -170,16 +170,20 @@ def say(text: str) -> None:
 
 def _require_unchanged(pack: str, directory: Path, get: Callable[[str, Path], None], aside: Path) -> None:
     try:
-        get(MANIFEST, aside / MANIFEST)
+        for name in (MANIFEST, INDEX):
+            get(name, aside / name)
     except Exception as error:  # what is kept here may be all that is needed
         say(f"{pack} cannot be asked whether it has changed ({' '.join(str(error).split())}); using {directory}")
         return
     there, here = read_manifest(aside).pack_hash, read_manifest(directory).pack_hash
+    mend = "remove that directory, or name another data.cache"
     if there != here:
         raise UserError(
-            f"'{pack}' has the pack hash {there[:12]} and {directory} keeps parts of another, {here[:12]}; remove that "
-            "directory, or name another data.cache"
+            f"'{pack}' has the pack hash {there[:12]} and {directory} keeps parts of another, {here[:12]}; {mend}"
         )
+    # The pack hash does not know how the tokens are cut into shards, and shards of both would be read as damaged.
+    if (aside / INDEX).read_bytes() != (directory / INDEX).read_bytes():
+        raise UserError(f"'{pack}' was replaced: {directory} keeps the same tokens in other shards; {mend}")
 
 
 def _status(error: Exception) -> int | None:

@@ -14,7 +14,7 @@ from bd3_ds.checkpoint.store import Checkpoint, newest_checkpoint, save_checkpoi
 from bd3_ds.config.check_data import packs
 from bd3_ds.config.load import to_yaml
 from bd3_ds.config.schema import BD3, RunConfig, block_size, block_sizes
-from bd3_ds.data.loader import Loader, Share
+from bd3_ds.data.loader import Loader, Share, of_all_ranks, require_same_packs
 from bd3_ds.data.mixture import samples_of_epoch
 from bd3_ds.data.pack import TOKENIZER_DIR, open_pack, read_manifest, read_token_counts
 from bd3_ds.data.remote import pack_directory
@@ -100,6 +100,12 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
     initialise(model, run.seed)
     said: list[str] = []
     checkpoint = newest_checkpoint(run_dir / "checkpoints", world, said.append)
+    share = Share(world.rank, world.size, world.local_size, run.train.micro_batch, run.train.global_batch)
+    if checkpoint is not None:
+        try:
+            require_same_packs(run.data, checkpoint.state.get("loader", {}), run.run_dir)
+        except UserError as error:
+            raise of_all_ranks(error, share) from None
     if run.train.init_from is not None and checkpoint is None:
         start = find_export(run.train.init_from)
         fit_weights(model, load_weights(start), str(start.path))
@@ -124,7 +130,6 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         log.say(f"continuing {run.run_dir} after step {state.step}")
 
     assert run.model.mask_id is not None
-    share = Share(world.rank, world.size, world.local_size, run.train.micro_batch, run.train.global_batch)
     peak = torch.tensor(peak_flops(world.device, run.train.precision), device=world.device, dtype=torch.float64)
     search = run.objective.clip_search
     train_pack = pack_directory(run.data.train, run.data.cache)

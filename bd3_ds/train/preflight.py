@@ -104,8 +104,8 @@ def _shards(run: RunConfig, manifest: Manifest) -> list[str]:
 
 
 def _mix(run: RunConfig, manifests: list[Manifest]) -> list[str]:
-    """Packs that are mixed are of one kind, and each has a sample in an epoch."""
-    problems = []
+    """Packs that are mixed are of one kind, none is named twice, and each has a sample in an epoch."""
+    problems = _named_twice(run)
     counts = samples_of_epoch(run.data, [manifest.chunks for manifest in manifests])
     for (pack, share), other, count in zip(run.data.mix.items(), manifests[1:], counts[1:], strict=True):
         try:
@@ -122,6 +122,22 @@ def _mix(run: RunConfig, manifests: list[Manifest]) -> list[str]:
                 f"data.mix gives '{pack}' the share {share}, less than one sample beside the {manifests[0].chunks} of "
                 "data.train; raise it or leave the pack out"
             )
+    return problems
+
+
+def _named_twice(run: RunConfig) -> list[str]:
+    """Packs under two spellings, which streaming would meet as two that use one directory."""
+    problems = []
+    seen: dict[Path, str] = {}
+    for pack in packs(run.data):
+        place = pack_directory(pack, run.data.cache).resolve()
+        if place not in seen:
+            seen[place] = pack
+            continue
+        mend = "leave it out of data.mix, data.train has what the other shares leave"
+        if seen[place] != run.data.train:
+            mend = "name it once, with the sum of both shares"
+        problems.append(f"data.mix: '{pack}' and '{seen[place]}' are the same pack; {mend}")
     return problems
 
 
@@ -222,6 +238,8 @@ def _run_dir(run: RunConfig) -> list[str]:
     except UserError as error:
         return [f"run_dir: {message}" for message in error.messages]
     now = flat(run)
+    if list(before["data.mix"].values()) == list(now["data.mix"].values()):
+        before["data.mix"] = now["data.mix"]  # packs may move; that they are the same is seen by their hashes
     return [
         f"{key} was {before[key]} when {run.run_dir} was started and is {now[key]} now; "
         "set it back, or give the new run a run_dir of its own"

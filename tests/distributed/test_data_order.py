@@ -34,7 +34,7 @@ def test_an_epoch_has_each_sample_once(alone):
     assert (alone[:PER_EPOCH] != alone[PER_EPOCH : 2 * PER_EPOCH]).any()
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])  # each has every ranks and workers
 def test_hops_over_ranks_and_workers(packs, alone, seed):
     """Each stop is a kill: nothing is cleaned up, and the next start has other ranks, workers and micro-batches."""
     draw = random.Random(seed)
@@ -68,8 +68,14 @@ def test_replicas_read_the_same(packs, alone, cluster):
     assert np.array_equal(read(data_config(packs[0]), cluster, 5, 6), alone[5:11])
 
 
-@pytest.mark.parametrize("nodes", [1, 4])
-@pytest.mark.parametrize("algorithm", ["py1e", "py1br", "py1s", "py2s", "naive"])
+@pytest.mark.parametrize(
+    ("algorithm", "nodes"),
+    [
+        *(("py1e", nodes) for nodes in (1, 4)),
+        *((algorithm, 4) for algorithm in ("py1br", "py1s", "py2s", "naive")),
+        *(pytest.param(algorithm, 1, marks=pytest.mark.slow) for algorithm in ("py1br", "py1s", "py2s", "naive")),
+    ],
+)
 def test_every_shuffle(packs, algorithm, nodes):
     """Also over several canonical nodes, of which some have a sample less than others."""
     data = data_config(packs[0], shuffle_algorithm=algorithm, canonical_nodes=nodes)

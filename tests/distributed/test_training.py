@@ -15,7 +15,7 @@ from torch import Tensor
 from bd3_ds.checkpoint.export import find_export, load_weights
 from bd3_ds.train.build import ema_file
 from tests.helpers.launch import curve, launch_training, start_training, stop, train, train_records, wait_for_step
-from tests.helpers.tiny import tiny_run
+from tests.helpers.tiny import tiny_pack, tiny_run
 
 STEPS = 60
 HARD = ("train.precision=bf16", "train.activation_checkpointing=full", "model.dropout=0.1", "train.global_batch=8")
@@ -157,6 +157,19 @@ def test_finished_run_stays_as_it_is_and_can_be_prolonged(scene, one_rank):
     assert (run_dir / "records/train.jsonl").read_bytes().startswith(before)
     assert len(curve(run_dir)) == 15
     assert find_export(str(run_dir)).step == 15
+
+
+def test_continuing_on_another_pack_is_refused_with_a_sentence(scene, one_rank):
+    run_dir = scene.run_dir(one_rank)
+    before = (run_dir / "run.yaml").read_bytes()
+    other = tiny_pack(scene.directory / "other", chunks=64, seed=2)
+    words = (f"run_dir={run_dir}", *FP32, "train.total_steps=20", "train.micro_batch=8", f"data.train={other}")
+    refused = launch_training(scene.recipe, *words, ranks=1, ds_config="zero0")
+    assert refused.returncode == 2
+    errors = [line for line in refused.stdout.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and f"data.train: '{other}' is another pack" in errors[0], refused.stdout
+    assert "Traceback" not in refused.stdout
+    assert (run_dir / "run.yaml").read_bytes() == before
 
 
 def test_continuing_on_other_shards_is_refused_with_a_sentence(scene, one_rank):

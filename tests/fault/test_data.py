@@ -24,7 +24,11 @@ from tests.helpers.tiny import tiny_run
 
 STEPS = 8  # one pass over 64 chunks in 4 shards
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
-PROTOCOLS = pytest.mark.parametrize("protocol", ["http", "s3"])
+# Each kind of fault is quick over one protocol and in one pattern of workers; what only repeats it elsewhere is slow.
+REMOTES = pytest.mark.parametrize(
+    ("protocol", "workers"), [("http", 0), ("http", 2), ("s3", 2), pytest.param("s3", 0, marks=pytest.mark.slow)]
+)
+WORKERS_ARE_ENOUGH = pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -117,8 +121,7 @@ def test_index_missing_or_damaged(copy, damaged):
         read(data_config(copy), Cluster(), 0, 1)
 
 
-@PROTOCOLS
-@WORKERS
+@REMOTES
 def test_remote_pack_is_the_local_one(server, expected, tmp_path, protocol, workers, monkeypatch):
     """Read by two ranks that are killed on the way, in one cache, and in the end without the remote.
 
@@ -147,8 +150,14 @@ def test_pack_on_a_hub(hub, server, expected, tmp_path, workers):
         read(data_config(hub.replace("/pack", "/none"), cache=str(tmp_path / "cache")), Cluster(), 0, 1)
 
 
-@PROTOCOLS
-@pytest.mark.parametrize("status", [503, 500, 429, 0])
+@pytest.mark.parametrize(
+    ("protocol", "status"),
+    [
+        *(("http", status) for status in (503, 500, 429, 0)),
+        *(("s3", status) for status in (503, 0)),
+        *(pytest.param("s3", status, marks=pytest.mark.slow) for status in (500, 429)),  # boto3's own long pauses
+    ],
+)
 def test_failing_remote_is_asked_again(server, expected, tmp_path, protocol, status, capfd):
     """From the first file on and again in the shards; status 0 cuts a body in the middle."""
     data = data_config(address(server, protocol), cache=str(tmp_path / "cache"))
@@ -160,8 +169,7 @@ def test_failing_remote_is_asked_again(server, expected, tmp_path, protocol, sta
         assert "could not be fetched" in (said := capfd.readouterr().err) and "trying again in 0 s" in said
 
 
-@PROTOCOLS
-@WORKERS
+@REMOTES
 def test_remote_gone_for_good(server, tmp_path, protocol, workers):
     data = data_config(address(server, protocol), cache=str(tmp_path / "cache"), predownload=1)
     with (
@@ -181,8 +189,14 @@ def test_remote_gone_for_good(server, tmp_path, protocol, workers):
         read(data, Cluster(1, workers), 0, STEPS)
 
 
-@PROTOCOLS
-@pytest.mark.parametrize("how", SAYS)
+@pytest.mark.parametrize(
+    ("protocol", "how"),
+    [
+        *(("http", how) for how in SAYS),
+        ("s3", "flipped"),
+        *(pytest.param("s3", how, marks=pytest.mark.slow) for how in ("missing", "truncated")),
+    ],
+)
 def test_damaged_remote_shard(server, copy, tmp_path, protocol, how):
     name = damage(copy, how)
     with pytest.raises(UserError, match=f"pack' is damaged: shard {name} {SAYS[how]}.*copy that shard anew"):
@@ -198,9 +212,12 @@ def test_no_pack_there_and_a_changed_one(server, copy, tmp_path):
     numbered_pack(copy, 48)
     with pytest.raises(UserError, match=r"keeps parts of another, .* remove that directory"):
         read(data, Cluster(), 0, 1)
+    numbered_pack(copy, 64, to_a_shard=8)  # the same tokens, so the same pack hash
+    with pytest.raises(UserError, match=r"was replaced: .* in other shards; remove that directory"):
+        read(data, Cluster(), 0, 1)
 
 
-@WORKERS
+@WORKERS_ARE_ENOUGH
 def test_cache_limit_evicts_and_order_stays(server, copy, tmp_path, workers):
     shards, steps = 16, 200
     local = numbered_pack(copy.with_name("larger"), 100 * shards, to_a_shard=100)
@@ -243,7 +260,7 @@ def test_two_runs_do_not_share_a_cache(server, tmp_path):
     read(data, Cluster(), 0, 1)
 
 
-@WORKERS
+@WORKERS_ARE_ENOUGH
 def test_full_disk(tmp_path, workers):
     """In a file system of 700 KiB of its own."""
     numbered_pack(tmp_path / "bucket/pack", 4000, to_a_shard=1000)

@@ -98,6 +98,11 @@ OVERRIDES = [
     ("'data.mix={{ {0}/valid: 1.5}}'", ["'{0}/valid' the share 1.5", "below 1"]),
     ("'data.mix={{ {0}/valid: 0.5, {0}/long: 0.6}}'", ["sum to 1.1", "data.train"]),
     ("'data.mix={{ {0}/train: 0.5}}'", ["data.mix holds data.train='{0}/train' itself"]),
+    ("'data.mix={{ {0}/./train/: 0.5}}'", ["data.mix: '{0}/./train/' and '{0}/train' are the same pack; leave it out"]),
+    (
+        "'data.mix={{ {0}/valid: 0.1, {0}/folder/../valid: 0.2}}'",
+        ["'{0}/folder/../valid' and '{0}/valid' are the same pack; name it once, with the sum"],
+    ),
     ("'data.mix={{ {0}/valid: 0.5}}' data.shuffle=false", ["data.mix needs data.shuffle=true"]),
     ("'data.mix={{ {0}/valid: 0.001}}'", ["'{0}/valid' the share 0.001, less than one sample"]),
     ("'data.mix={{ {0}/foreign: 0.5}}'", ["data.mix", "different tokenizers", "one --tokenizer"]),
