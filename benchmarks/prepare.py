@@ -6,8 +6,8 @@ In turns: the tokenizer alone (`encode_batch` over the texts in one thread, text
 data_prep.prepare with 1 worker and with one a core, start-up, reading, packing, compression and hashing included, over
 the text as it is and over so many copies of it. `per_core` is the command's rate per core over the tokenizer's own.
 Memory is what the command and its workers together have resident, the peak in each fifth of the run: a worker that
-writes for the first time loads 0.3 GiB of libraries, and nothing else may make it grow. Equal inputs must give equal pack
-hashes.
+writes for the first time loads 0.3 GiB of libraries, and nothing else may make it grow. Equal inputs must give equal
+pack hashes.
 """
 
 from __future__ import annotations
