@@ -27,7 +27,7 @@ from bd3_ds.data.pack import (
     TokenizerInfo,
     document_numbers,
 )
-from bd3_ds.runtime.files import read_json, sync_directory, write_json
+from bd3_ds.runtime.files import read_json, sync, write_json
 from data_prep.packing import Chunk, Tally, padded_places
 from data_prep.work_directory import put_in_place, whole_directory, work_directory
 from data_prep.workers import Workers, result
@@ -82,7 +82,7 @@ class PackWriter:
         self._tokenizer.save(self._pack / TOKENIZER_DIR)
         manifest = replace(facts, chunks=self.chunks, dtype=self.dtype, pack_hash=self._hash.hexdigest())
         write_json(self._pack / MANIFEST, manifest.to_json())
-        sync_directory(self._pack)
+        sync(self._pack)
         return manifest
 
     def _write_group(self) -> None:

@@ -81,7 +81,7 @@ def encode_part(part: list[Piece], file: Path, digest: str) -> None:
     """Tokenize a part into `file`; a document without a token is no document."""
     import numpy as np
 
-    from data_prep.work_directory import write_whole
+    from bd3_ds.runtime.files import write_bytes
 
     assert _worker is not None
     tokenizer, detokenize = _worker
@@ -95,7 +95,7 @@ def encode_part(part: list[Piece], file: Path, digest: str) -> None:
     size = sum(len(text.encode()) for text in texts)
     content = io.BytesIO()
     np.savez(content, ids=ids, starts=starts, bytes=size, digest=digest)
-    write_whole(file, content.getvalue())
+    write_bytes(file, content.getvalue())
 
 
 def _digest(part: list[Piece], made_by: str) -> str:

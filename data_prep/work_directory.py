@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.runtime.files import read_json, require_writable, sync_directory, write_json
+from bd3_ds.runtime.files import read_json, require_writable, sync, write_json
 
-_UNFINISHED, _REVISION, _REPLACED = ".unfinished-", "revision.json", "replaced"
+_REVISION, _REPLACED = "revision.json", "replaced"
 
 
 def work_directory_of(out: Path) -> Path:
@@ -36,7 +36,7 @@ def work_directory(out: Path) -> Iterator[Path]:
         _hold(handle, work, out)
         try:
             _put_back(work, out)
-            for path in list(work.rglob(f"{_UNFINISHED}*")):
+            for path in list(work.rglob(".*")):  # names that nothing finished has
                 _remove(path)
             yield work
             shutil.rmtree(work)
@@ -86,30 +86,16 @@ def revision_begun(out: Path, source: str) -> str | None:
     return str(begun["revision"]) if begun.get("source") == source else None
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears as `path` in one step."""
-    aside = _aside(path)
-    try:
-        with open(aside, "xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-
-
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
     """A new directory that appears as `path`, in place of what is there, when the block ends well."""
-    aside = _aside(path)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     aside.mkdir(parents=True)
     try:
         yield aside
         for file in aside.iterdir():
-            _sync(file)
-        sync_directory(aside)
+            sync(file)
+        sync(aside)
         _remove(path)
         os.replace(aside, path)
     except BaseException:
@@ -123,20 +109,8 @@ def put_in_place(made: Path, out: Path) -> None:
     if out.exists():
         os.replace(out, old)
     os.replace(made, out)
-    sync_directory(out.parent)
+    sync(out.parent)
     _remove(old)
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f"{_UNFINISHED}{path.name}-{secrets.token_hex(4)}")
-
-
-def _sync(file: Path) -> None:
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(path: Path) -> None:

@@ -17,20 +17,25 @@ from bd3_ds.runtime.errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one atomic step; readers see the old file or the new one."""
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` in one atomic step; readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not mkstemp: its files are private to the owner, and packs and runs are shared.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -60,13 +65,13 @@ def new_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
-        sync_directory(aside)
+        sync(aside)
         if path.exists():
             if not replace:
                 raise UserError(f"{path} already exists")
             shutil.rmtree(path)
         os.replace(aside, path)
-        sync_directory(path.parent)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -96,9 +101,9 @@ def share(path: Path) -> None:
     probe.unlink()
 
 
-def sync_directory(directory: Path) -> None:
-    """Flush a directory's entries, so that a rename in it survives a power cut."""
-    handle = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file, or a directory's entries, so that a rename in it survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -142,51 +142,44 @@ def test_finished_parts_and_groups_are_kept(text: Path, tmp_path: Path, monkeypa
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
-def test_a_later_start_reads_the_revision_of_the_first(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str | None] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The revisions that sources are opened at; their newest one is another each time."""
+    revisions: list[str | None] = []
 
     def open_at(spec, split, field, revision):
-        asked.append(revision)
-        return replace(open_source(spec, split, field), find_revision=lambda: revision or f"newest-{len(asked)}")
-
-    def stop(*_):
-        raise KeyboardInterrupt
+        revisions.append(revision)
+        return replace(open_source(spec, split, field), find_revision=lambda: revision or f"newest-{len(revisions)}")
 
     monkeypatch.setattr("data_prep.sources.open_source", open_at)
-    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
-        during.setattr(pack_writer, "write_group", stop)
-        prepare.main(arguments(text, tmp_path / "out", 1))
-    other = [*arguments(text, tmp_path / "out", 1)]
-    other[1] = str(text / "other.jsonl")  # of another source that commit means nothing
-    shutil.copyfile(text / "text.jsonl", other[1])
-    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
-        during.setattr(pack_writer, "write_group", stop)
-        prepare.main([*other[:-1], "1", "--revision", "given"])
-    assert asked == [None, "given"]
-    assert prepare.main(arguments(text, tmp_path / "out", 1)) == 0
-    assert asked[2] is None
-    assert prepare.main([*arguments(text, tmp_path / "again", 1), "--revision", "abc"]) == 0
-    assert asked[3] == "abc" and read_manifest(tmp_path / "again").revision == "abc"
+    return revisions
 
 
-def test_a_killed_start_reads_on_at_its_revision(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str | None] = []
+def stopped(words: list[str]) -> None:
+    """A preparation that is stopped at its first group."""
+    with pytest.MonkeyPatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr(pack_writer, "write_group", _stop)
+        prepare.main(words)
 
-    def open_at(spec, split, field, revision):
-        asked.append(revision)
-        return replace(open_source(spec, split, field), find_revision=lambda: revision or f"newest-{len(asked)}")
 
-    def stop(*_):
-        raise KeyboardInterrupt
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_prep.sources.open_source", open_at)
-    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
-        during.setattr(pack_writer, "write_group", stop)
-        prepare.main(arguments(text, tmp_path / "out", 1))
+
+def test_a_later_start_reads_the_revision_of_the_first(text: Path, tmp_path: Path, asked: list[str | None]) -> None:
+    stopped(arguments(text, tmp_path / "out", 1))
     assert prepare.main(arguments(text, tmp_path / "out", 1)) == 0
     assert asked == [None, "newest-1"] and read_manifest(tmp_path / "out").revision == "newest-1"
+
+
+def test_a_revision_is_of_its_source_alone(text: Path, tmp_path: Path, asked: list[str | None]) -> None:
+    other = tmp_path / "other.jsonl"
+    shutil.copyfile(text / "text.jsonl", other)
+    words = arguments(text, tmp_path / "out", 1)
+    stopped(words)
+    stopped([words[0], str(other), *words[2:], "--revision", "given"])
+    assert prepare.main(words) == 0
+    assert asked == [None, "given", None]
 
 
 @pytest.mark.parametrize("differs", ["text", "tokenizer"])
