@@ -24,6 +24,7 @@ class ModelConfig:
     rope_base: float
     attention: str
     vocab_multiple: int
+    tie_embeddings: bool
     vocab_size: Optional[int]
     mask_id: Optional[int]
 
@@ -126,11 +127,21 @@ class TrainConfig:
     micro_batch: int
     precision: str
     activation_checkpointing: str
+    compile: bool
+    sequence_parallel: int
     init_from: Optional[str]
     log_every: int
     checkpoint_every: int
     keep_checkpoints: int
     export_every: int
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    max_skipped: int
+    spike: str
+    spike_sigmas: float
+    stall_seconds: int
 
 
 @dataclass(frozen=True)
@@ -154,6 +165,7 @@ class RunConfig:
     objective: ObjectiveConfig
     optim: OptimConfig
     train: TrainConfig
+    guards: GuardConfig
     eval: EvalConfig
 
 
