@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from bd3_ds.runtime.errors import UserError, did_you_mean, run_command
+from bd3_ds.runtime.errors import UserError, did_you_mean, leave, run_command
 
 MODES = {
     "train": "bd3_ds.train.train_command",
@@ -38,4 +38,4 @@ def main(argv: list[str]) -> int | None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    leave(run_command(main, sys.argv[1:]))

@@ -1,27 +1,30 @@
 """Checkpoints that count only when complete: shards first, a manifest last, the newest complete one is loaded.
 
-    checkpoints/step-00000100/   shards of every rank · manifest.json (state, and each file's size and hash)
+    checkpoints/step-00000100/   rank-*.safetensors (`shards.py`) · manifest.json (state, and each file's size and hash)
 
-DeepSpeed's own `latest` file is neither written nor read: it can name a checkpoint that was never finished.
+The shards are written behind the run's back (`Saver`), from copies; a manifest commits them once all are on disk.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
+from torch import Tensor
 
+from bd3_ds.checkpoint.shards import shard_file, write_shard
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json, require_writable, write_json
 from bd3_ds.runtime.world import World
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -37,24 +40,99 @@ class Checkpoint:
         return dict(self.manifest["state"])
 
 
-def save_checkpoint(
-    directory: Path, tag: str, state: dict[str, Any], write_shards: Callable[[Path, str], None], world: World, keep: int
-) -> None:
-    """Have every rank write its shards, then commit them with a manifest; keep the `keep` newest complete ones."""
-    target = directory / tag
-    if world.is_main:
-        require_writable(directory)
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-    world.barrier()
-    write_shards(directory, tag)
-    world.barrier()
-    files = _hashed(target, world)
-    if world.is_main:
-        manifest = {"format": FORMAT, "tag": tag, "world_size": world.size, "state": state, "files": files}
-        write_json(target / MANIFEST, manifest)
-        _keep_newest(directory, tag, keep)
-    world.barrier()
+class Saver:
+    """Writes checkpoints, one at a time: `start`, then `finish` once no rank is `busy`, or at once.
+
+    All ranks call `start` and `finish` together. `behind`: the shards are written by a thread while training goes on.
+    """
+
+    def __init__(self, directory: Path, world: World, keep: int, behind: bool):
+        self.directory = directory
+        self._world = world
+        self._keep = keep
+        self._behind = behind
+        self._tag: str | None = None
+        self._state: dict[str, Any] = {}
+        self._thread: threading.Thread | None = None
+        self._written: dict[str, Any] | str = ""  # this rank's file and its entry in the manifest, or what went wrong
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint is started and not finished."""
+        return self._tag is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank's shard is still being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, tag: str, state: dict[str, Any], pieces: Iterable[tuple[str, Tensor]]) -> None:
+        """Begin to save the tensors of this rank as they are now, once the last checkpoint is finished."""
+        self.finish()
+        target = self.directory / tag
+        if self._world.is_main:
+            require_writable(self.directory)
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir(parents=True)
+        self._world.barrier()
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in pieces}
+        self._tag, self._state = tag, state
+        self._thread = threading.Thread(target=self._write, args=(target, copies), name=f"save-{tag}")
+        self._thread.start()
+        if not self._behind:
+            self.finish()
+
+    def _write(self, target: Path, copies: dict[str, Tensor]) -> None:
+        try:
+            path = target / shard_file(self._world.rank)
+            write_shard(path, copies)
+            self._written = {path.name: _entry(path)}
+        except OSError as error:
+            self._written = error.strerror or str(error)
+
+    def finish(self) -> None:
+        """Wait for every rank's shard and commit the checkpoint; keep the newest complete ones.
+
+        Raises UserError where a rank could not write; what was complete before is left as it was.
+        """
+        if self._tag is None or self._thread is None:
+            return
+        self._thread.join()
+        tag, target = self._tag, self.directory / self._tag
+        self._tag = self._thread = None
+        written = gather(self._written, self._world)
+        failed = next(((rank, reason) for rank, reason in enumerate(written) if isinstance(reason, str)), None)
+        if self._world.is_main and failed is None:
+            files = {name: entry for each in written for name, entry in each.items()}
+            manifest = {
+                "format": FORMAT,
+                "tag": tag,
+                "world_size": self._world.size,
+                "state": self._state,
+                "files": dict(sorted(files.items())),
+            }
+            try:
+                write_json(target / MANIFEST, manifest)
+                _keep_newest(self.directory, tag, self._keep)
+            except OSError as error:
+                failed = (0, error.strerror or str(error))
+        failed = gather(failed, self._world)[0]
+        if failed is not None:
+            if self._world.is_main:
+                shutil.rmtree(target, ignore_errors=True)
+            left = [checkpoint.path.name for checkpoint in complete_checkpoints(self.directory)]
+            raise UserError(
+                f"cannot save {target}: {failed[1]} (rank {failed[0]}); the newest checkpoint is "
+                f"{left[-1] if left else 'none'}; mend that, and the same command continues from there"
+            )
+
+
+def gather(value: Any, world: World) -> list[Any]:
+    """`value` of every rank, on every rank."""
+    values = [value] * world.size
+    if world.size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def complete_checkpoints(directory: Path) -> list[Checkpoint]:
@@ -115,17 +193,10 @@ def _manifest(path: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _hashed(directory: Path, world: World, names: list[str] | None = None) -> dict[str, dict[str, Any]]:
+def _hashed(directory: Path, world: World, names: list[str]) -> dict[str, dict[str, Any]]:
     """Size and hash of each file of a checkpoint, the work shared among ranks."""
-    if names is None:
-        names = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
-    names = sorted(name for name in names if name != MANIFEST)
     mine = {name: _entry(directory / name) for name in names[world.rank :: world.size]}
-    shares: list[Any] = [mine]
-    if world.size > 1:
-        shares = [None] * world.size
-        torch.distributed.all_gather_object(shares, mine)
-    merged = {name: entry for share in shares for name, entry in share.items()}
+    merged = {name: entry for share in gather(mine, world) for name, entry in share.items()}
     return {name: merged[name] for name in names}
 
 

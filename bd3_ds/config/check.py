@@ -23,6 +23,7 @@ ATTENTION = ("auto", "dense", "sdpa", "flex", "stripes")
 PRECISION = ("bf16", "fp32")
 RECOMPUTE = ("none", "full")
 DECAY = ("constant", "cosine")
+SPIKE = ("none", "warn", "skip", "stop")
 ESTIMATORS = ("exact", "stratified", "mc", "report")
 
 
@@ -83,6 +84,7 @@ def _choices(run: RunConfig) -> list[str]:
         ("train.activation_checkpointing", run.train.activation_checkpointing, RECOMPUTE),
         ("optim.decay", run.optim.decay, DECAY),
         ("eval.estimator", run.eval.estimator, ESTIMATORS),
+        ("guards.spike", run.guards.spike, SPIKE),
         *diffusion_choices(run),
     ):
         if value not in known:
@@ -112,6 +114,7 @@ def _ranges(run: RunConfig) -> list[str]:
         "train.checkpoint_every": train.checkpoint_every,
         "train.keep_checkpoints": train.keep_checkpoints,
         "train.export_every": train.export_every,
+        "guards.spike_sigmas": run.guards.spike_sigmas,
         "eval.views": run.eval.views,
         "eval.batch": run.eval.batch,
     }
@@ -131,6 +134,8 @@ def _ranges(run: RunConfig) -> list[str]:
         "optim.weight_decay": optim.weight_decay,
         "optim.warmup_steps": optim.warmup_steps,
         "optim.min_lr": optim.min_lr,
+        "guards.max_skipped": run.guards.max_skipped,
+        "guards.stall_seconds": run.guards.stall_seconds,
         "eval.samples": run.eval.samples,
         "eval.variance_batches": run.eval.variance_batches,
     }

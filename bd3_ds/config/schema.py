@@ -133,6 +133,7 @@ class TrainConfig:
     log_every: int
     checkpoint_every: int
     keep_checkpoints: int
+    checkpoint_async: bool
     export_every: int
 
 

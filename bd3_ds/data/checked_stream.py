@@ -199,12 +199,11 @@ class CheckedDataset(StreamingDataset):
             yield self._failure
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """The sample, from a shard that was found sound by this process."""
+        """The sample and its number (`id`), from a shard that was found sound by this process."""
         shard_id, _ = self.spanner[sample_id]
         if shard_id not in self._sound:
             self._make_sound(shard_id)
-        sample: dict[str, Any] = super().get_item(sample_id, retry)
-        return sample
+        return {**super().get_item(sample_id, retry), "id": sample_id}
 
     def _make_sound(self, shard_id: int) -> None:
         stream = self.streams[self.stream_per_shard[shard_id]]

@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,13 +42,14 @@ class MicroBatch:
     """tokens [m, L] int64 and their slots [m] in the global batch; `waited` is seconds spent getting it.
 
     `documents` [m, L] int64 numbers each place's document in its sequence, -1 where there is no text; None where
-    nothing is padding and data.document_mask is false.
+    nothing is padding and data.document_mask is false. `ids` [m] number the samples, those of data.train first.
     """
 
     tokens: Tensor
     slots: np.ndarray
     waited: float
     documents: Tensor | None = None
+    ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,8 @@ class Loader:
                     if isinstance(batch, UserError):
                         raise of_all_ranks(batch, self.share)
                     waited = time.perf_counter() - start
-                    tokens, documents = batch
-                    yield MicroBatch(tokens, self.share.slots(micro_step), waited, documents)
+                    tokens, documents, ids = batch
+                    yield MicroBatch(tokens, self.share.slots(micro_step), waited, documents, ids)
                 step += 1
 
 
@@ -226,16 +227,18 @@ def failure_or(collate: Any, samples: list[Any]) -> Any:
     return next((sample for sample in samples if isinstance(sample, UserError)), None) or collate(samples)
 
 
-def stack_tokens(samples: list[dict[str, Any]]) -> tuple[Tensor, None]:
-    """Token rows of samples as one int64 tensor [m, L]; streaming's own arrays are read-only, so they are copied."""
-    return torch.from_numpy(np.stack([sample["tokens"] for sample in samples]).astype(np.int64)), None
+def stack_tokens(samples: list[dict[str, Any]]) -> tuple[Tensor, None, list[int]]:
+    """Token rows of samples as one int64 tensor [m, L], and their numbers; streaming's arrays are read-only: copied."""
+    tokens = torch.from_numpy(np.stack([sample["tokens"] for sample in samples]).astype(np.int64))
+    return tokens, None, [int(sample["id"]) for sample in samples]
 
 
-def stack_with_documents(samples: list[dict[str, Any]], apart: bool = True) -> tuple[Tensor, Tensor]:
-    """Token rows of samples and each place's document (`document_numbers`), both int64 [m, L]."""
-    tokens, _ = stack_tokens(samples)
+def stack_with_documents(samples: list[dict[str, Any]], apart: bool = True) -> tuple[Tensor, Tensor, list[int]]:
+    """Token rows of samples and each place's document (`document_numbers`), both int64 [m, L], and their numbers."""
+    tokens, _, ids = stack_tokens(samples)
     starts, pads = ([read_starts(sample[column]) for sample in samples] for column in ("doc_starts", "pad_starts"))
-    return tokens, torch.from_numpy(document_numbers(list(starts), list(pads), tokens.shape[1], apart))
+    documents = torch.from_numpy(document_numbers(list(starts), list(pads), tokens.shape[1], apart))
+    return tokens, documents, ids
 
 
 def of_all_ranks(error: UserError, share: Share) -> BaseException:

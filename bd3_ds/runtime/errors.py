@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # asked to stop, and everything is saved: start it again (EX_TEMPFAIL of sysexits.h)
 
 
 class UserError(Exception):
@@ -42,3 +45,14 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str]) -> int
             for message in error.messages:
                 print(f"error: {message}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+
+
+def leave(code: int) -> NoReturn:
+    """End the process now, after what is registered for the end of Python.
+
+    The interpreter's teardown is left out: in it, threads of torch and DeepSpeed have been seen to abort finished runs.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -10,6 +10,7 @@ from typing import Any
 from bd3_ds.runtime import records
 
 TRAIN_RECORDS = "records/train.jsonl"
+INCIDENTS = "records/incidents.jsonl"
 FINISHED = "records/finished.json"
 
 
@@ -18,6 +19,7 @@ class RunLog:
 
     def __init__(self, run_dir: Path, speaks: bool, first_step: int):
         self._path = run_dir / TRAIN_RECORDS
+        self._incidents = run_dir / INCIDENTS
         self._pending: list[dict[str, Any]] = []
         self._writer: Any = None
         self._speaks = speaks
@@ -27,6 +29,7 @@ class RunLog:
             # What the last run wrote after its last checkpoint is about to be written again. TensorBoard's points stay:
             # they come again, and purge_step would hide the later steps of the evaluation worker in this directory too.
             records.truncate_after(self._path, first_step)
+            records.truncate_after(self._incidents, first_step)
             self._writer = SummaryWriter(str(run_dir / "tensorboard"))
 
     def say(self, text: str) -> None:
@@ -38,6 +41,11 @@ class RunLog:
         """Keep one line of records/train.jsonl until `flush`."""
         if self._speaks:
             self._pending.append(line)
+
+    def incident(self, line: dict[str, Any]) -> None:
+        """One line of records/incidents.jsonl, at once."""
+        if self._speaks:
+            records.append(self._incidents, line)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Points in TensorBoard."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from bd3_ds.checkpoint.export import export_name, find_export, fit_weights, load_weights, write_export
-from bd3_ds.checkpoint.store import Checkpoint, newest_checkpoint, save_checkpoint
+from bd3_ds.checkpoint.shards import Shards
+from bd3_ds.checkpoint.store import Saver, newest_checkpoint
 from bd3_ds.config.check_data import packs
 from bd3_ds.config.load import to_yaml
 from bd3_ds.config.schema import BD3, RunConfig, block_size, block_sizes
@@ -44,6 +45,7 @@ class Trainer:
     stepper: Stepper
     clip_search: ClipSearch
     loader: Loader
+    saver: Saver
     log: RunLog
     meter: Meter
     state: TrainState
@@ -54,21 +56,16 @@ class Trainer:
         return Path(self.run.run_dir)
 
     def save(self) -> None:
-        """Write and commit a checkpoint of this moment."""
-
-        def write_shards(directory: Path, tag: str) -> None:
-            self.engine.save(directory, tag)
-            self.ema.save(directory / tag / ema_file(self.world.rank))
-
+        """Begin to write a checkpoint of this moment; `saver.finish` commits it."""
         self.log.flush()
         state = {
             **self.state.to_dict(),
             "zero_stage": self.engine.stage,
+            "updates": self.engine.updates,
+            "ema_updates": self.ema.updates,
             "loader": self.loader.state(self.state.samples),
         }
-        tag = export_name(self.state.step)
-        keep = self.run.train.keep_checkpoints
-        save_checkpoint(self.run_dir / "checkpoints", tag, state, write_shards, self.world, keep)
+        self.saver.start(export_name(self.state.step), state, [*self.engine.pieces(), *self.ema.pieces()])
 
     def export(self) -> None:
         """Write the averaged weights with configuration and tokenizer, for evaluation and sampling."""
@@ -118,10 +115,16 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
 
     state = TrainState()
     if checkpoint is not None:
-        _require_same_shards(checkpoint, engine.stage, world)
-        engine.load(checkpoint.path.parent, checkpoint.path.name)
-        ema.load(checkpoint.path / ema_file(world.rank))
-        state = TrainState.from_dict(checkpoint.state)
+        shards, saved = Shards(checkpoint.path), checkpoint.state
+        engine.read(shards, saved["updates"])
+        ema.read(shards, saved["ema_updates"])
+        state = TrainState.from_dict(saved)
+        before, now = (checkpoint.manifest["world_size"], saved["zero_stage"]), (world.size, engine.stage)
+        if before != now:
+            said.append(
+                f"{checkpoint.path.name} was saved on {before[0]} ranks at ZeRO stage {before[1]}; going on with "
+                f"{now[0]} at stage {now[1]}"
+            )
 
     log = RunLog(run_dir, world.is_main, state.step)
     for line in said:
@@ -144,6 +147,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         stepper=stepper,
         clip_search=ClipSearch(stepper, held_out),
         loader=Loader(run.data, share, state.samples),
+        saver=Saver(run_dir / "checkpoints", world, run.train.keep_checkpoints, run.train.checkpoint_async),
         log=log,
         meter=Meter(model.network, run, float(world.sum(peak))),
         state=state,
@@ -162,19 +166,3 @@ def scored_tokens(run: RunConfig) -> float:
     if mean <= 0:
         raise UserError(f"data.train={run.data.train} has nothing to learn: all but first tokens is padding")
     return mean
-
-
-def _require_same_shards(checkpoint: Checkpoint, stage: int, world: World) -> None:
-    """Shards fit the ranks and the ZeRO stage that wrote them."""
-    ranks, saved_stage = checkpoint.manifest["world_size"], checkpoint.state["zero_stage"]
-    if (ranks, saved_stage) != (world.size, stage):
-        raise UserError(
-            f"{checkpoint.path} was saved on {ranks} ranks at ZeRO stage {saved_stage}, this start has {world.size} at "
-            f"stage {stage}; continue as it was, or start a new run_dir with "
-            f"train.init_from={checkpoint.path.parents[1]}"
-        )
-
-
-def ema_file(rank: int) -> str:
-    """Name of a rank's part of the averaged weights inside a checkpoint."""
-    return f"ema-rank-{rank:05d}.safetensors"

@@ -5,14 +5,16 @@ Memory per rank is 4 bytes x parameters / world size under ZeRO >= 1, never a wh
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from bd3_ds.runtime.files import share
+from bd3_ds.checkpoint.shards import Shards, piece
 from bd3_ds.runtime.world import World
 from bd3_ds.train.engine import Engine
+
+KIND = "ema"  # of its pieces in a checkpoint
 
 
 class Ema:
@@ -22,15 +24,15 @@ class Ema:
         self.decay = decay
         self.updates = 0
         self._engine = engine
-        self._parts = [(f.name, f.start, f.values.clone()) for f in engine.fragments()]
+        self._parts = [(f.name, f.start, f.weights.clone()) for f in engine.fragments()]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move towards the present weights; after every optimizer step."""
+        """Move towards the present weights; after every update."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         averages = [average for _, _, average in self._parts]
-        values = [fragment.values for fragment in self._engine.fragments()]
+        values = [fragment.weights for fragment in self._engine.fragments()]
         if averages:  # without ZeRO the main rank holds all
             torch._foreach_lerp_(averages, values, 1 - decay)
 
@@ -48,20 +50,13 @@ class Ema:
                 whole[name] = tensor.view(shape).cpu()
         return whole
 
-    def save(self, path: Path) -> None:
-        """This rank's part as one safetensors file."""
-        from safetensors.torch import save_file
-
-        tensors = {f"{name}:{start}": average.cpu() for name, start, average in self._parts}
-        tensors["updates"] = torch.tensor(self.updates)
-        save_file(tensors, path)
-        share(path)
-
-    def load(self, path: Path) -> None:
-        """Read what `save` wrote on the same rank of a world of the same size."""
-        from safetensors.torch import load_file
-
-        tensors = load_file(path)
-        self.updates = int(tensors.pop("updates"))
+    def pieces(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's part, for a checkpoint."""
         for name, start, average in self._parts:
-            average.copy_(tensors[f"{name}:{start}"])
+            yield piece(KIND, name, start), average
+
+    def read(self, shards: Shards, updates: int) -> None:
+        """Fill this rank's part from a checkpoint, whatever ranks wrote it, after `updates` updates."""
+        self.updates = updates
+        for name, start, average in self._parts:
+            shards.read(KIND, name, start, average)

@@ -9,15 +9,17 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bd3_ds.checkpoint.store import gather
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.diffusion.objective import BINS
+from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import write_json
-from bd3_ds.runtime.log import FINISHED
+from bd3_ds.runtime.log import FINISHED, INCIDENTS
 from bd3_ds.runtime.world import World
 from bd3_ds.train.build import Trainer, build
-from bd3_ds.train.guards import Guards
+from bd3_ds.train.guards import StopRequest, Watchdog, is_spike
 from bd3_ds.train.meter import peak_memory_gb
-from bd3_ds.train.state import TrainState
+from bd3_ds.train.state import SKIPPED_OF, TrainState
 from bd3_ds.train.step import StepResult
 
 
@@ -28,22 +30,36 @@ def train(run: RunConfig, ds_json: dict[str, Any], world: World) -> TrainState:
     if world.is_main:
         finished.unlink(missing_ok=True)
     batches = iter(trainer.loader)
-    with Guards() as guard, progress_bar(trainer) as bar:
+    saver = trainer.saver
+    with (
+        StopRequest() as stop,
+        Watchdog(run.guards.stall_seconds, world.rank) as watchdog,
+        progress_bar(trainer) as bar,
+    ):
         while trainer.state.step < run.train.total_steps:
-            result = trainer.stepper.step(batches, trainer.state, guard.asked)
-            guard.check(result)
-            trainer.state = learn(trainer.state.advance(run.train.global_batch, run.data.length), result)
+            watchdog.beat(f"at step {trainer.state.step + 1}")
+            before = trainer.state
+            result = trainer.stepper.step(batches, before, stop.asked, saver.busy)
+            trainer.state = learn(before.advance(run.train.global_batch, run.data.length), result)
             report(trainer, result, bar)
+            guard(trainer, result, before)
             last = trainer.state.step == run.train.total_steps
             if searches(run) and due(run.objective.clip_search.every, trainer.state.step) and not last:
+                watchdog.beat("searching the clip interval")
                 search_clip(trainer)
             if due(run.train.export_every, trainer.state.step) or last:
+                watchdog.beat("exporting")
                 trainer.export()
-            if due(run.train.checkpoint_every, trainer.state.step) or last or guard.wants_stop:
+            watchdog.beat("saving")
+            if saver.pending and not result.still_saving:
+                saver.finish()
+            if due(run.train.checkpoint_every, trainer.state.step) or last or result.stop_asked:
                 trainer.save()
-            if guard.wants_stop:
-                trainer.log.say(f"asked to stop: saved after step {trainer.state.step}; the same command continues")
+            if result.stop_asked and not last:
                 break
+        saver.finish()
+    if trainer.state.step < run.train.total_steps:
+        trainer.log.say(f"asked to stop: saved after step {trainer.state.step}; the same command continues")
     trainer.log.close()
     if world.is_main and trainer.state.step >= run.train.total_steps:
         write_json(finished, {"step": trainer.state.step})
@@ -60,9 +76,44 @@ def searches(run: RunConfig) -> bool:
     return run.objective.clip_search.method != "none"
 
 
+def guard(trainer: Trainer, result: StepResult, before: TrainState) -> None:
+    """Say what was skipped or spiked, and with which samples; raises UserError where the run should not go on."""
+    guards, log = trainer.run.guards, trainer.log
+    spike = guards.spike != "none" and is_spike(before.recent, result.nelbo, guards.spike_sigmas)
+    if not (result.skipped or spike):
+        return
+    reason = "spike" if spike else "not finite"
+    ids = [sample for share in gather(result.ids, trainer.world) for sample in share]
+    log.incident(
+        {
+            "step": result.step,
+            "reason": reason,
+            "skipped": result.skipped,
+            "loss": finite(result.loss),
+            "grad_norm": finite(result.grad_norm),
+            "samples": ids,
+        }
+    )
+    what = f"step {result.step}: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}"
+    log.say(f"{what}: {reason}{', no update' if result.skipped else ''}; its samples are in {INCIDENTS}")
+    if spike and guards.spike == "stop":
+        raise UserError(f"{what} is a spike, and guards.spike=stop; the newest checkpoint is from before it")
+    if len(trainer.state.skipped) > guards.max_skipped:
+        raise UserError(
+            f"{what}: {len(trainer.state.skipped)} steps of the last {SKIPPED_OF} made no update, more than "
+            f"guards.max_skipped={guards.max_skipped}; lower optim.lr or lengthen optim.warmup_steps; see {INCIDENTS}"
+        )
+
+
+def finite(value: float) -> float | None:
+    """JSON has no infinities."""
+    return value if math.isfinite(value) else None
+
+
 def learn(state: TrainState, result: StepResult) -> TrainState:
-    """The state with what the step's batch has shown of its block size."""
-    if result.moments is None:
+    """The state with what the step's batch has shown: its loss, and the moments of its block size."""
+    state = state.with_loss(None if result.skipped else result.nelbo)
+    if result.moments is None or result.skipped:
         return state
     clip = state.clip(result.block_size)
     return state.with_clip(result.block_size, replace(clip, moments=clip.moments.add(result.moments)))
@@ -86,15 +137,15 @@ def report(trainer: Trainer, result: StepResult, bar: Any) -> None:
             "step": state.step,
             "samples": state.samples,
             "tokens": state.tokens,
-            "loss": result.loss,
-            "nelbo": result.nelbo,
-            "grad_norm": result.grad_norm,
+            "loss": finite(result.loss),
+            "nelbo": finite(result.nelbo),
+            "grad_norm": finite(result.grad_norm),
             "lr": result.lr,
             "seconds": result.seconds,
             "block_size": result.block_size,
             "t_min": t_min,
             "t_max": t_max,
-            "block_variance": result.block_variance,
+            "block_variance": None if result.block_variance is None else finite(result.block_variance),
             "nelbo_is_bound": result.nelbo_is_bound,
         }
     )
@@ -113,6 +164,7 @@ def report(trainer: Trainer, result: StepResult, bar: Any) -> None:
         "train/grad_norm": result.grad_norm,
         "train/lr": result.lr,
         "train/block_size": result.block_size,
+        "train/skipped": len(state.skipped),
         "perf/memory_gb": peak_memory_gb(trainer.world.device),
         **rates,
         **bins,

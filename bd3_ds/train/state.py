@@ -8,6 +8,9 @@ from typing import Any
 from bd3_ds.diffusion.clip_search import Moments
 from bd3_ds.diffusion.proposal import Interval
 
+RECENT = 256  # losses that a spike is told from
+SKIPPED_OF = 1000  # steps
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -21,13 +24,16 @@ class Clip:
 class TrainState:
     """`step` optimizer steps are done; `samples` sequences and `tokens` clean tokens went into them.
 
-    `clips` holds what is known of the clip interval of each block size that was trained.
+    `clips` holds what is known of the clip interval of each block size that was trained; `recent` the estimates of the
+    bound of the last steps with an update, `skipped` those of the last SKIPPED_OF steps that had none.
     """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     clips: dict[int, Clip] = field(default_factory=dict)
+    recent: tuple[float, ...] = ()
+    skipped: tuple[int, ...] = ()
 
     def clip(self, block_size: int) -> Clip:
         """What is known of a block size; nothing at first."""
@@ -43,13 +49,27 @@ class TrainState:
         """The state with new knowledge of a block size."""
         return replace(self, clips={**self.clips, block_size: clip})
 
+    def with_loss(self, nelbo: float | None) -> TrainState:
+        """The state with what the step just done had; None where it was skipped."""
+        skipped = tuple(step for step in self.skipped if step > self.step - SKIPPED_OF)
+        if nelbo is None:
+            return replace(self, skipped=(*skipped, self.step))
+        return replace(self, recent=(*self.recent, nelbo)[-RECENT:], skipped=skipped)
+
     def to_dict(self) -> dict[str, Any]:
         """For the checkpoint's manifest."""
         clips = {
             str(size): {"interval": clip.interval, "moments": clip.moments.to_json()}
             for size, clip in self.clips.items()
         }
-        return {"step": self.step, "samples": self.samples, "tokens": self.tokens, "clips": clips}
+        return {
+            "step": self.step,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "clips": clips,
+            "recent": self.recent,
+            "skipped": self.skipped,
+        }
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> TrainState:
@@ -58,6 +78,7 @@ class TrainState:
             int(size): Clip(
                 tuple(clip["interval"]) if clip["interval"] is not None else None, Moments.from_json(clip["moments"])
             )
-            for size, clip in saved.get("clips", {}).items()  # absent before there was a search
+            for size, clip in saved["clips"].items()
         }
-        return cls(saved["step"], saved["samples"], saved["tokens"], clips)
+        recent, skipped = tuple(saved["recent"]), tuple(saved["skipped"])
+        return cls(saved["step"], saved["samples"], saved["tokens"], clips, recent, skipped)

@@ -29,6 +29,7 @@ from bd3_ds.runtime.rng import Purpose, integer_seed
 from bd3_ds.runtime.world import World
 from bd3_ds.train.ema import Ema
 from bd3_ds.train.engine import Engine
+from bd3_ds.train.guards import is_spike
 from bd3_ds.train.lr import learning_rate
 from bd3_ds.train.state import TrainState
 
@@ -40,7 +41,7 @@ class StepResult:
     nats_by_rate: mean -log p(x0) of a masked token by its block's masking rate, in BINS equal bins; nan where a bin saw
     none. masked_share: of all places but the given ones. block_variance: variance over the batch's blocks of their
     estimates of the bound. moments: the batch's sums for the clip search. interval: that of the times drawn. The last
-    three are None for AR.
+    three are None for AR. skipped: there was no update, and numbers may not be finite. ids: this rank's samples.
     """
 
     step: int
@@ -57,7 +58,10 @@ class StepResult:
     lr: float
     seconds: float
     waited: float
+    skipped: bool
+    ids: list[int]
     stop_asked: bool
+    still_saving: bool
 
 
 class Stepper:
@@ -97,20 +101,24 @@ class Stepper:
         clipped = make_proposal(schedule, progress, found)
         return Exploring(clipped, whole, search.explore) if search.method == "moments" else clipped
 
-    def step(self, batches: Iterator[MicroBatch], state: TrainState, stop_asked: bool) -> StepResult:
-        """The update after `state`; `stop_asked` on any rank reaches all through the result."""
+    def step(
+        self, batches: Iterator[MicroBatch], state: TrainState, stop_asked: bool = False, still_saving: bool = False
+    ) -> StepResult:
+        """The update after `state`; `stop_asked` and `still_saving` on any rank reach all through the result."""
         start = time.perf_counter()
         run, done = self.run, state.step
         lr = learning_rate(run.optim, done, run.train.total_steps)
         size = choose_block_size(run.seed, done, block_sizes(run, done))
         proposal = None if run.objective.name == AR else self.proposal(state, size)
         schedule = base_schedule(run.objective.schedule, done / run.train.total_steps)
-        totals = torch.zeros(7 + 2 * BINS, device=self.world.device, dtype=torch.float64)
+        totals = torch.zeros(8 + 2 * BINS, device=self.world.device, dtype=torch.float64)
         moments = torch.zeros(3, TIME_BINS, device=self.world.device, dtype=torch.float64)
         waited, scored = 0.0, 0
+        ids: list[int] = []
         for micro_step in range(self.accumulation):
             batch = next(batches)
             waited += batch.waited
+            ids += batch.ids
             scored += int(scored_places(batch.tokens, batch.documents).sum())
             torch.manual_seed(integer_seed(run.seed, Purpose.DROPOUT, done, micro_step, self.world.rank))
             noise = self._noise(done, batch, size, proposal)
@@ -127,19 +135,20 @@ class Stepper:
                 self.scored_tokens,
             )
             self.engine.backward(loss.loss)
-            self.engine.step(lr)
             totals[:2] += torch.stack([loss.loss.detach(), loss.nelbo]) / (self.accumulation * self.world.size)
-            totals[7:] += torch.cat([loss.bin_nats, loss.bin_masked])
+            totals[8:] += torch.cat([loss.bin_nats, loss.bin_masked])
+            last = micro_step == self.accumulation - 1
+            self.engine.step(lr, refuse=last and self._is_refused(totals[1], scored, state))
             if noise is not None and loss.block_nats is not None:
                 totals[3:6] += spread_sums(loss.block_nats, weight)
                 moments += moment_sums(loss.block_nats, rate, schedule)
-        self.ema.update()
-        totals[2], totals[6] = float(stop_asked), float(scored)
+        if not self.engine.skipped:
+            self.ema.update()
+        totals[2], totals[6], totals[7] = float(stop_asked), float(scored), float(still_saving)
         summed = self.world.sum(torch.cat([totals, moments.flatten()])).cpu()
         values = summed[: len(totals)].tolist()
-        nats, masked = values[7 : 7 + BINS], values[7 + BINS :]
-        # From nats per expected token to nats per token that the batch did hold; 1 exactly where nothing is padding.
-        per_token = run.train.global_batch * self.scored_tokens / max(1.0, values[6])
+        nats, masked = values[8 : 8 + BINS], values[8 + BINS :]
+        per_token = self._per_token(values[6])
         configured = (run.objective.schedule.t_min, run.objective.schedule.t_max)
         return StepResult(
             step=done + 1,
@@ -156,8 +165,23 @@ class Stepper:
             lr=lr,
             seconds=time.perf_counter() - start,
             waited=waited,
+            skipped=self.engine.skipped,
+            ids=ids,
             stop_asked=values[2] > 0,
+            still_saving=values[7] > 0,
         )
+
+    def _per_token(self, scored: float) -> float:
+        """From nats per expected token to nats per token that the batch held; 1 exactly where nothing is padding."""
+        return self.run.train.global_batch * self.scored_tokens / max(1.0, scored)
+
+    def _is_refused(self, nelbo: Tensor, scored: int, state: TrainState) -> bool:
+        """Whether the batch's loss is a spike that is to be skipped; all ranks wait for it only where that is so."""
+        guards = self.run.guards
+        if guards.spike != "skip":
+            return False
+        known = self.world.sum(torch.stack([nelbo, torch.full_like(nelbo, scored)])).tolist()
+        return is_spike(state.recent, known[0] * self._per_token(known[1]), guards.spike_sigmas)
 
     def _documents(self, batch: MicroBatch) -> Tensor | None:
         return None if batch.documents is None else send(batch.documents, self.world.device)

@@ -8,11 +8,12 @@ from pathlib import Path
 from bd3_ds.config.ds_json import DEFAULT, load_ds_json
 from bd3_ds.config.load import load_recipe
 from bd3_ds.runtime.cli import Parser
+from bd3_ds.runtime.errors import EXIT_STOPPED
 from bd3_ds.train.preflight import preflight
 
 
 def main(argv: list[str]) -> int:
-    """Check everything, then join the other ranks and train."""
+    """Check everything, then join the other ranks and train; EXIT_STOPPED where the run was asked to stop."""
     parser = Parser(prog="run.py train", description="Train a recipe; continues where it stopped.")
     parser.add_argument("recipe", help="YAML file, such as configs/recipes/docs_pretrain.yaml")
     parser.add_argument("--deepspeed_config", type=Path, default=DEFAULT, help="memory and communication (ds_configs/)")
@@ -37,8 +38,8 @@ def main(argv: list[str]) -> int:
         keep_freed_memory()
     world = join_world()
     try:
-        train(run, ds_json, world)
+        state = train(run, ds_json, world)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    return 0
+    return 0 if state.step >= run.train.total_steps else EXIT_STOPPED
