@@ -55,10 +55,16 @@ def export_name(step: int) -> str:
 
 def write_export(path: Path, weights: dict[str, Tensor], run: RunConfig, tokenizer: Path | None, step: int) -> Path:
     """Write an export and commit it by a rename; an export of the same name is replaced."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    from bd3_ds.checkpoint.shards import as_os_error
+
     with new_directory(path, replace=True) as aside:
-        save_file({name: tensor.float().contiguous() for name, tensor in weights.items()}, aside / WEIGHTS)
+        try:
+            save_file({name: tensor.float().contiguous() for name, tensor in weights.items()}, aside / WEIGHTS)
+        except SafetensorError as error:
+            raise as_os_error(error) from None
         share(aside / WEIGHTS)
         write_text(aside / "config.yaml", to_yaml(run))
         if tokenizer is not None:

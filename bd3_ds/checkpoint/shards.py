@@ -7,6 +7,8 @@ not for files, so that ranks and ZeRO stages may be others than those that wrote
 
 from __future__ import annotations
 
+import os
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,10 +40,16 @@ def write_shard(path: Path, pieces: Mapping[str, Tensor]) -> None:
 
     try:
         save_file(dict(pieces), path)
-    except SafetensorError as error:  # it wraps the system's own words: "I/O error: No space left on device (…)"
-        raise OSError(str(error)) from None
+    except SafetensorError as error:
+        raise as_os_error(error) from None
     share(path)
     sync(path)
+
+
+def as_os_error(error: Exception) -> OSError:
+    """What the system said, out of safetensors' "I/O error: No space left on device (os error 28)"."""
+    code = re.search(r"os error (\d+)", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error))
 
 
 class Shards:

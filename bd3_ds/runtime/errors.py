@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -34,12 +35,18 @@ def did_you_mean(value: str, known: Iterable[str]) -> str:
 
 
 def run_command(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
-    """Run a command's main function and turn a UserError into its sentence and exit code 2.
+    """Run a command's main function and turn a UserError, or a full disk, into its sentence and exit code 2.
 
     Under a launcher every rank meets the same mistake; only global rank 0 prints it.
     """
     try:
         return main(argv) or 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror}{where}; nothing complete is lost: free some and start again", file=sys.stderr)
+        return EXIT_USER_ERROR
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             for message in error.messages:

@@ -62,8 +62,8 @@ class Engine:
         self._norm: float | None = None
         self._refused = False
         self._make_moments()
+        self._watch_refusal()
         if self.stage > 0:
-            self._watch_refusal()
             # DeepSpeed makes its masters from weights that it has rounded to bf16.
             for fragment in self.fragments():
                 end = fragment.start + len(fragment.weights)
@@ -100,8 +100,6 @@ class Engine:
         self._refused = refuse
         if self.stage == 0 and self._deepspeed.is_gradient_accumulation_boundary():
             self._refused = refuse or not math.isfinite(self.grad_norm())
-            if self._refused:  # Adam passes over parameters without a gradient
-                self.module.zero_grad(set_to_none=True)
         self._deepspeed.step()
         if self.stage > 0:
             self._refused = not self._deepspeed.was_step_applied()
@@ -201,7 +199,12 @@ class Engine:
             self._adam.state[flat] = {"step": step, **moments}
 
     def _watch_refusal(self) -> None:
-        """ZeRO skips an update whose gradient overflows; just before it looks, tell it what else is refused."""
+        """Have DeepSpeed make no update that is refused."""
+        if self.stage == 0:
+            update = self._optimizer.step
+            self._optimizer.step = lambda: None if self._refused else update()
+            return
+        # ZeRO skips an update whose gradient overflows; just before it looks, it is told what else to skip.
         zero = self._deepspeed.optimizer
         update_scale = zero._update_scale
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from bd3_ds.config.ds_json import DEFAULT, load_ds_json
 from bd3_ds.config.load import load_recipe
 from bd3_ds.runtime.cli import Parser
 from bd3_ds.runtime.errors import EXIT_STOPPED
+from bd3_ds.runtime.extensions import drop_stale_locks
 from bd3_ds.train.preflight import preflight
 
 
@@ -20,6 +22,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration on top of the recipe")
     arguments = parser.parse(argv)
 
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for lock in drop_stale_locks():
+            print(f"removed {lock}, which a killed process left behind", file=sys.stderr)
     ds_json = load_ds_json(arguments.deepspeed_config)
     run = preflight(load_recipe(arguments.recipe, arguments.overrides), int(os.environ.get("WORLD_SIZE", "1")))
 

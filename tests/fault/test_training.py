@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from bd3_ds.checkpoint.export import find_export, load_weights
-from bd3_ds.checkpoint.store import MANIFEST, complete_checkpoints, newest_checkpoint, save_checkpoint
+from bd3_ds.checkpoint.shards import piece, shard_file, whole
+from bd3_ds.checkpoint.store import MANIFEST, Saver, complete_checkpoints, newest_checkpoint
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.world import World
 from tests.helpers.launch import (
@@ -30,17 +32,13 @@ from tests.helpers.tiny import tiny_run
 
 STEPS = 30
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
-SHARDS = {"model.pt": b"m" * 300, "optimizer-0.pt": b"0" * 200, "deep/optimizer-1.pt": b"1" * 200}
+SHARD = shard_file(0)
 
 
-def write_shards(directory: Path, tag: str) -> None:
-    for name, content in SHARDS.items():
-        (directory / tag / name).parent.mkdir(exist_ok=True)
-        (directory / tag / name).write_bytes(content)
-
-
-def save(directory: Path, step: int, keep: int = 2) -> None:
-    save_checkpoint(directory, f"step-{step:08d}", {"step": step}, write_shards, ALONE, keep)
+def save(directory: Path, step: int, keep: int = 2, behind: bool = False) -> None:
+    saver = Saver(directory, ALONE, keep, behind)
+    saver.start(f"step-{step:08d}", {"step": step}, [(piece("weights", "w", 0), torch.full((300,), float(step)))])
+    saver.finish()
 
 
 def newest_step(directory: Path, said: list[str]) -> int | None:
@@ -48,7 +46,7 @@ def newest_step(directory: Path, said: list[str]) -> int | None:
     return None if checkpoint is None else checkpoint.state["step"]
 
 
-@pytest.mark.parametrize("name", [*SHARDS, MANIFEST])
+@pytest.mark.parametrize("name", [SHARD, MANIFEST])
 @pytest.mark.parametrize("damage", ["deleted", "emptied", "truncated", "altered"])
 def test_damaged_checkpoint_is_passed_over_and_said(tmp_path, name, damage):
     save(tmp_path, 10)
@@ -75,31 +73,53 @@ def test_nothing_complete_is_a_fresh_start(tmp_path):
 def test_a_later_format_is_refused_rather_than_overwritten(tmp_path):
     save(tmp_path, 10)
     manifest = tmp_path / "step-00000010" / MANIFEST
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(UserError, match="checkpoint format 2; this version reads format 1"):
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(UserError, match="checkpoint format 3; this version reads format 2"):
         newest_step(tmp_path, [])
 
 
-def test_a_failed_save_leaves_the_last_one_alone(tmp_path):
-    def fail(directory: Path, tag: str) -> None:
-        write_shards(directory, tag)
-        raise OSError("No space left on device")
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_checkpoint_holds_what_the_tensors_were_when_it_was_started(tmp_path, behind):
+    numbers = torch.arange(2_000_000, dtype=torch.float32)
+    saver = Saver(tmp_path, ALONE, 2, behind)
+    saver.start("step-00000001", {"step": 1}, [(piece("weights", "w", 0), numbers)])
+    numbers.zero_()  # the next update
+    assert saver.pending == behind
+    assert len(complete_checkpoints(tmp_path)) == (not behind)
+    saver.finish()
+    assert not saver.pending and not saver.busy
+    (checkpoint,) = complete_checkpoints(tmp_path)
+    assert torch.equal(whole(checkpoint.path, "weights")["w"], torch.arange(2_000_000, dtype=torch.float32))
 
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_failed_save_leaves_the_last_one_alone(tmp_path, behind):
+    """A limit on the size of files is met in the middle of writing, as a full disk is."""
     save(tmp_path, 10, keep=1)
-    with pytest.raises(OSError, match="No space"):
-        save_checkpoint(tmp_path, "step-00000020", {"step": 20}, fail, ALONE, keep=1)
+    saver = Saver(tmp_path, ALONE, 1, behind)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(UserError, match=r"cannot save .*step-00000020: .*; the newest checkpoint is step-00000010"):
+            saver.start("step-00000020", {"step": 20}, [(piece("weights", "w", 0), torch.zeros(100_000))])
+            saver.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, previous)
     said: list[str] = []
-    assert newest_step(tmp_path, said) == 10
-    assert said == ["checkpoint step-00000020 is incomplete and is passed over"]
+    assert newest_step(tmp_path, said) == 10 and said == []
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
 
 
 def test_retention_counts_only_what_the_run_continues_from(tmp_path):
     """A damaged later checkpoint must not push out the good one that was just saved."""
     save(tmp_path, 10, keep=1)
     save(tmp_path, 30, keep=2)
-    (tmp_path / "step-00000030/model.pt").write_bytes(b"x" * 300)  # the size is right, the content is not
+    damaged = tmp_path / "step-00000030" / SHARD
+    damaged.write_bytes(b"x" * damaged.stat().st_size)  # the size is right, the content is not
     shutil.copytree(tmp_path / "step-00000010", tmp_path / "step-00000005")
-    (tmp_path / "step-00000005/model.pt").unlink()  # torn long ago
+    (tmp_path / "step-00000005" / SHARD).unlink()  # torn long ago
     save(tmp_path, 20, keep=1)
     assert [checkpoint.path.name for checkpoint in complete_checkpoints(tmp_path)] == ["step-00000020"]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000020"]
@@ -155,7 +175,7 @@ def test_kill_9_in_the_middle_of_saving_then_a_torn_checkpoint(calm):
     assert all(line in out for line in said)
     assert_same_run(calm, run_dir)
 
-    torn = next(checkpoints.glob(f"step-{STEPS:08d}/*rank_1*optim*"))
+    torn = checkpoints / f"step-{STEPS:08d}" / shard_file(1)
     torn.write_bytes(torn.read_bytes()[:1000])
     out = train(recipe, *words)
     assert f"checkpoint step-{STEPS:08d} is incomplete and is passed over" in out

@@ -22,7 +22,9 @@ class OneProcess:
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulation).backward()
 
-    def step(self, lr: float) -> None: ...
+    skipped = False
+
+    def step(self, lr: float, refuse: bool = False) -> None: ...
 
     def update(self) -> None: ...
 

@@ -24,23 +24,22 @@ PATIENCE = 300.0  # seconds; a crowded machine is slow, a stuck run is slower
 
 @contextmanager
 def start_training(
-    recipe: Path, *words: str, ranks: int = 2, ds_config: str | None = None, **options: Any
+    recipe: Path, *words: str, ranks: int = 2, ds_config: str | None = None, script: str = "run.py", **options: Any
 ) -> Iterator[subprocess.Popen[str]]:
     """The run as a process group of its own, nothing of which outlives the block; `options` are Popen's.
 
     One rank is started without a launcher, which is a way in of its own. `ds_config` is a name in ds_configs/.
+    `script` stands for run.py.
     """
     tools = Path(sys.executable).parent
-    command = [str(tools / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(_free_port())]
+    command = [str(tools / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
     if ranks == 1:
         command = [sys.executable]
-    command += ["run.py", "train", str(recipe), *words]
+    command += [script, "train", str(recipe), *words]
     if ds_config is not None:
         command += ["--deepspeed_config", f"ds_configs/{ds_config}.json"]
-    # The launcher looks for ninja on the path; more than one thread a rank makes tiny models slower.
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, text=True, start_new_session=True, **options
+        command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, text=True, start_new_session=True, **options
     )
     try:
         yield process
@@ -50,11 +49,16 @@ def start_training(
 
 
 def launch_training(
-    recipe: Path, *words: str, ranks: int = 2, ds_config: str | None = None, timeout: float = PATIENCE
+    recipe: Path,
+    *words: str,
+    ranks: int = 2,
+    ds_config: str | None = None,
+    script: str = "run.py",
+    timeout: float = PATIENCE,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; stdout and stderr come back together as `stdout`."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with start_training(recipe, *words, ranks=ranks, ds_config=ds_config, **options) as process:
+    with start_training(recipe, *words, ranks=ranks, ds_config=ds_config, script=script, **options) as process:
         output, _ = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, output)
 
@@ -136,7 +140,14 @@ def _signal_group(process: subprocess.Popen[str], number: signal.Signals) -> Non
         os.killpg(process.pid, number)
 
 
-def _free_port() -> int:
+def environment() -> dict[str, str]:
+    """The launcher looks for ninja on the path; more than one thread a rank makes tiny models slower."""
+    tools = Path(sys.executable).parent
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,0 +1,156 @@
+"""Kill a rank at random instants, restart, and see whether anything is lost; then the same over changes of shape.
+
+    python -m benchmarks.kills [--kills 30] [--steps 300] [--seed 1] [--json FILE]
+
+First a run on two ranks at ZeRO-2 in bf16 with dropout, undisturbed. Then the same run, whose ranks are killed with
+SIGKILL at random instants (every third while a checkpoint is being written), each time started again by the same
+command: records and weights must be the undisturbed run's to the last bit, and the newest complete checkpoint never an
+older one than before. Then runs that are killed and go on at 2 -> 1 -> 2 ranks and at ZeRO stages 2 -> 3 -> 1: their
+losses against the undisturbed run of the same precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bd3_ds.checkpoint.export import find_export, load_weights
+from bd3_ds.checkpoint.store import MANIFEST, complete_checkpoints
+from tests.helpers.launch import (
+    curve,
+    rank_process,
+    start_training,
+    train,
+    train_records,
+    wait_for_end,
+    wait_for_step,
+    wait_until,
+)
+from tests.helpers.tiny import tiny_run
+
+START = 12.0  # seconds in which a launcher has its ranks at work; a kill may come before that
+COMMON = ("train.global_batch=8", "train.export_every=100000", "train.checkpoint_every=3")
+EXACT = ("train.precision=bf16", "model.dropout=0.1", "data.workers=1", "train.activation_checkpointing=full")
+CHAINS = {
+    "2 -> 1 -> 2 ranks": [(2, "zero2"), (1, "zero2"), (2, "zero2")],
+    "stage 2 -> 3 -> 1": [(2, "zero2"), (2, "zero3"), (2, "zero1")],
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the results here")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        tiny_run(place)
+        result = {"seed": arguments.seed, "steps": arguments.steps}
+        result |= kills(place, arguments.kills, arguments.steps, random.Random(arguments.seed))
+        result["chains"] = chains(place, ("fp32", "bf16"), arguments.steps // 2)
+    text = json.dumps(result, indent=2)
+    if arguments.json is not None:
+        arguments.json.write_text(text + "\n")
+    print(text)
+    return 0
+
+
+def kills(place: Path, count: int, steps: int, rng: random.Random) -> dict[str, Any]:
+    """The undisturbed run and the killed one; what was seen after each kill."""
+    words = (*COMMON, *EXACT, f"train.total_steps={steps}")
+    recipe, calm, killed = place / "recipe.yaml", place / "calm", place / "killed"
+    train(recipe, f"run_dir={calm}", *words)
+    seen: list[dict[str, Any]] = []
+    for number in range(count):
+        before = newest(killed)
+        with start_training(recipe, f"run_dir={killed}", *words, **quiet()) as process:
+            begun = time.monotonic()
+            saving = number % 3 == 2
+            if saving:
+                wait_until(lambda: process.poll() is not None or is_saving(killed), 120, "a checkpoint in the making")
+            else:
+                time.sleep(rng.uniform(0.3, 1.5) * START)
+            victim = rng.randrange(2)
+            try:
+                rank_process(process, victim).kill()
+            except AssertionError:  # the ranks are not there yet, or no more
+                victim = -1
+            code = wait_for_end(process, 120)
+        seen.append(
+            {
+                "seconds": round(time.monotonic() - begun, 1),
+                "rank": victim,
+                "while_saving": saving,
+                "exit": code,
+                "newest_before": before,
+                "newest_after": newest(killed),
+                "last_record": max((line["step"] for line in train_records(killed)), default=0),
+            }
+        )
+        print(json.dumps(seen[-1]), file=sys.stderr, flush=True)
+    train(recipe, f"run_dir={killed}", *words)
+    ours, theirs = (load_weights(find_export(str(run_dir))) for run_dir in (killed, calm))
+    return {
+        "kills": seen,
+        "lost": sum(each["newest_after"] < each["newest_before"] for each in seen),
+        "same_losses": curve(killed) == curve(calm),
+        "same_weights": all(torch.equal(ours[name], theirs[name]) for name in theirs),
+    }
+
+
+def chains(place: Path, precisions: Sequence[str], steps: int) -> list[dict[str, Any]]:
+    """Runs that are killed and go on in another shape, against the undisturbed one."""
+    recipe, results = place / "recipe.yaml", []
+    for precision in precisions:
+        words = (*COMMON, f"train.precision={precision}", f"train.total_steps={steps}")
+        calm = place / f"calm-{precision}"
+        train(recipe, f"run_dir={calm}", *words)
+        for name, shapes in CHAINS.items():
+            run_dir = place / f"{precision}-{'-'.join(f'{ranks}{stage}' for ranks, stage in shapes)}"
+            for number, (ranks, stage) in enumerate(shapes, 1):
+                shape = {"ranks": ranks, "ds_config": stage}
+                if number == len(shapes):
+                    train(recipe, f"run_dir={run_dir}", *words, **shape)
+                    continue
+                with start_training(recipe, f"run_dir={run_dir}", *words, **shape, **quiet()) as process:
+                    wait_for_step(run_dir, steps * number // len(shapes), process)
+                    process.kill() if ranks == 1 else rank_process(process, ranks - 1).kill()
+                    wait_for_end(process, 120)
+            ours, theirs = (list(curve(each).values()) for each in (run_dir, calm))
+            difference = max(abs(a[0] - b[0]) for a, b in zip(ours, theirs, strict=True))
+            results.append({"precision": precision, "chain": name, "steps": steps, "loss_difference": difference})
+            print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+    return results
+
+
+def quiet() -> dict[str, Any]:
+    """The launcher is loud about what is done to it here."""
+    import subprocess
+
+    return {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+
+def newest(run_dir: Path) -> int:
+    """Step of the newest complete checkpoint; 0 where there is none."""
+    return max((checkpoint.state["step"] for checkpoint in complete_checkpoints(run_dir / "checkpoints")), default=0)
+
+
+def is_saving(run_dir: Path) -> bool:
+    """Whether a checkpoint newer than the newest complete one is being written."""
+    places = sorted((run_dir / "checkpoints").glob("step-*"))
+    return bool(places) and not (places[-1] / MANIFEST).exists()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
