@@ -103,6 +103,8 @@ class Engine:
         self._deepspeed.step()
         if self.stage > 0:
             self._refused = not self._deepspeed.was_step_applied()
+        if self.stage == 3 and self._refused:
+            self._deepspeed.optimizer.checkpoint_event_epilogue()  # gathers the small weights that stay whole
 
     @property
     def skipped(self) -> bool:
