@@ -1,15 +1,17 @@
-"""Every ZeRO stage in fp32 and bf16 on two ranks against one rank without ZeRO: one recipe, ten runs, one table.
+"""Every ZeRO stage, with and without offloading, in fp32 and bf16 on two ranks against one rank: one recipe, one table.
 
     python -m benchmarks.zero_matrix [--steps 50] [--data PACK] [--json FILE]
 
-Prints a Markdown table; the JSON holds the curves as well. Losses are nats per scored token of the same sequences under
-the same noise, so that curves may be compared step by step.
+Each run on two ranks is asked to stop half-way (SIGTERM), saves, and the same command continues it to the end. Prints a
+Markdown table; the JSON holds the curves as well. Losses are nats per scored token of the same sequences under the same
+noise, so that curves may be compared step by step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -18,13 +20,24 @@ from pathlib import Path
 from typing import Any
 
 from bd3_ds.data.pack import read_manifest
-from tests.helpers.launch import curve, train, train_records
+from tests.helpers.launch import curve, start_training, train, train_records, wait_for_end, wait_for_step
 from tests.helpers.tiny import tiny_pack
 
 DOCS = Path("runs/docs/data/train")
 PRECISIONS = ("fp32", "bf16")
-CASES = [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)]  # ranks, stage; the first is the reference of its precision
-COLUMNS = ("precision", "stage", "ranks", "final loss", "loss difference", "norm difference", "s/step", "seconds")
+# Ranks and the file of ds_configs; the first is the reference of its precision.
+CASES = [(1, "zero0"), *((2, name) for name in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"))]
+COLUMNS = (
+    "precision",
+    "ranks",
+    "ds_configs",
+    "stopped and resumed after",
+    "final loss",
+    "loss difference",
+    "norm difference",
+    "s/step",
+    "seconds",
+)
 
 
 def main(argv: list[str]) -> int:
@@ -57,23 +70,28 @@ def measure(scratch: Path, data: Path | None, steps: int, seed: int) -> list[dic
     )
     results = []
     for precision in PRECISIONS:
-        for ranks, stage in CASES:
-            run_dir = scratch / f"{precision}-{ranks}-{stage}"
+        for ranks, ds_config in CASES:
+            run_dir = scratch / f"{precision}-{ranks}-{ds_config}"
             words = (f"run_dir={run_dir}", f"train.precision={precision}", f"train.micro_batch={4 // ranks}")
             start = time.perf_counter()
-            train(recipe, *words, ranks=ranks, ds_config=f"zero{stage}")
+            stopped = None
+            if ranks > 1:
+                stopped = stop_at(steps // 2, recipe, *words, run_dir=run_dir, ranks=ranks, ds_config=ds_config)
+            train(recipe, *words, ranks=ranks, ds_config=ds_config)
             results.append(
                 {
                     "precision": precision,
-                    "stage": stage,
+                    "ds_config": ds_config,
                     "ranks": ranks,
+                    "stopped": stopped,
                     "loss": [loss for loss, _ in curve(run_dir).values()],
                     "grad_norm": [norm for _, norm in curve(run_dir).values()],
                     "seconds_per_step": statistics.median(line["seconds"] for line in train_records(run_dir)),
                     "seconds": time.perf_counter() - start,
                 }
             )
-            print(f"{precision} stage {stage} on {ranks}: {results[-1]['loss'][-1]:.6f}", file=sys.stderr)
+            assert len(results[-1]["loss"]) == steps
+            print(f"{precision} {ds_config} on {ranks}: {results[-1]['loss'][-1]:.6f}", file=sys.stderr)
     for result in results:
         reference = next(other for other in results if other["precision"] == result["precision"])
         result["final_loss"] = result["loss"][-1]
@@ -81,6 +99,17 @@ def measure(scratch: Path, data: Path | None, steps: int, seed: int) -> list[dic
         ratios = [ours / theirs for ours, theirs in zip(result["grad_norm"], reference["grad_norm"], strict=True)]
         result["max_norm_difference"] = distance(ratios, [1.0] * steps)
     return results
+
+
+def stop_at(step: int, recipe: Path, *words: str, run_dir: Path, ranks: int, ds_config: str) -> int:
+    """Start the run, ask it to stop once `step` is on record, and return the step at which it saved."""
+    with start_training(recipe, *words, ranks=ranks, ds_config=ds_config) as process:
+        wait_for_step(run_dir, step, process)
+        process.send_signal(signal.SIGTERM)
+        wait_for_end(process)
+    assert not (run_dir / "records" / "finished.json").exists(), f"{run_dir} was done before it could be stopped"
+    (saved,) = (run_dir / "checkpoints").glob("step-*/manifest.json")
+    return int(saved.parent.name.removeprefix("step-"))
 
 
 def distance(ours: list[float], theirs: list[float]) -> float:
@@ -93,7 +122,7 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     for r in results:
         lines.append(
-            f"| {r['precision']} | {r['stage']} | {r['ranks']} | {r['final_loss']:.6f} "
+            f"| {r['precision']} | {r['ranks']} | {r['ds_config']} | {r['stopped'] or '-'} | {r['final_loss']:.6f} "
             f"| {r['max_loss_difference']:.1e} | {r['max_norm_difference']:.1e} "
             f"| {r['seconds_per_step']:.3f} | {r['seconds']:.0f} |"
         )
