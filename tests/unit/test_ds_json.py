@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+import run as entry
 from bd3_ds.config import ds_names
 from bd3_ds.config.ds_json import DEFAULT, check_place, load_ds_json, offloads
-from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.errors import UserError, run_command
 from bd3_ds.train import hardware
 from tests.helpers.tiny import tiny_run
 
@@ -141,6 +142,18 @@ def test_quantization_needs_cuda(tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         hardware.check_hardware(run, ds_json)
     assert len(error.value.messages) == 2 and all("no CPU version" in said for said in error.value.messages)
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [("zeropp", "must divide the 1 ranks of the run"), ("zero3_nvme", "'/local_nvme', which is not a folder")],
+)
+def test_start_is_refused(tmp_path, capsys, name, said):
+    tiny_run(tmp_path)
+    words = ["train", str(tmp_path / "recipe.yaml"), "--deepspeed_config", str(DEFAULT.parent / f"{name}.json")]
+    assert run_command(entry.main, words) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_nvme_needs_libaio(tmp_path, monkeypatch):
