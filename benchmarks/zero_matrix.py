@@ -85,7 +85,7 @@ def measure(scratch: Path, data: Path | None, steps: int, seed: int, cases: list
         "objective: {name: bd3, block_size: 16}\n"
         "optim: {lr: 1.0e-3, warmup_steps: 10}\n"
         f"train: {{total_steps: {steps}, global_batch: 8, log_every: 1, "
-        "checkpoint_every: 1000000, export_every: 1000000}}\n"
+        "checkpoint_every: 1000000, export_every: 1000000}\n"
     )
     results = []
     for case in cases:
