@@ -7,7 +7,7 @@ import pytest
 from bd3_ds.train.hardware import async_io_is_there
 from benchmarks.zero_matrix import Case, distance, measure, table
 from tests.helpers.launch import ROOT, curve, train
-from tests.helpers.tiny import tiny_run
+from tests.helpers.tiny import tiny_pack, tiny_run
 
 # bf16 keeps 8 bits, a relative step of 0.4%; stages differ in where they round, and the mean over 8 x 63 tokens
 # averages most of that away. Losses here are 4 to 5 nats.
@@ -24,7 +24,8 @@ def test_stages_agree(tmp_path):
         *(Case("fp32", 2, name, resumes=name == "zero2_offload") for name in FP32_FILES),
         *(Case("bf16", 2, name, resumes=name == "zero3_offload") for name in BF16_FILES),
     ]
-    results = measure(tmp_path, None, steps=8, seed=3, cases=cases)
+    pack = tiny_pack(tmp_path / "pack", length=64, chunks=256)
+    results = measure(tmp_path, pack, steps=8, seed=3, cases=cases)
     by = {(r["precision"], r["ranks"], r["ds_config"]): r["loss"] for r in results}
     assert len(by) == len(cases) and all(len(loss) == 8 for loss in by.values())
     for name in FP32_FILES:
