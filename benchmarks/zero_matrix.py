@@ -1,30 +1,61 @@
-"""Every ZeRO stage in fp32 and bf16 on two ranks against one rank without ZeRO: one recipe, ten runs, one table.
+"""Every ZeRO stage, with and without offloading, in fp32 and bf16 on two ranks against one rank: one recipe, one table.
 
     python -m benchmarks.zero_matrix [--steps 50] [--data PACK] [--json FILE]
 
-Prints a Markdown table; the JSON holds the curves as well. Losses are nats per scored token of the same sequences under
-the same noise, so that curves may be compared step by step.
+Each run on two ranks is asked to stop half-way (SIGTERM), saves, and the same command continues it to the end. Prints a
+Markdown table; the JSON holds the curves as well. Losses are nats per scored token of the same sequences under the same
+noise, so that curves may be compared step by step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bd3_ds.data.pack import read_manifest
-from tests.helpers.launch import curve, train, train_records
+from tests.helpers.launch import curve, start_training, stop, train, train_records, wait_for_step
 from tests.helpers.tiny import tiny_pack
 
 DOCS = Path("runs/docs/data/train")
-PRECISIONS = ("fp32", "bf16")
-CASES = [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)]  # ranks, stage; the first is the reference of its precision
-COLUMNS = ("precision", "stage", "ranks", "final loss", "loss difference", "norm difference", "s/step", "seconds")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: its precision, ranks and file of ds_configs, and whether it is stopped half-way and continued."""
+
+    precision: str
+    ranks: int
+    ds_config: str
+    resumes: bool = True
+
+
+FILES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+# The first of each precision is its reference.
+CASES = [
+    case
+    for precision in ("fp32", "bf16")
+    for case in (Case(precision, 1, "zero0", resumes=False), *(Case(precision, 2, name) for name in FILES))
+]
+COLUMNS = (
+    "precision",
+    "ranks",
+    "ds_configs",
+    "resumed after",
+    "final loss",
+    "loss difference",
+    "norm difference",
+    "s/step",
+    "seconds",
+)
 
 
 def main(argv: list[str]) -> int:
@@ -42,7 +73,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def measure(scratch: Path, data: Path | None, steps: int, seed: int) -> list[dict[str, Any]]:
+def measure(scratch: Path, data: Path | None, steps: int, seed: int, cases: list[Case] = CASES) -> list[dict[str, Any]]:
     """One dictionary a run, in the order of the table."""
     if data is None:
         data = DOCS if DOCS.is_dir() else tiny_pack(scratch / "pack", length=64, chunks=256)
@@ -53,27 +84,31 @@ def measure(scratch: Path, data: Path | None, steps: int, seed: int) -> list[dic
         f"data: {{train: {data.resolve()}, length: {read_manifest(data).length}}}\n"
         "objective: {name: bd3, block_size: 16}\n"
         "optim: {lr: 1.0e-3, warmup_steps: 10}\n"
-        f"train: {{total_steps: {steps}, global_batch: 8, checkpoint_every: 1000000, export_every: 1000000}}\n"
+        f"train: {{total_steps: {steps}, global_batch: 8, log_every: 1, "
+        "checkpoint_every: 1000000, export_every: 1000000}\n"
     )
     results = []
-    for precision in PRECISIONS:
-        for ranks, stage in CASES:
-            run_dir = scratch / f"{precision}-{ranks}-{stage}"
-            words = (f"run_dir={run_dir}", f"train.precision={precision}", f"train.micro_batch={4 // ranks}")
-            start = time.perf_counter()
-            train(recipe, *words, ranks=ranks, ds_config=f"zero{stage}")
-            results.append(
-                {
-                    "precision": precision,
-                    "stage": stage,
-                    "ranks": ranks,
-                    "loss": [loss for loss, _ in curve(run_dir).values()],
-                    "grad_norm": [norm for _, norm in curve(run_dir).values()],
-                    "seconds_per_step": statistics.median(line["seconds"] for line in train_records(run_dir)),
-                    "seconds": time.perf_counter() - start,
-                }
-            )
-            print(f"{precision} stage {stage} on {ranks}: {results[-1]['loss'][-1]:.6f}", file=sys.stderr)
+    for case in cases:
+        run_dir = scratch / f"{case.precision}-{case.ranks}-{case.ds_config}"
+        words = (f"run_dir={run_dir}", f"train.precision={case.precision}", f"train.micro_batch={4 // case.ranks}")
+        start = time.perf_counter()
+        saved = stop_at(steps // 2, case, recipe, *words, run_dir=run_dir) if case.resumes else None
+        said = train(recipe, *words, ranks=case.ranks, ds_config=case.ds_config)
+        assert saved is None or f"continuing {run_dir} after step {saved}" in said
+        results.append(
+            {
+                "precision": case.precision,
+                "ds_config": case.ds_config,
+                "ranks": case.ranks,
+                "resumed_after": saved,
+                "loss": [loss for loss, _ in curve(run_dir).values()],
+                "grad_norm": [norm for _, norm in curve(run_dir).values()],
+                "seconds_per_step": statistics.median(line["seconds"] for line in train_records(run_dir)),
+                "seconds": time.perf_counter() - start,
+            }
+        )
+        assert len(results[-1]["loss"]) == steps
+        print(f"{case.precision} {case.ds_config} on {case.ranks}: {results[-1]['loss'][-1]:.6f}", file=sys.stderr)
     for result in results:
         reference = next(other for other in results if other["precision"] == result["precision"])
         result["final_loss"] = result["loss"][-1]
@@ -81,6 +116,16 @@ def measure(scratch: Path, data: Path | None, steps: int, seed: int) -> list[dic
         ratios = [ours / theirs for ours, theirs in zip(result["grad_norm"], reference["grad_norm"], strict=True)]
         result["max_norm_difference"] = distance(ratios, [1.0] * steps)
     return results
+
+
+def stop_at(step: int, case: Case, recipe: Path, *words: str, run_dir: Path) -> int:
+    """Start the run, ask it to stop once `step` is on record, and return the step after which it saved."""
+    with start_training(recipe, *words, ranks=case.ranks, ds_config=case.ds_config, stderr=subprocess.DEVNULL) as run:
+        wait_for_step(run_dir, step, run)
+        stop(run, signal.SIGTERM)
+    assert not (run_dir / "records" / "finished.json").exists(), f"{run_dir} was done before it could be stopped"
+    (saved,) = (run_dir / "checkpoints").glob("step-*/manifest.json")
+    return int(saved.parent.name.removeprefix("step-"))
 
 
 def distance(ours: list[float], theirs: list[float]) -> float:
@@ -93,8 +138,8 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     for r in results:
         lines.append(
-            f"| {r['precision']} | {r['stage']} | {r['ranks']} | {r['final_loss']:.6f} "
-            f"| {r['max_loss_difference']:.1e} | {r['max_norm_difference']:.1e} "
+            f"| {r['precision']} | {r['ranks']} | {r['ds_config']} | {r['resumed_after'] or '-'} "
+            f"| {r['final_loss']:.6f} | {r['max_loss_difference']:.1e} | {r['max_norm_difference']:.1e} "
             f"| {r['seconds_per_step']:.3f} | {r['seconds']:.0f} |"
         )
     return "\n".join(lines)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bd3_ds.config.check import accumulation_steps
-from bd3_ds.config.ds_json import DEFAULT, load_ds_json, zero_stage
+from bd3_ds.config.ds_json import DEFAULT, check_place, load_ds_json, zero_stage
 from bd3_ds.config.load import load_recipe, to_yaml
 from bd3_ds.config.schema import AR, RunConfig, block_size
 from bd3_ds.runtime.cli import Parser, at_least_one
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
         require_writable(arguments.plot.resolve().parent)
     ds_json = load_ds_json(arguments.deepspeed_config)
     run = preflight(load_recipe(arguments.recipe, arguments.overrides), arguments.world_size)
+    check_place(ds_json, arguments.world_size)
     if arguments.plot is not None and run.objective.name == AR:
         raise UserError("--plot draws a noise schedule, and objective.name=ar has none")
     lines = plan(run, arguments.world_size, zero_stage(ds_json))

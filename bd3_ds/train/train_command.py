@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from bd3_ds.config.ds_json import DEFAULT, load_ds_json
+from bd3_ds.config.ds_json import DEFAULT, check_place, load_ds_json
 from bd3_ds.config.load import load_recipe
 from bd3_ds.runtime.cli import Parser
 from bd3_ds.runtime.errors import EXIT_STOPPED
@@ -26,7 +26,9 @@ def main(argv: list[str]) -> int:
         for lock in drop_stale_locks():
             print(f"removed {lock}, which a killed process left behind", file=sys.stderr)
     ds_json = load_ds_json(arguments.deepspeed_config)
-    run = preflight(load_recipe(arguments.recipe, arguments.overrides), int(os.environ.get("WORLD_SIZE", "1")))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    run = preflight(load_recipe(arguments.recipe, arguments.overrides), world_size)
+    check_place(ds_json, world_size, int(os.environ.get("LOCAL_SIZE", world_size)))
 
     import torch
 
@@ -38,7 +40,7 @@ def main(argv: list[str]) -> int:
     from bd3_ds.train.hardware import check_hardware
     from bd3_ds.train.loop import train
 
-    check_hardware(run)
+    check_hardware(run, ds_json)
     if not torch.cuda.is_available():
         keep_freed_memory()
     world = join_world()

@@ -130,7 +130,7 @@ OVERRIDES = [
     ("--deepspeed_config {0}/none.json", ["--deepspeed_config {0}/none.json not found", "json"]),
     ("--deepspeed_config {0}/batch.json", ["batch.json sets train_batch_size", "train.global_batch"]),
     ("--deepspeed_config {0}/stage.json", ["stage.json", "zero_optimization.stage", "0, 1, 2 or 3, not 4"]),
-    ("--deepspeed_config {0}/zero.json", ["zero.json", "zero_optimization must be an object"]),
+    ("--deepspeed_config {0}/zero.json", ["zero.json", "zero_optimization, which must be an object"]),
     ("--deepspeed_config {0}/broken.json", ["broken.json is not valid JSON", "line 1"]),
     ("--deepspeed_config {0}/list.yaml", ["list.yaml", "JSON"]),
 ]
