@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,11 @@ class Trainer:
         state = {
             **self.state.to_dict(),
             "zero_stage": self.engine.stage,
-            "updates": self.engine.updates,
+            "updates": self.engine.masters.updates,
             "ema_updates": self.ema.updates,
             "loader": self.loader.state(self.state.samples),
         }
-        self.saver.start(export_name(self.state.step), state, [*self.engine.pieces(), *self.ema.pieces()])
+        self.saver.start(export_name(self.state.step), state, itertools.chain(self.engine.pieces(), self.ema.pieces()))
 
     def export(self) -> None:
         """Write the averaged weights with configuration and tokenizer, for evaluation and sampling."""

@@ -5,6 +5,7 @@ Memory per rank is 4 bytes x parameters / world size under ZeRO >= 1, never a wh
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -24,17 +25,18 @@ class Ema:
         self.decay = decay
         self.updates = 0
         self._engine = engine
-        self._parts = [(f.name, f.start, f.weights.clone()) for f in engine.fragments()]
+        self._parts = [(f.name, f.start, f.weights.clone()) for group in engine.masters.groups() for f in group]
 
     @torch.no_grad()
     def update(self) -> None:
         """Move towards the present weights; after every update."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        averages = [average for _, _, average in self._parts]
-        values = [fragment.weights for fragment in self._engine.fragments()]
-        if averages:  # without ZeRO the main rank holds all
-            torch._foreach_lerp_(averages, values, 1 - decay)
+        averages = (average for _, _, average in self._parts)
+        for group in self._engine.masters.groups():
+            if group:  # without ZeRO the main rank holds all
+                values = [fragment.weights for fragment in group]
+                torch._foreach_lerp_(list(itertools.islice(averages, len(group))), values, 1 - decay)
 
     def gather(self, world: World) -> dict[str, Tensor]:
         """The whole averaged weights on the main rank, on the CPU; other ranks get an empty dictionary."""

@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -15,26 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from bd3_ds.checkpoint.shards import Shards, piece
-from bd3_ds.config.ds_json import complete_ds_json, zero_stage
+from bd3_ds.config.ds_json import complete_ds_json, offloads, zero_stage
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.model.build import without_decay
 from bd3_ds.runtime.world import World
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by torch's names
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """This rank's part of a parameter: elements start … start + n of the flat tensor, each element on one rank only.
-
-    weights, and Adam's moments exp_avg and exp_avg_sq: [n] in fp32. They are live: written to, they are the engine's.
-    """
-
-    name: str
-    start: int
-    weights: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+from bd3_ds.train.masters import MOMENTS, Masters
 
 
 class Engine:
@@ -51,24 +35,24 @@ class Engine:
         self.clip = run.optim.clip
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         started = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        offload = "offload_optimizer" in ds_json.get("zero_optimization", {})
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=_adamw(model, run, offload),
+            optimizer=_adamw(model, run, offloads(ds_json)),
             config=complete_ds_json(ds_json, run, world.size),
         )
         # Without ZeRO DeepSpeed keeps no fp32 master weights for bf16; there the weights are fp32 and autocast rounds.
         self._autocast = self.stage == 0 and run.train.precision == "bf16"
         self._norm: float | None = None
         self._refused = False
-        self._make_moments()
         self._watch_refusal()
+        self.masters = Masters(self._deepspeed, self.stage, world, self.shapes)
         if self.stage > 0:
             # DeepSpeed makes its masters from weights that it has rounded to bf16.
-            for fragment in self.fragments():
-                end = fragment.start + len(fragment.weights)
-                fragment.weights.copy_(started[fragment.name].flatten()[fragment.start : end])
-            self.wrote()
+            for group in self.masters.groups(write=True):
+                for fragment in group:
+                    end = fragment.start + len(fragment.weights)
+                    fragment.weights.copy_(started[fragment.name].flatten()[fragment.start : end])
+            self.masters.wrote()
 
     @property
     def module(self) -> nn.Module:
@@ -116,89 +100,20 @@ class Engine:
         norm = self._norm if self.stage == 0 else self._deepspeed.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
-    def fragments(self) -> Iterator[Fragment]:
-        """This rank's share of the fp32 master weights and of Adam's moments."""
-        for name, parameter in self.module.named_parameters():
-            if self.stage == 0:
-                if self.world.is_main:
-                    yield self._fragment(name, 0, parameter, 0, parameter.numel())
-            elif self.stage == 3:
-                zero = self._deepspeed.optimizer
-                group, offset, numel = zero.grad_position[zero.get_param_id(parameter)]
-                start = self.world.rank * numel
-                real = min(numel, self.shapes[name].numel() - start)  # the last parts are padded
-                if real > 0:
-                    yield self._fragment(name, start, zero.fp32_partitioned_groups_flat[group], offset, real)
-            elif parameter._hp_mapping is not None:  # type: ignore[attr-defined]
-                mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-                flat = self._deepspeed.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-                place = mapping.hp_fragment_address
-                yield self._fragment(name, mapping.lp_fragment_address.start, flat, place.start, place.numel)
-
-    def _fragment(self, name: str, start: int, flat: Tensor, offset: int, numel: int) -> Fragment:
-        moments = self._adam.state[flat]
-        parts = (whole.data.flatten()[offset : offset + numel] for whole in (flat, *(moments[key] for key in MOMENTS)))
-        return Fragment(name, start, *parts)
-
     def pieces(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's share, for a checkpoint."""
-        for fragment in self.fragments():
-            for kind in ("weights", *MOMENTS):
-                yield piece(kind, fragment.name, fragment.start), getattr(fragment, kind)
+        for group in self.masters.groups():
+            for fragment in group:
+                for kind in ("weights", *MOMENTS):
+                    yield piece(kind, fragment.name, fragment.start), getattr(fragment, kind)
 
     def read(self, shards: Shards, updates: int) -> None:
         """Take this rank's share from a checkpoint, whatever ranks and ZeRO stage wrote it, after `updates` updates."""
-        for fragment in self.fragments():
-            for kind in ("weights", *MOMENTS):
-                shards.read(kind, fragment.name, fragment.start, getattr(fragment, kind))
-        self.wrote(updates)
-
-    @property
-    def updates(self) -> int:
-        """Updates that Adam's moments have seen; skipped steps are not among them."""
-        return max((int(self._adam.state[flat]["step"]) for flat in self._flats()), default=0)
-
-    def wrote(self, updates: int | None = None) -> None:
-        """Call on all ranks after writing to fragments, with the `updates` that the moments written have seen.
-
-        The weights that the passes use then follow the fp32 masters.
-        """
-        if updates is not None:
-            for flat in self._flats():
-                step = self._adam.state[flat]["step"]
-                self._adam.state[flat]["step"] = torch.full_like(step, updates) if torch.is_tensor(step) else updates
-        zero = self._deepspeed.optimizer
-        if self.stage == 0 and self.world.size > 1:
-            for parameter in self.module.parameters():
-                for tensor in (parameter.data, *(self._adam.state[parameter][key] for key in MOMENTS)):
-                    torch.distributed.broadcast(tensor, 0)
-        elif self.stage in (1, 2):
-            zero.update_lp_params()
-        elif self.stage == 3:
-            zero.checkpoint_event_prologue()
-            for group in range(len(zero.fp16_groups)):
-                zero._reassign_or_swap_out_partitioned_parameters(group)
-            zero.checkpoint_event_epilogue()
-
-    @property
-    def _adam(self) -> torch.optim.Optimizer:
-        """The optimizer that holds the moments; under ZeRO it lies inside DeepSpeed's own."""
-        return self._optimizer if self.stage == 0 else self._deepspeed.optimizer.optimizer
-
-    def _flats(self) -> list[Tensor]:
-        """The fp32 tensors that Adam updates on this rank: parameters, or ZeRO's flat partitions of them."""
-        if self.stage == 0:
-            return list(self.module.parameters())
-        zero = self._deepspeed.optimizer
-        return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
-
-    def _make_moments(self) -> None:
-        """Make now what Adam makes at its first update, so that a checkpoint can be read into it."""
-        on_host = isinstance(self._adam, deepspeed.ops.adam.DeepSpeedCPUAdam)
-        for flat in self._flats():
-            moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
-            step: Any = 0 if on_host else torch.zeros((), device=flat.device)
-            self._adam.state[flat] = {"step": step, **moments}
+        for group in self.masters.groups(write=True):
+            for fragment in group:
+                for kind in ("weights", *MOMENTS):
+                    shards.read(kind, fragment.name, fragment.start, getattr(fragment, kind))
+        self.masters.wrote(updates)
 
     def _watch_refusal(self) -> None:
         """Have DeepSpeed make no update that is refused."""

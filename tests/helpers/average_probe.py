@@ -31,7 +31,7 @@ STEPS = 6
 
 def masters(engine: Engine, world: World) -> dict[str, Tensor]:
     """The whole fp32 weights, on every rank."""
-    parts = [(f.name, f.start, f.weights.clone()) for f in engine.fragments()]
+    parts = [(f.name, f.start, f.weights.clone()) for group in engine.masters.groups() for f in group]
     whole = {name: torch.empty(shape).flatten() for name, shape in engine.shapes.items()}
     for share in gather(parts, world):
         for name, start, values in share:
