@@ -20,7 +20,7 @@ from bd3_ds.data.pack import TOKENIZER_DIR, open_pack, read_manifest, read_token
 from bd3_ds.data.remote import pack_directory
 from bd3_ds.model.build import initialise, network_of
 from bd3_ds.model.dit import DiT
-from bd3_ds.parallel.apply import recompute_layers
+from bd3_ds.parallel.apply import prepare_layers
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import write_text
 from bd3_ds.runtime.log import RunLog
@@ -112,7 +112,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         said.append(f"starting from the weights of {start.path}")
     if world.is_main:
         write_text(run_dir / "run.yaml", to_yaml(run))
-    recompute_layers(model, run.train)
+    prepare_layers(model, run.train)
     engine = Engine(model, run, ds_json, world)
     ema = Ema(engine, run.optim.ema_decay)
 
