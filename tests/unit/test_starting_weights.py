@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import bd3_ds
 from bd3_ds.checkpoint.export import fit_weights
 from bd3_ds.config.load import override
 from bd3_ds.data.streaming_import import import_streaming
+from bd3_ds.evaluation import convert_command
 from bd3_ds.model.build import initialise, network_of
 from bd3_ds.model.dit import DiT
 from bd3_ds.model.kv_cache import KVCache
@@ -105,6 +107,20 @@ def test_causal_models_compute_the_same(tmp_path, kind, words, changes):
         cache = model.encode(text[:, :8], KVCache(2), block_size=1)
         one = model.decode(text[:, 8:9], cache, start=8, block_size=1)
         torch.testing.assert_close(one[..., :80], expected[:, 8:9], atol=1e-4, rtol=1e-5)
+
+
+def test_converted_causal_models(tmp_path):
+    theirs = causal_model("gpt2")
+    theirs.save_pretrained(tmp_path / "hf")
+    assert convert_command.main(["--from", "hf", str(tmp_path / "hf"), str(tmp_path / "dst")]) == 0
+    model = bd3_ds.load(str(tmp_path / "dst"))
+    assert (model.run.objective.name, model.mask_id, model.run.data.length) == ("ar", 80, 20)
+    text = torch.randint(0, 80, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(text)[..., :80], theirs(text).logits, atol=1e-4, rtol=1e-5)
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "gpt3"}')
+    with pytest.raises(UserError, match="model_type=gpt3"):
+        convert_command.main(["--from", "hf", str(tmp_path / "hf"), str(tmp_path / "other")])
 
 
 def test_what_does_not_fit_is_named(tmp_path):
