@@ -57,7 +57,7 @@ def convert_causal(src: Path, dst: Path, tokenizer: str | None = None) -> None:
     from bd3_ds.config.load import load_defaults
     from bd3_ds.config.schema import AR
     from bd3_ds.data.tokenizer import load_tokenizer
-    from bd3_ds.model.causal import MODEL_TYPES, causal_values, rename_causal, vocabulary_problem, with_mask_row
+    from bd3_ds.model.causal import MODEL_TYPES, causal_values, rename_causal, vocabulary_problem, with_mask
     from bd3_ds.runtime.errors import did_you_mean
     from bd3_ds.runtime.files import read_json
 
@@ -80,10 +80,7 @@ def convert_causal(src: Path, dst: Path, tokenizer: str | None = None) -> None:
     run = load_defaults(of_run | of_model | of_vocabulary, str(path))
     check_run(run, world_size=1)
     weights = rename_causal(read_tensors(src), kind, values["tie_embeddings"])
-    for name in ("embed.weight", "head.linear.weight"):
-        if name in weights:
-            weights[name] = with_mask_row(weights[name], vocab_size, vocab_size, mask_id)
-    _write(dst, run, weights, str(src), tokenizer)
+    _write(dst, run, with_mask(weights, vocab_size, vocab_size, mask_id), str(src), tokenizer)
 
 
 def _write(dst: Path, run: RunConfig, weights: dict[str, Tensor], origin: str, tokenizer: str | None) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 LLAMA_TYPES = ("llama", "mistral", "qwen2")
 MODEL_TYPES = ("gpt2", *LLAMA_TYPES)
+MOST_PADDING = 1024  # rows that a model may have beyond its tokens
 _GPT2_MLP = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf"}
 
 _GPT2_TOP = {
@@ -173,15 +174,18 @@ def vocabulary_problem(rows: int, vocab_size: int, mask_id: int, special: Mappin
     return None
 
 
-MOST_PADDING = 1024
-
-
-def with_mask_row(matrix: Tensor, vocab_size: int, vocab_rows: int, mask_id: int) -> Tensor:
-    """Rows [vocab_rows, D] for our vocabulary from a source's [R, D]: [MASK]'s is the mean of all other tokens'.
+def with_mask(weights: Mapping[str, Tensor], vocab_size: int, vocab_rows: int, mask_id: int) -> dict[str, Tensor]:
+    """The weights with embedding and output matrix of our vocabulary, where [MASK]'s row is the mean of all others.
 
     A causal model was never shown what a mask means, so that whatever its row holds is noise, or padding, or the end of
     a text. The mean is no token's. Raises UserError where it is one's after all.
     """
+    matrices = {name: weights[name] for name in ("embed.weight", "head.linear.weight") if name in weights}
+    return dict(weights) | {name: _grown(m, vocab_size, vocab_rows, mask_id) for name, m in matrices.items()}
+
+
+def _grown(matrix: Tensor, vocab_size: int, vocab_rows: int, mask_id: int) -> Tensor:
+    """Rows [vocab_rows, D] from a source's [R, D]."""
     grown = matrix.new_zeros(vocab_rows, matrix.shape[1])
     known = min(vocab_size, len(matrix))
     grown[:known] = matrix[:known]

@@ -16,7 +16,7 @@ from bd3_ds.checkpoint.export import Export, find_export, load_weights
 from bd3_ds.checkpoint.lightning import CheckpointFile, StoredTensor
 from bd3_ds.checkpoint.tensors import read_tensors, tensor_files
 from bd3_ds.config.schema import AR, ModelConfig, RunConfig
-from bd3_ds.model.causal import MODEL_TYPES, causal_values, rename_causal, vocabulary_problem, with_mask_row
+from bd3_ds.model.causal import MODEL_TYPES, causal_values, rename_causal, vocabulary_problem, with_mask
 from bd3_ds.model.convert import our_name, rename_upstream, upstream_network, upstream_objective
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json
@@ -227,9 +227,7 @@ def _adapted(weights: dict[str, Tensor], model: DiT, run: RunConfig, path: Path)
     """
     network, mask_id = model.network, run.model.mask_id
     assert mask_id is not None
-    for name in ("embed.weight", "head.linear.weight"):
-        if name in weights:
-            weights[name] = with_mask_row(weights[name], network.vocab_size, network.vocab_rows, mask_id)
+    weights = with_mask(weights, network.vocab_size, network.vocab_rows, mask_id)
     conditioning = {
         name: parameter.detach().clone()
         for name, parameter in model.named_parameters()
