@@ -17,7 +17,6 @@ from bd3_ds.model.masks import AttentionMask
 from bd3_ds.model.stripe_attention import attend_in_stripes
 
 
-@torch.compiler.disable  # a mask is no tensor, and stripes are loops over it; flex is compiled on its own
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, backend: str) -> Tensor:
     """Attention output [B, H, Q, d] for queries [B, H, Q, d] and keys and values [B, H, K, d].
 

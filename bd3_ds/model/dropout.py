@@ -19,11 +19,6 @@ def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, rate, training)
-    return _drop_by_words(x, rate)
-
-
-@torch.compiler.disable  # so that compiled layers drop what others drop
-def _drop_by_words(x: Tensor, rate: float) -> Tensor:
     dropped = round(rate * _LEVELS)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     quarters = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in -2^15 … 2^15 - 1

@@ -56,6 +56,7 @@ class Layer(nn.Module):
         self.key_heads = network.key_heads
         self.dropout = network.dropout
         self.backend = network.attention
+        self.attend, self.drop = attend, dropout  # attributes, so that `parallel` may put others in their place
         self.mlp = network.mlp
         self.norm_attention = Norm(network)
         self.qkv = nn.Linear(width, (self.heads + 2 * self.key_heads) * network.head_width, bias="qkv" in biases)
@@ -82,13 +83,13 @@ class Layer(nn.Module):
         """
         if self.modulation is None or cond is None:
             attended = self._attention(self.norm_attention(x), cos, sin, mask, cache, grow)
-            x = x[:, : attended.shape[1]] + dropout(attended, self.dropout, self.training)
-            return x + dropout(self.mix(self.norm_mlp(x)), self.dropout, self.training)
+            x = x[:, : attended.shape[1]] + self.drop(attended, self.dropout, self.training)
+            return x + self.drop(self.mix(self.norm_mlp(x)), self.dropout, self.training)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond).chunk(6, dim=-1)  # [1 or B, D]
         attended = self._attention(self.norm_attention(x, scale_a, shift_a), cos, sin, mask, cache, grow)
-        attended = dropout(attended, self.dropout, self.training)
+        attended = self.drop(attended, self.dropout, self.training)
         x = torch.addcmul(x[:, : attended.shape[1]], attended, gate_a[:, None])
-        mixed = dropout(self.mix(self.norm_mlp(x, scale_m, shift_m)), self.dropout, self.training)
+        mixed = self.drop(self.mix(self.norm_mlp(x, scale_m, shift_m)), self.dropout, self.training)
         return torch.addcmul(x, mixed, gate_m[:, None])
 
     def _attention(
@@ -107,7 +108,7 @@ class Layer(nn.Module):
                 cache.store(self.index, k, v)
         if self.key_heads < self.heads:
             k, v = (part.repeat_interleave(self.heads // self.key_heads, dim=1) for part in (k, v))
-        mixed = attend(q, k, v, mask, self.backend)  # [B, H, Q, d]
+        mixed = self.attend(q, k, v, mask, self.backend)  # [B, H, Q, d]
         return self.out(mixed.transpose(1, 2).reshape(batch, queries, width))
 
     def mix(self, x: Tensor) -> Tensor:

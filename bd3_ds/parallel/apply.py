@@ -21,22 +21,30 @@ def prepare_layers(model: DiT, train: TrainConfig) -> DiT:
     """
     layers: Iterable[Any] = model.layers
     for layer in layers:
-        if train.activation_checkpointing == "selective":
-            layer.mix = _recomputed(_compiled(layer.mix) if train.compile else layer.mix)
         if train.compile:
-            layer.forward = _compiled(layer.forward)
+            _keep_out(layer)
+        if train.activation_checkpointing == "selective":
+            # The compiler cannot look into recomputation; its inside is compiled on its own.
+            mix = _recomputed(torch.compile(layer.mix) if train.compile else layer.mix)
+            layer.mix = torch.compiler.disable(mix) if train.compile else mix
+        if train.compile:  # layer by layer: all have one shape, so that the first one's code serves the rest
+            layer.forward = torch.compile(layer.forward)
         if train.activation_checkpointing == "full":
             layer.forward = _recomputed(layer.forward)
     return model
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Layer by layer, since all have one shape: the first one's code serves the rest."""
-    return torch.compile(function)
+def _keep_out(layer: Any) -> None:
+    """What the compiler must not look into: a mask is no tensor and stripes are a loop over it; flex is compiled on its
+    own. Dropout on CPUs draws its words outside as well, so that compiled layers drop what others drop.
+    """
+    layer.attend = torch.compiler.disable(layer.attend)
+    if not torch.cuda.is_available():
+        layer.drop = torch.compiler.disable(layer.drop)
 
 
 def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     """Reentrant, because ZeRO-3 frees a layer's weights between forward and backward, and the non-reentrant form
-    compares the freed weights' shapes with the gathered ones. The compiler cannot look into it and goes around.
+    compares the freed weights' shapes with the gathered ones.
     """
-    return torch.compiler.disable(partial(checkpoint, function, use_reentrant=True))
+    return partial(checkpoint, function, use_reentrant=True)

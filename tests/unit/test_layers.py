@@ -53,7 +53,9 @@ def train(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("network", [PAPER, LLAMA, GPT2, dataclasses.replace(LLAMA, causal=True)])
+@pytest.mark.parametrize(
+    "network", [PAPER, LLAMA, pytest.param(GPT2, marks=pytest.mark.slow), dataclasses.replace(LLAMA, causal=True)]
+)
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputing_changes_nothing(train, network, recompute):
     loss, expected = gradients(network, train())
