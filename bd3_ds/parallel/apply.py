@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bd3_ds.config.schema import TrainConfig
 from bd3_ds.model.dit import DiT
+from bd3_ds.model.layers import Layer
 
 
 def prepare_layers(model: DiT, train: TrainConfig) -> DiT:
@@ -19,6 +20,12 @@ def prepare_layers(model: DiT, train: TrainConfig) -> DiT:
     activation_checkpointing `full` keeps a layer's input alone; `selective` all but what the MLP makes inside, whose
     activations are the widest of a layer.
     """
+    if train.compile:
+        from deepspeed.utils import set_z3_leaf_modules
+
+        # ZeRO-3 gathers weights by hooks, which the compiler would follow and not understand. A leaf has them around
+        # itself alone: the weights of a layer come and go together.
+        set_z3_leaf_modules(model, [Layer])
     layers: Iterable[Any] = model.layers
     for layer in layers:
         if train.compile:

@@ -119,7 +119,7 @@ def test_flops_of_other_shapes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_compiled_layers_compute_the_same(train, recompute):
     network = dataclasses.replace(PAPER, layers=1)
     loss, expected = gradients(network, train())
