@@ -20,8 +20,12 @@ from bd3_ds.config.schema import AR, BD3, OBJECTIVES, SEDD, RunConfig, block_siz
 from bd3_ds.runtime.errors import UserError, did_you_mean
 
 ATTENTION = ("auto", "dense", "sdpa", "flex", "stripes")
+NORMS = ("layernorm", "rmsnorm")
+MLPS = ("gelu", "gelu_erf", "swiglu")
+POSITIONS = ("rotary", "learned")
+BIASES = ("norm", "qkv", "out", "mlp", "head")
 PRECISION = ("bf16", "fp32")
-RECOMPUTE = ("none", "full")
+RECOMPUTE = ("none", "selective", "full")
 DECAY = ("constant", "cosine")
 SPIKE = ("none", "warn", "skip", "stop")
 ESTIMATORS = ("exact", "stratified", "mc", "report")
@@ -80,6 +84,10 @@ def _choices(run: RunConfig) -> list[str]:
     for key, value, known in (
         ("objective.name", run.objective.name, OBJECTIVES),
         ("model.attention", run.model.attention, ATTENTION),
+        ("model.norm", run.model.norm, NORMS),
+        ("model.mlp", run.model.mlp, MLPS),
+        ("model.positions", run.model.positions, POSITIONS),
+        *(("model.biases", part, BIASES) for part in run.model.biases),
         ("train.precision", run.train.precision, PRECISION),
         ("train.activation_checkpointing", run.train.activation_checkpointing, RECOMPUTE),
         ("optim.decay", run.optim.decay, DECAY),
@@ -101,6 +109,7 @@ def _ranges(run: RunConfig) -> list[str]:
         "model.mlp_ratio": model.mlp_ratio,
         "model.cond_size": model.cond_size,
         "model.vocab_multiple": model.vocab_multiple,
+        "model.norm_eps": model.norm_eps,
         "objective.views": run.objective.views,
         "model.rope_base": model.rope_base,
         "data.canonical_nodes": run.data.canonical_nodes,
@@ -124,6 +133,9 @@ def _ranges(run: RunConfig) -> list[str]:
         "eval.sample_length": run.eval.sample_length,
         "data.predownload": run.data.predownload,
         "model.vocab_size": model.vocab_size,
+        "model.mlp_size": model.mlp_size,
+        "model.kv_heads": model.kv_heads,
+        "model.max_positions": model.max_positions,
     }
     positive |= {key: value for key, value in optional.items() if value is not None}
     problems = [
@@ -175,6 +187,13 @@ def _shapes(run: RunConfig) -> list[str]:
         problems.append(
             f"model.hidden_size / model.heads = {model.hidden_size // model.heads} must be even: "
             "rotary positions turn pairs"
+        )
+    if model.kv_heads is not None and model.heads % model.kv_heads:
+        problems.append(f"model.kv_heads={model.kv_heads} must divide model.heads={model.heads}")
+    if model.positions == "learned" and (model.max_positions or 0) < length:
+        given = "null" if model.max_positions is None else model.max_positions
+        problems.append(
+            f"model.positions=learned wants model.max_positions of data.length={length} at least, not {given}"
         )
     if run.objective.views > 1 and run.objective.name != BD3:
         problems.append(

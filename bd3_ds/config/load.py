@@ -217,6 +217,8 @@ def _describe(annotation: Any) -> str:
         bool: "true or false",
         str: "a word",
     }
+    if annotation == typing.List[str]:
+        return "a list of words such as [mlp, head]"
     if typing.get_origin(annotation) is list:
         return f"a list such as [{', '.join(['0.5', '0.9'] if float in typing.get_args(annotation) else ['4', '16'])}]"
     if annotation == typing.Dict[int, typing.List[int]]:

@@ -25,6 +25,14 @@ class ModelConfig:
     attention: str
     vocab_multiple: int
     tie_embeddings: bool
+    norm: str
+    norm_eps: float
+    biases: List[str]
+    mlp: str
+    mlp_size: Optional[int]
+    kv_heads: Optional[int]
+    positions: str
+    max_positions: Optional[int]
     vocab_size: Optional[int]
     mask_id: Optional[int]
 

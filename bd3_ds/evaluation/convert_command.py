@@ -1,4 +1,4 @@
-"""`run.py convert --from upstream SRC DST`: a model of upstream bd3lms becomes an export."""
+"""`run.py convert --from upstream|hf SRC DST`: a model of upstream bd3lms, or a causal one, becomes an export."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from bd3_ds.config.schema import RunConfig
 
-SOURCES = ("upstream",)
+SOURCES = ("upstream", "hf")
 TARGETS = ("export",)
 
 
@@ -26,7 +26,8 @@ def main(argv: list[str]) -> int:
         if value not in known:
             raise UserError(f"{option} {value} is unknown; known for now: {', '.join(known)}")
     _require_free(options.dst, options.overwrite)
-    convert_upstream(options.src, options.dst, options.tokenizer)
+    convert = convert_causal if options.source == "hf" else convert_upstream
+    convert(options.src, options.dst, options.tokenizer)
     print(f"wrote {options.dst}")
     return 0
 
@@ -39,15 +40,55 @@ def convert_upstream(src: Path, dst: Path, tokenizer: str | None = None) -> None
     """
     if not src.is_dir():
         raise UserError(f"{src} is not a directory; give a folder with upstream's config.json and model.safetensors")
-    from bd3_ds.checkpoint.export import fit_weights, write_export
-    from bd3_ds.model.build import network_of
     from bd3_ds.model.convert import read_upstream, rename_upstream
-    from bd3_ds.model.dit import DiT
 
     config, weights_path = read_upstream(src)
     run = upstream_run(config, src / "config.json", dst)
-    weights = rename_upstream(_read_weights(weights_path))
-    fit_weights(DiT(network_of(run.model, run.objective.name)), weights, str(weights_path))
+    _write(dst, run, rename_upstream(_read_weights(weights_path)), str(weights_path), tokenizer)
+
+
+def convert_causal(src: Path, dst: Path, tokenizer: str | None = None) -> None:
+    """Make the AR export `dst` from a folder with a causal model's config.json and safetensors (`model/causal.py`).
+
+    Without a `tokenizer`, [MASK] is a new id behind the model's last. Errors as above.
+    """
+    from bd3_ds.checkpoint.tensors import read_tensors
+    from bd3_ds.config.check import check_run
+    from bd3_ds.config.load import load_defaults
+    from bd3_ds.config.schema import AR
+    from bd3_ds.data.tokenizer import load_tokenizer
+    from bd3_ds.model.causal import MODEL_TYPES, causal_values, rename_causal, vocabulary_problem, with_mask
+    from bd3_ds.runtime.errors import did_you_mean
+    from bd3_ds.runtime.files import read_json
+
+    path = src / "config.json"
+    config = read_json(path, "a causal model's config.json")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in MODEL_TYPES:
+        raise UserError(f"{path} has model_type={kind}; {did_you_mean(str(kind), MODEL_TYPES)}")
+    length = min(1024, config.get("n_positions", config.get("max_position_embeddings", 1024)))
+    values = causal_values(config, path, length)
+    rows = config["vocab_size"]
+    facts = load_tokenizer(tokenizer) if tokenizer is not None else None
+    vocab_size, mask_id = (rows + 1, rows) if facts is None else (facts.vocab_size, facts.mask_id)
+    special = {key: config[key] for key in config if key in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    if (problem := vocabulary_problem(rows, vocab_size, mask_id, special)) is not None:
+        raise UserError(f"{path} {problem}")
+    of_run = {"run_dir": str(dst), "data.train": "unknown", "data.length": length, "objective.name": AR}
+    of_model = {f"model.{key}": value for key, value in values.items()}
+    of_vocabulary = {"model.vocab_size": vocab_size, "model.mask_id": mask_id}
+    run = load_defaults(of_run | of_model | of_vocabulary, str(path))
+    check_run(run, world_size=1)
+    weights = rename_causal(read_tensors(src), kind, values["tie_embeddings"])
+    _write(dst, run, with_mask(weights, vocab_size, vocab_size, mask_id), str(src), tokenizer)
+
+
+def _write(dst: Path, run: RunConfig, weights: dict[str, Tensor], origin: str, tokenizer: str | None) -> None:
+    from bd3_ds.checkpoint.export import fit_weights, write_export
+    from bd3_ds.model.build import network_of
+    from bd3_ds.model.dit import DiT
+
+    fit_weights(DiT(network_of(run.model, run.objective.name)), weights, origin)
     with tempfile.TemporaryDirectory() as scratch:
         saved = Path(scratch) / "tokenizer" if tokenizer is not None else None
         if tokenizer is not None and saved is not None:
@@ -137,9 +178,15 @@ def _require_free(dst: Path, overwrite: bool) -> None:
 def _parser() -> Parser:
     parser = Parser(prog="run.py convert", description="Models of other programs as exports of this one.")
     add = parser.add_argument
-    add("src", type=Path, metavar="SRC", help="folder with upstream's config.json and model.safetensors")
+    add("src", type=Path, metavar="SRC", help="folder with config.json and safetensors")
     add("dst", type=Path, metavar="DST", help="the export to write")
-    add("--from", dest="source", required=True, metavar="|".join(SOURCES), help="upstream: kuleshov-group/bd3lms")
+    add(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="|".join(SOURCES),
+        help="upstream: kuleshov-group/bd3lms; hf: GPT-2 or Llama kinds",
+    )
     add("--to", dest="target", default="export", metavar="|".join(TARGETS), help="default: export")
     add("--tokenizer", metavar="SPEC", help="directory, .model file or hub name; it goes into the export")
     add("--overwrite", action="store_true", help="replace an export at DST")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD
-from bd3_ds.model.dit import Network
+from bd3_ds.model.network import Network
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json
 

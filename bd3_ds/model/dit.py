@@ -9,7 +9,6 @@ Written as if there were one device. Three ways in:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,33 +17,8 @@ from torch import Tensor, nn
 from bd3_ds.model.kv_cache import KVCache
 from bd3_ds.model.layers import Head, Layer, Read, TimeEmbedding
 from bd3_ds.model.masks import AttentionMask, pass_mask
+from bd3_ds.model.network import Network
 from bd3_ds.model.rope import rotary_angles
-
-
-@dataclass(frozen=True)
-class Network:
-    """All that decides the network's parameters and their use; `causal` is AR: no conditioning, block size 1.
-
-    Embedding and output matrix have `vocab_rows` rows, vocab_size rounded up to a multiple of vocab_multiple: GPUs
-    multiply such sizes faster. The rows beyond the vocabulary are of no token and never have a probability.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    layers: int
-    heads: int
-    mlp_ratio: int
-    cond_size: int
-    causal: bool
-    dropout: float = 0.0
-    rope_base: float = 10_000.0
-    attention: str = "auto"
-    vocab_multiple: int = 1
-
-    @property
-    def vocab_rows(self) -> int:
-        """Rows of the embedding and of the output matrix."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 def as_denoiser(network: Callable[..., Any], block_size: int, documents: Tensor | None = None) -> Callable[..., Any]:
@@ -64,20 +38,13 @@ class DiT(nn.Module):
         self.network = network
         cond_size = None if network.causal else network.cond_size
         self.embed = nn.Embedding(network.vocab_rows, network.hidden_size)
+        learned = network.positions == "learned" and network.max_positions
+        self.positions = nn.Embedding(learned, network.hidden_size) if learned else None
         self.time = TimeEmbedding(network.cond_size) if cond_size else None
-        self.layers = nn.ModuleList(
-            Layer(
-                index,
-                network.hidden_size,
-                network.heads,
-                network.mlp_ratio,
-                cond_size,
-                network.dropout,
-                network.attention,
-            )
-            for index in range(network.layers)
-        )
-        self.head = Head(network.hidden_size, network.vocab_size, network.vocab_rows, cond_size)
+        self.layers = nn.ModuleList(Layer(index, network, cond_size) for index in range(network.layers))
+        self.head = Head(network, cond_size)
+        if network.tie_embeddings:
+            self.head.linear.weight = self.embed.weight
 
     def forward(
         self,
@@ -176,11 +143,15 @@ class DiT(nn.Module):
         mask = mask_of(noisy_queries_only=False)
         final = mask_of(noisy_queries_only=True) if noisy_count and clean_count else mask
         position = mask.queries.position
-        cos, sin = rotary_angles(position, self.network.hidden_size // self.network.heads, self.network.rope_base)
+        # Learned positions are added to the tokens; angles of zero then turn nothing.
+        turned_by = position if self.positions is None else torch.zeros_like(position)
+        cos, sin = rotary_angles(turned_by, self.network.head_width, self.network.rope_base)
         cond = self._condition(sigma, tokens.device)
         grow = cache is not None and noisy_count == 0
 
         x = self.embed(tokens)  # [B, K T + T', D]
+        if self.positions is not None:
+            x = x + self.positions(position)
         for layer in list(self.layers)[:-1]:
             x = layer(x, cond, cos, sin, mask, cache, grow)
         x = self.layers[-1](x, cond, cos, sin, final, cache, grow)  # [B, Q, D], noisy tokens alone where there are any

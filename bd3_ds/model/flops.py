@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bd3_ds.config.schema import AR
-from bd3_ds.model.dit import Network
+from bd3_ds.model.network import Network
 
 
 def training_flops_per_sequence(
@@ -18,7 +18,9 @@ def training_flops_per_sequence(
     hides depend on the text and are counted, and so are padding and the rows that model.vocab_multiple adds.
     """
     width = network.hidden_size
-    attention_weights, mlp_weights = 4 * width**2, 2 * network.mlp_ratio * width**2
+    to_keys = 2 * width * network.key_heads * network.head_width  # weights that make keys and values
+    attention_weights = 2 * width**2 + to_keys
+    mlp_weights = (3 if network.mlp == "swiglu" else 2) * width * network.mlp_width
     per_token = 2 * (attention_weights + mlp_weights)
     if objective == AR:
         tokens, pairs = length, length * (length + 1) // 2
@@ -32,7 +34,7 @@ def training_flops_per_sequence(
         pairs = (earlier + own) * (views + (1 if clean else 0))
         one_layer = (views * length + clean) * per_token + 4 * width * pairs
         # The last layer's clean tokens give keys and values, nothing more.
-        spared = clean * (per_token - 2 * 2 * width**2) + (4 * width * (earlier + own) if clean else 0)
+        spared = clean * (per_token - 2 * to_keys) + (4 * width * (earlier + own) if clean else 0)
         body = network.layers * one_layer - spared
         scored = views * (length - 1) * masked_share
     return 3.0 * (body + scored * 2 * width * network.vocab_rows)

@@ -1,4 +1,4 @@
-"""The parts of the network: norm, time conditioning, one transformer layer, the head.
+"""The parts of the network: time conditioning, one transformer layer, the head.
 
 Letters in shape comments: B batch, T packed tokens, D width, H heads, d head width, C conditioning width, V vocabulary.
 """
@@ -17,29 +17,15 @@ from bd3_ds.model.attention import attend
 from bd3_ds.model.dropout import dropout
 from bd3_ds.model.kv_cache import KVCache
 from bd3_ds.model.masks import AttentionMask
+from bd3_ds.model.network import Network
+from bd3_ds.model.norm import Norm
 from bd3_ds.model.rope import rotate
 
 # What a head's caller makes of the hidden states [N, D], the output matrix [V or more, D] and its bias [V].
 Read = Callable[[Tensor, Tensor, Tensor], Any]
 
 
-class Norm(nn.Module):
-    """LayerNorm without bias, then scaled by 1 + `scale` and shifted: both [1 or B, D], or None."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        # torch's kernel computes in fp32 whatever the dtype of its input.
-        shape, weight = (x.shape[-1],), self.weight
-        if scale is None or shift is None:
-            return F.layer_norm(x, shape, weight.to(x.dtype), None, 1e-5)
-        if len(scale) == 1:  # the same for all rows, so that the kernel can do it in the same sweep
-            scaled = weight.float() * (1 + scale[0].float())
-            return F.layer_norm(x, shape, scaled.to(x.dtype), shift[0].to(x.dtype), 1e-5)
-        normed = F.layer_norm(x, shape, weight.to(x.dtype), None, 1e-5)
-        return torch.addcmul(shift[:, None], normed, 1 + scale[:, None])
+_ACTIVATION = {"gelu": "tanh", "gelu_erf": "none"}
 
 
 class TimeEmbedding(nn.Module):
@@ -62,20 +48,23 @@ class TimeEmbedding(nn.Module):
 class Layer(nn.Module):
     """Attention and MLP with residuals; with `cond_size`, scaled, shifted and gated by the conditioning (adaLN)."""
 
-    def __init__(
-        self, index: int, width: int, heads: int, mlp_ratio: int, cond_size: int | None, dropout: float, backend: str
-    ):
+    def __init__(self, index: int, network: Network, cond_size: int | None):
         super().__init__()
+        width, wide, biases = network.hidden_size, network.mlp_width, network.biases
         self.index = index
-        self.heads = heads
-        self.dropout = dropout
-        self.backend = backend
-        self.norm_attention = Norm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.norm_mlp = Norm(width)
-        self.up = nn.Linear(width, mlp_ratio * width)
-        self.down = nn.Linear(mlp_ratio * width, width)
+        self.heads = network.heads
+        self.key_heads = network.key_heads
+        self.dropout = network.dropout
+        self.backend = network.attention
+        self.attend, self.drop = attend, dropout  # attributes, so that `parallel` may put others in their place
+        self.mlp = network.mlp
+        self.norm_attention = Norm(network)
+        self.qkv = nn.Linear(width, (self.heads + 2 * self.key_heads) * network.head_width, bias="qkv" in biases)
+        self.out = nn.Linear(width, width, bias="out" in biases)
+        self.norm_mlp = Norm(network)
+        self.gate = nn.Linear(width, wide, bias="mlp" in biases) if self.mlp == "swiglu" else None
+        self.up = nn.Linear(width, wide, bias="mlp" in biases)
+        self.down = nn.Linear(wide, width, bias="mlp" in biases)
         self.modulation = nn.Linear(cond_size, 6 * width) if cond_size else None
 
     def forward(
@@ -94,13 +83,13 @@ class Layer(nn.Module):
         """
         if self.modulation is None or cond is None:
             attended = self._attention(self.norm_attention(x), cos, sin, mask, cache, grow)
-            x = x[:, : attended.shape[1]] + dropout(attended, self.dropout, self.training)
-            return x + dropout(self._mlp(self.norm_mlp(x)), self.dropout, self.training)
+            x = x[:, : attended.shape[1]] + self.drop(attended, self.dropout, self.training)
+            return x + self.drop(self.mix(self.norm_mlp(x)), self.dropout, self.training)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond).chunk(6, dim=-1)  # [1 or B, D]
         attended = self._attention(self.norm_attention(x, scale_a, shift_a), cos, sin, mask, cache, grow)
-        attended = dropout(attended, self.dropout, self.training)
+        attended = self.drop(attended, self.dropout, self.training)
         x = torch.addcmul(x[:, : attended.shape[1]], attended, gate_a[:, None])
-        mixed = dropout(self._mlp(self.norm_mlp(x, scale_m, shift_m)), self.dropout, self.training)
+        mixed = self.drop(self.mix(self.norm_mlp(x, scale_m, shift_m)), self.dropout, self.training)
         return torch.addcmul(x, mixed, gate_m[:, None])
 
     def _attention(
@@ -108,8 +97,8 @@ class Layer(nn.Module):
     ) -> Tensor:
         batch, tokens, width = x.shape
         queries = len(mask.queries)
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, d]
+        qkv = self.qkv(x).view(batch, tokens, -1, width // self.heads).transpose(1, 2)
+        q, k, v = qkv.split([self.heads, self.key_heads, self.key_heads], dim=1)  # [B, H, T, d], k and v of fewer heads
         scale = (width // self.heads) ** -0.5
         q = rotate(q[:, :, :queries], cos[:queries] * scale, sin[:queries] * scale)
         k = rotate(k, cos, sin)
@@ -117,21 +106,27 @@ class Layer(nn.Module):
             k, v = cache.joined(self.index, k, v)
             if grow:
                 cache.store(self.index, k, v)
-        mixed = attend(q, k, v, mask, self.backend)  # [B, H, Q, d]
+        if self.key_heads < self.heads:
+            k, v = (part.repeat_interleave(self.heads // self.key_heads, dim=1) for part in (k, v))
+        mixed = self.attend(q, k, v, mask, self.backend)  # [B, H, Q, d]
         return self.out(mixed.transpose(1, 2).reshape(batch, queries, width))
 
-    def _mlp(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+    def mix(self, x: Tensor) -> Tensor:
+        """The MLP alone: x [B, T, D] -> [B, T, D]."""
+        if self.gate is not None:
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(F.gelu(self.up(x), approximate=_ACTIVATION[self.mlp]))
 
 
 class Head(nn.Module):
     """Final norm and the projection to the vocabulary, [N, D] or [B, T, D] -> [..., V]; its matrix has `rows` >= V."""
 
-    def __init__(self, width: int, vocab_size: int, rows: int, cond_size: int | None):
+    def __init__(self, network: Network, cond_size: int | None):
         super().__init__()
-        self.vocab_size = vocab_size
-        self.norm = Norm(width)
-        self.linear = nn.Linear(width, rows)
+        width = network.hidden_size
+        self.vocab_size = network.vocab_size
+        self.norm = Norm(network)
+        self.linear = nn.Linear(width, network.vocab_rows, bias="head" in network.biases)
         self.modulation = nn.Linear(cond_size, 2 * width) if cond_size else None
 
     def forward(self, x: Tensor, cond: Tensor | None, at: Tensor | None, read: Read | None) -> Any:
@@ -153,4 +148,5 @@ class Head(nn.Module):
                 x = self.norm(x, scale, shift)
         if read is None:
             return self.linear(x)[..., : self.vocab_size]
-        return read(x, self.linear.weight, self.linear.bias[: self.vocab_size])
+        bias = x.new_zeros(self.vocab_size) if self.linear.bias is None else self.linear.bias[: self.vocab_size]
+        return read(x, self.linear.weight, bias)

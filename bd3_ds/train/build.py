@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bd3_ds.checkpoint.export import export_name, find_export, fit_weights, load_weights, write_export
+from bd3_ds.checkpoint.export import export_name, fit_weights, write_export
 from bd3_ds.checkpoint.shards import Shards
 from bd3_ds.checkpoint.store import Saver, newest_checkpoint
 from bd3_ds.config.check_data import packs
@@ -22,7 +22,7 @@ from bd3_ds.data.pack import TOKENIZER_DIR, open_pack, read_manifest, read_token
 from bd3_ds.data.remote import pack_directory
 from bd3_ds.model.build import initialise, network_of
 from bd3_ds.model.dit import DiT
-from bd3_ds.parallel.apply import recompute_layers
+from bd3_ds.parallel.apply import prepare_layers
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import write_text
 from bd3_ds.runtime.log import RunLog
@@ -31,6 +31,7 @@ from bd3_ds.train.clip_search import ClipSearch
 from bd3_ds.train.ema import Ema
 from bd3_ds.train.engine import Engine
 from bd3_ds.train.meter import Meter, peak_flops
+from bd3_ds.train.start import find_start, starting_weights
 from bd3_ds.train.state import TrainState
 from bd3_ds.train.step import Stepper
 
@@ -105,12 +106,13 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         except UserError as error:
             raise of_all_ranks(error, share) from None
     if run.train.init_from is not None and checkpoint is None:
-        start = find_export(run.train.init_from)
-        fit_weights(model, load_weights(start), str(start.path))
-        said.append(f"starting from the weights of {start.path}")
+        start = find_start(run)
+        weights, sentence = starting_weights(start, model)
+        fit_weights(model, weights, str(start.path))
+        said.append(sentence)
     if world.is_main:
         write_text(run_dir / "run.yaml", to_yaml(run))
-    recompute_layers(model, run.train)
+    prepare_layers(model, run.train)
     engine = Engine(model, run, ds_json, world)
     ema = Ema(engine, run.optim.ema_decay)
 

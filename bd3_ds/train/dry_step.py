@@ -11,7 +11,7 @@ from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.model.build import initialise
 from bd3_ds.model.dit import DiT, as_denoiser
-from bd3_ds.parallel.apply import recompute_layers
+from bd3_ds.parallel.apply import prepare_layers
 from bd3_ds.runtime.rng import Purpose, generator
 
 
@@ -20,7 +20,7 @@ def dry_step(model: DiT, run: RunConfig) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     initialise(model, run.seed)
     model.to(device)
-    recompute_layers(model, run.train)
+    prepare_layers(model, run.train)
     length, size = run.data.length, choose_block_size(run.seed, 0, block_sizes(run, 0))
     assert run.model.vocab_size is not None and run.model.mask_id is not None
     tokens = generator(run.seed, Purpose.SYNTHETIC).integers(0, run.model.vocab_size, (1, length))

@@ -5,33 +5,20 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from bd3_ds.checkpoint.export import find_export
 from bd3_ds.config.check import check_run
 from bd3_ds.config.check_data import is_remote, packs, size_in_bytes
 from bd3_ds.config.load import flat, load_resolved
-from bd3_ds.config.schema import AR, RunConfig
+from bd3_ds.config.schema import RunConfig
 from bd3_ds.data.mixture import samples_of_epoch
 from bd3_ds.data.pack import INDEX, Manifest, check_same_tokenizer, read_index, read_manifest, read_token_counts
 from bd3_ds.data.remote import fetch_facts, pack_directory
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json, require_writable
+from bd3_ds.train.start import find_start
 
 # What a run may not change between its start and its continuation.
 _FIXED = ("model.", "data.", "objective.", "seed", "train.global_batch", "train.precision")
 _FREE = ("data.workers", "data.train", "data.cache", "data.predownload", "model.attention")
-
-# What two models must share for the weights of one to mean the same in the other.
-_SHAPE = (
-    "hidden_size",
-    "layers",
-    "heads",
-    "mlp_ratio",
-    "cond_size",
-    "rope_base",
-    "vocab_size",
-    "vocab_multiple",
-    "mask_id",
-)
 
 
 def preflight(run: RunConfig, world_size: int) -> RunConfig:
@@ -209,22 +196,9 @@ def _start(run: RunConfig) -> list[str]:
     if start is None or any(Path(run.run_dir).glob("checkpoints/step-*/manifest.json")):
         return []
     try:
-        export = find_export(start)
+        return find_start(run).problems(run)
     except UserError as error:
         return [f"train.init_from: {error}"]
-    objective = export.run.objective.name
-    if (objective == AR) != (run.objective.name == AR):
-        return [
-            f"train.init_from={start} holds a model of objective.name={objective}, this run has {run.objective.name}: "
-            "one reads from left to right, the other both ways; start from another export"
-        ]
-    return [
-        f"train.init_from={start} holds a model with model.{key}={theirs}, this run has {ours}; "
-        "make the two equal or start from another export"
-        for key in _SHAPE
-        if (theirs := getattr(export.run.model, key)) != (ours := getattr(run.model, key))
-        and not (objective == AR and key == "cond_size")
-    ]
 
 
 def _run_dir(run: RunConfig) -> list[str]:

@@ -96,7 +96,7 @@ def tiny_export(run: RunConfig, step: int = 2, seed: int = 0, scale: float = 0.2
     network = DiT(network_of(run.model, run.objective.name))
     generator = torch.Generator().manual_seed(seed + step)
     weights = {
-        name: torch.randn(tensor.shape, generator=generator) * scale for name, tensor in network.state_dict().items()
+        name: torch.randn(tensor.shape, generator=generator) * scale for name, tensor in network.named_parameters()
     }
     path = Path(run.run_dir) / "exports" / export_name(step)
     return write_export(path, weights, run, Path(run.data.train) / "tokenizer", step)

@@ -206,7 +206,7 @@ def test_foreign_weights_and_words(source, tmp_path):
     with pytest.raises(UserError, match="not a weight that upstream's models have"):
         convert(src, tmp_path / "dst")
     for words, sentence in (
-        (["--from", "hf", "a", "b"], "--from hf is unknown"),
+        (["--from", "jax", "a", "b"], "--from jax is unknown"),
         (["--from", "upstream", "--to", "hf", "a", "b"], "--to hf is unknown"),
         (["a", "b"], "--from"),
         (["--from", "upstream", "a"], "DST"),
