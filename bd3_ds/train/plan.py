@@ -95,7 +95,10 @@ def make_plan(
         },
         "memory": {**memory.as_dict(), "fits": memory.peak <= machine.memory},
         "stages": table,
-        "smallest": next((row for row in table if row["fits"]), None),
+        "smallest_stage": {
+            mode: next((row["stage"] for row in table if row["recompute"] == mode and row["fits"]), None)
+            for mode in RECOMPUTE
+        },
         "communication": {
             "collectives": [{**asdict(c), "sent": c.sent, "seconds": c.seconds} for c in traffic],
             "sent": sum(c.sent for c in traffic),
@@ -133,7 +136,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
     memory, speed, machine, sent = plan["memory"], plan["speed"], plan["machine"], plan["communication"]
     kinds = ", ".join(f"{kind} {memory[kind] / GIB:.2f}" for kind in KINDS if memory[kind])
     moment = max(memory["moments"], key=memory["moments"].get)
-    smallest = plan["smallest"]
+    smallest = {mode: stage for mode, stage in plan["smallest_stage"].items() if stage is not None}
     lines = [
         f"planned for {plan['ranks']} ranks on {plan['nodes']} nodes, each rank {machine['name']}: "
         f"{machine['memory'] / GIB:.1f} GiB to fill, {machine['peak'] / 1e12:,.3g} TFLOP/s",
@@ -147,11 +150,11 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         rows = [row for row in plan["stages"] if row["stage"] == stage]
         cells = " / ".join(f"{row['peak'] / GIB:.2f}{'*' if row['fits'] else ''}" for row in rows)
         lines.append(f"  stage {stage}: {cells} GiB")
-    lines.append(
-        f"nothing fits {machine['name']}: lower train.micro_batch, offload, or take more ranks"
-        if smallest is None
-        else f"smallest stage that fits: {smallest['stage']}, train.activation_checkpointing={smallest['recompute']}"
-    )
+    if smallest:
+        told = ", ".join(f"{stage} with activation_checkpointing={mode}" for mode, stage in smallest.items())
+        lines.append(f"smallest stage that fits: {told}")
+    else:
+        lines.append(f"no stage fits {machine['name']}: lower train.micro_batch, offload, or take more ranks")
     extra = plan["flops"]["recomputed_per_token"]
     return [
         *lines,
@@ -167,7 +170,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
 def _stages(
     run: RunConfig, network: Network, ds_json: dict[str, Any], world_size: int, machine: Machine
 ) -> list[dict[str, Any]]:
-    """Every stage with every recomputation, cheapest first: a stage costs less than computing again."""
+    """Every stage with every recomputation."""
     rows = []
     for stage in range(4):
         for recompute in RECOMPUTE:

@@ -179,10 +179,15 @@ def test_a_plan_in_numbers(tmp_path: Path) -> None:
     assert made["speed"]["tokens_per_s"] == pytest.approx(8 * 989e12 * 0.5 / made["flops"]["per_token"])
     days = 4 * 64 * LENGTH / made["speed"]["tokens_per_s"] / 86400
     assert made["speed"]["days"] == pytest.approx(days)
-    assert made["smallest"] == made["stages"][0] and made["smallest"]["stage"] == 0
+    assert made["smallest_stage"] == {"none": 0, "selective": 0, "full": 0} and len(made["stages"]) == 12
     assert len(made["communication"]["collectives"]) == 3  # gradients, weights, sequences
+    peaks = {(row["stage"], row["recompute"]): row["peak"] for row in made["stages"]}
+    # Room for stage 0 with all layers computed again, and not for more.
+    tight = dataclasses.replace(machine, memory=peaks[0, "full"])
+    found = make_plan(run, network, {}, 8, 2, tight, 0.5)["smallest_stage"]
+    assert found["full"] == 0 and found["none"] is None
     small = make_plan(run, network, {}, 8, 2, dataclasses.replace(machine, memory=1.0), 0.5)
-    assert small["smallest"] is None and not small["memory"]["fits"]
+    assert set(small["smallest_stage"].values()) == {None} and not small["memory"]["fits"]
 
 
 def test_gpus_by_name() -> None:
@@ -224,7 +229,7 @@ def test_check_plans_for_a_gpu_that_is_not_here(tmp_path: Path, capsys: pytest.C
     assert check_command.main([*words, *options]) == 0
     said = capsys.readouterr().out
     assert "32 ranks on 4 nodes, each rank h100-80g" in said
-    assert "smallest stage that fits: 0, train.activation_checkpointing=none" in said
+    assert "smallest stage that fits: 0 with activation_checkpointing=none" in said
     assert "global batch 64 = 2 x 1 micro-batches x 32 ranks = 1,024 tokens" in said
     made = json.loads((tmp_path / "plan.json").read_text())
     assert made["ranks"] == 32 and made["zero"]["stage"] == 2 and made["speed"]["mfu"] == 0.4
