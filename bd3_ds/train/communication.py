@@ -62,7 +62,7 @@ def zero_traffic(
     ZeRO++ (Wang et al. 2023): qwZ gathers weights as 8-bit numbers, hpZ gathers the backward pass's from a copy in the
     node, qgZ reduces gradients as 4-bit numbers by all-to-alls, in the node first.
     """
-    stage, inside = int(variant[0]), ranks <= per_node
+    stage, inside, node = int(variant[0]), ranks <= per_node, min(per_node, ranks)
     if stage == 0:
         return [Collective(ALL_REDUCE, 4 * parameters, ranks, inside)]
     if stage < 3:
@@ -78,10 +78,9 @@ def zero_traffic(
     if share:
         kept = "hpZ" in variant or "++" in variant
         whole = width * parameters if kept else gathered
-        found.append(Collective(ALL_GATHER, accumulation * share * whole, per_node if kept else ranks, inside or kept))
+        found.append(Collective(ALL_GATHER, accumulation * share * whole, node if kept else ranks, inside or kept))
     if "qgZ" in variant or "++" in variant:
         small = accumulation * (0.5 + scale) * parameters
-        node = min(per_node, ranks)
         found.append(Collective(ALL_TO_ALL, small, node, True))
         if not inside:  # a node's sums, of which each of its ranks has one part
             found.append(Collective(ALL_TO_ALL, small / node, ranks // node, False))

@@ -31,7 +31,8 @@ from bd3_ds.train.communication import (
 )
 from bd3_ds.train.gpus import GIB, GPUS, find_gpu, gpu_of_driver
 from bd3_ds.train.memory import Zero, memory_of, parameter_count, zero_of
-from bd3_ds.train.plan import machine_of, make_plan
+from bd3_ds.train.plan import MFU, machine_of, make_plan
+from benchmarks import scaling
 from benchmarks.counted import Kept
 from tests.helpers.tiny import tiny_run
 
@@ -220,6 +221,21 @@ def test_traffic() -> None:
     (found,) = ulysses_traffic(32, 3, 128, 64, 4)
     # Forward: q, k, v and output of two layers with 128 tokens, then k, v of 128 and q, output of 64; backward as much.
     assert found.tensor == 2 * 32 * (2 * 4 * 128 + 2 * 128 + 2 * 64) * 2 / 4 and found.sent == found.tensor * 3 / 4
+
+
+def test_the_tables_of_the_document_are_those_of_the_command() -> None:
+    said = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text()
+    assert scaling.tables(MFU) in said
+
+
+def test_overlap_needed() -> None:
+    """A rank's tokens at which both take as long: with them the needed overlap is 1."""
+    model = scaling.MODELS["small"]
+    least = scaling.least_tokens("small", "1", 64, 0.4)
+    needed = scaling.row("small", "1", 64, 0.4).needed
+    assert needed == pytest.approx(least / (model.micro_batch * model.length))
+    assert scaling.row("small", "1", 64, 0.8).needed == pytest.approx(2 * needed)
+    assert scaling.row("small", "1", 64, 0.4, accumulation=4).needed == pytest.approx(needed / 4)
 
 
 def test_check_plans_for_a_gpu_that_is_not_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
