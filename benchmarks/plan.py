@@ -14,6 +14,7 @@ default of 500 million, which the plan knows, they would hide everything else in
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
@@ -76,6 +77,8 @@ def main(argv: list[str]) -> int:
             continue
         results.append({"case": name, **compare(CASES[name])})
         say(f"{name}: {results[-1]['of_measured']}")
+        if asked.json is not None:  # a case takes minutes on a busy machine
+            asked.json.write_text(json.dumps(results, indent=2) + "\n")
     settings = {key: value for key, value in vars(asked).items() if key not in ("threads", "repeats")}
     finish("plan", settings, results, asked.json)
     return 0

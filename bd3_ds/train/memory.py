@@ -81,6 +81,7 @@ class Memory:
     held_gradients: int  # while a forward pass runs: those of earlier micro-batches
     first_gradients: int  # while the last layer's backward pass runs
     held_buckets: int  # outside the backward pass too
+    reducing: int  # gradients laid side by side behind the backward pass (stage 0)
 
     @property
     def always(self) -> int:
@@ -94,9 +95,11 @@ class Memory:
         return {
             "forward": passes + self.held_gradients + self.held_buckets + self.activations + self.head + self.logits,
             "backward": passes
-            + max(self.first_gradients + self.activations + self.head, self.gradients)
-            + self.working
-            + self.buckets,
+            + max(
+                self.first_gradients + self.activations + self.head + self.working + self.buckets,
+                self.gradients + self.working + self.buckets,
+                self.gradients + self.reducing,
+            ),
             "update": self.always + self.gradients + self.update + self.held_buckets,
         }
 
@@ -142,8 +145,6 @@ def memory_of(
     held = gradients if accumulates or stage == 3 else 0
     # A group of weights at a time: its gradients in fp32, and again as they were. Nearly all weights are in one group.
     update = (4 + (width if width < 4 else 0)) * min(shard, zero.sub_group if stage == 3 else shard) if stage else 0
-    if stage == 0 and ranks > 1:
-        update = 4 * min(count, _BUCKET)  # gradients laid side by side to be reduced
     host = (optimizer + ema if zero.offload_optimizer else 0) + (weights if zero.offload_weights else 0)
     if zero.offload_optimizer:
         optimizer, ema, update = 0, 0, 0
@@ -154,7 +155,8 @@ def memory_of(
         gradients=gradients,
         optimizer=optimizer,
         ema=ema,
-        activations=activations.layers_bytes(given, recompute) + activations.cast_weights_bytes(given, count),
+        activations=activations.layers_bytes(given, recompute)
+        + activations.cast_weights_bytes(given, parameter_count(network, tied=False)),
         head=activations.head_bytes(given),
         logits=activations.logits_bytes(given),
         working=activations.backward_bytes(given) + activations.recomputed_bytes(given, recompute),
@@ -164,6 +166,7 @@ def memory_of(
         held_gradients=held,
         first_gradients=held if held == width * count else held + matrix,
         held_buckets=buckets if stage == 3 else 0,
+        reducing=4 * min(count, _BUCKET) if stage == 0 and ranks > 1 else 0,
     )
 
 
