@@ -13,6 +13,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -79,7 +80,7 @@ def measure_ranks(case: Case, timeout: float = 900.0) -> dict[str, Any]:
             log = (Path(scratch) / f"{rank}.log").open("w")
             processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT))
         try:
-            codes = [process.wait(timeout) for process in processes]
+            codes = _wait(processes, timeout)
         finally:
             for process in processes:
                 process.kill()
@@ -87,6 +88,17 @@ def measure_ranks(case: Case, timeout: float = 900.0) -> dict[str, Any]:
             said = "\n".join((Path(scratch) / f"{rank}.log").read_text()[-2000:] for rank in range(case.ranks))
             raise RuntimeError(f"ranks ended with {codes}:\n{said}")
         return dict(json.loads(result.read_text()))
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> list[int | None]:
+    """Exit codes once all have ended or one has failed: its peers would wait for it for ever."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in processes]
+        if all(code == 0 for code in codes) or any(codes):
+            return codes
+        time.sleep(0.1)
+    raise TimeoutError(f"ranks did not end within {timeout} s")
 
 
 class Collectives(TorchDispatchMode):
