@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from bd3_ds.config.check import accumulation_steps
 from bd3_ds.config.ds_json import DEFAULT, check_place, load_ds_json, zero_stage
 from bd3_ds.config.load import load_recipe, to_yaml
 from bd3_ds.config.schema import AR, RunConfig, block_size
 from bd3_ds.runtime.cli import Parser, at_least_one
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.runtime.files import require_writable
+from bd3_ds.runtime.files import require_writable, write_text
+from bd3_ds.train.gpus import find_gpu
 from bd3_ds.train.preflight import preflight
 
 if TYPE_CHECKING:
@@ -26,23 +29,38 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--world-size", type=at_least_one, default=1, metavar="N", help="ranks that the run is meant for"
     )
+    parser.add_argument("--nodes", type=at_least_one, default=1, metavar="N", help="machines that the ranks are on")
+    parser.add_argument("--gpu", metavar="NAME", help="plan for ranks of this kind, such as h100-80g; default: as here")
+    parser.add_argument("--mfu", type=_share, metavar="X", help="share of the peak rate that training reaches: 0.4")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there as well")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of the schedule's density, weight, masked share")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse(argv)
 
-    if arguments.plot is not None:
-        if arguments.plot.is_dir():
-            raise UserError(f"--plot {arguments.plot} is a directory; name a PNG file")
-        require_writable(arguments.plot.resolve().parent)
+    for option, file, kind in (("--plot", arguments.plot, "PNG"), ("--json", arguments.json, "JSON")):
+        if file is not None:
+            if file.is_dir():
+                raise UserError(f"{option} {file} is a directory; name a {kind} file")
+            require_writable(file.resolve().parent)
+    if arguments.world_size % arguments.nodes:
+        raise UserError(
+            f"--nodes={arguments.nodes} must divide --world-size={arguments.world_size}: all nodes have as many ranks"
+        )
+    if arguments.gpu is not None:
+        find_gpu(arguments.gpu, "--gpu")
     ds_json = load_ds_json(arguments.deepspeed_config)
     run = preflight(load_recipe(arguments.recipe, arguments.overrides), arguments.world_size)
     check_place(ds_json, arguments.world_size)
     if arguments.plot is not None and run.objective.name == AR:
         raise UserError("--plot draws a noise schedule, and objective.name=ar has none")
-    lines = plan(run, arguments.world_size, zero_stage(ds_json))
+    described = plan(run, arguments.world_size, zero_stage(ds_json), here=arguments.gpu is None)
+    made, lines = _resources(run, ds_json, arguments)
     print(to_yaml(run))
-    for line in lines:
+    for line in [*described, *lines]:
         print(f"# {line}")
+    if arguments.json is not None:
+        write_text(arguments.json, json.dumps({"recipe": arguments.recipe, **made}, indent=2) + "\n")
+        print(f"# wrote {arguments.json}")
     if arguments.plot is not None:
         from bd3_ds.train.plot_schedule import plot_schedule
 
@@ -51,21 +69,27 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def plan(run: RunConfig, world_size: int, stage: int) -> list[str]:
-    """Batch arithmetic, parameters, cost, and the result of one dry step on one sequence, in sentences."""
-    from bd3_ds.model.build import network_of
-    from bd3_ds.model.dit import DiT
-    from bd3_ds.train.dry_step import dry_step
-    from bd3_ds.train.hardware import check_hardware
+def plan(run: RunConfig, world_size: int, stage: int, here: bool = True) -> list[str]:
+    """Batch arithmetic, parameters, cost, and the result of one dry step on one sequence, in sentences.
 
-    check_hardware(run)
+    Without `here` the run is meant for another machine: this one need not serve all that it asks for.
+    """
+    from bd3_ds.model.build import network_of
+    from bd3_ds.train.hardware import check_hardware
+    from bd3_ds.train.memory import parameter_count
+    from bd3_ds.train.plan import flops_per_token
+
+    if here:
+        check_hardware(run)
+    else:
+        run = dataclasses.replace(run, model=dataclasses.replace(run.model, attention="auto"))
     network = network_of(run.model, run.objective.name)
-    model = DiT(network)
-    parameters = sum(p.numel() for p in model.parameters())
-    size = block_size(run)
-    flops = _flops_per_token(network, run)
+    parameters = parameter_count(network)
+    size, shared = block_size(run), run.train.sequence_parallel
+    groups = world_size // shared
+    accumulation = run.train.global_batch // (run.train.micro_batch * groups)
+    flops, _ = flops_per_token(network, run)
     tokens = run.train.total_steps * run.train.global_batch * run.data.length
-    loss = dry_step(model, run)
     return [
         f"objective {run.objective.name}, block size {size}: {run.data.length // size} blocks in "
         f"{run.data.length} tokens",
@@ -75,29 +99,52 @@ def plan(run: RunConfig, world_size: int, stage: int) -> list[str]:
         ),
         *_masking(run),
         f"{parameters:,} parameters; ZeRO stage {stage} on {world_size} ranks",
-        f"global batch {run.train.global_batch} = {run.train.micro_batch} x {accumulation_steps(run, world_size)} "
-        f"micro-batches x {world_size} ranks = {run.train.global_batch * run.data.length:,} tokens",
+        f"global batch {run.train.global_batch} = {run.train.micro_batch} x {accumulation} micro-batches x {groups} "
+        + ("ranks" if shared == 1 else f"groups of {shared} ranks that share a sequence")
+        + f" = {run.train.global_batch * run.data.length:,} tokens",
         f"{run.train.total_steps:,} steps = {tokens:,} tokens, {flops / 1e6:,.1f} MFLOP a token, "
         f"{flops * tokens:.3g} FLOP in all",
-        f"dry step on one sequence: loss {loss:.4f} nats a token (a new model starts near ln V)",
+        _dry_step(run, network, parameters),
     ]
 
 
-def _flops_per_token(network: Network, run: RunConfig) -> float:
-    """Training FLOPs of a clean token, the mean over the stages of a block size that changes."""
-    from bd3_ds.config.schema import block_sizes
-    from bd3_ds.diffusion.proposal import make_proposal
-    from bd3_ds.model.flops import training_flops_per_sequence
+def _dry_step(run: RunConfig, network: Network, parameters: int) -> str:
+    """One sequence through a new model, where this machine can hold it: weights and gradients in fp32, and as much."""
+    import psutil
 
-    masked = make_proposal(run.objective.schedule).mean_rate
-    length, total, steps = run.data.length, 0.0, run.train.total_steps
-    begins = sorted({0, *run.objective.block_schedule})
-    for begin, end in zip(begins, [*begins[1:], steps], strict=True):
-        sizes = block_sizes(run, begin)
-        name, views = run.objective.name, run.objective.views
-        each = [training_flops_per_sequence(network, name, length, size, masked, views) for size in sizes]
-        total += (end - begin) / steps * sum(each) / len(each)
-    return total / length
+    from bd3_ds.model.dit import DiT
+    from bd3_ds.train.dry_step import dry_step
+
+    needed, free = 16 * parameters, psutil.virtual_memory().available
+    if needed > free:
+        return f"no dry step: it takes about {needed / 2**30:,.0f} GiB, this machine has {free / 2**30:,.0f} GiB free"
+    loss = dry_step(DiT(network), run)
+    return f"dry step on one sequence: loss {loss:.4f} nats a token (a new model starts near ln V)"
+
+
+def _resources(
+    run: RunConfig, ds_json: dict[str, Any], arguments: argparse.Namespace
+) -> tuple[dict[str, Any], list[str]]:
+    """The plan of memory, speed and bytes, and its sentences."""
+    from bd3_ds.model.build import network_of
+    from bd3_ds.train.plan import MFU, machine_of, make_plan, plan_lines
+
+    machine = machine_of(arguments.gpu, run.train.precision, arguments.world_size // arguments.nodes)
+    network = network_of(run.model, run.objective.name)
+    mfu = MFU if arguments.mfu is None else arguments.mfu
+    made = make_plan(run, network, ds_json, arguments.world_size, arguments.nodes, machine, mfu)
+    return made, plan_lines(made)
+
+
+def _share(text: str) -> float:
+    """argparse type: a number in (0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' must lie in (0, 1]")
+    return value
 
 
 def _masking(run: RunConfig) -> list[str]:

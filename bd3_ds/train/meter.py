@@ -11,29 +11,16 @@ import torch
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.model.dit import Network
 from bd3_ds.model.flops import training_flops_per_sequence
+from bd3_ds.train.gpus import gpu_of_driver
 from bd3_ds.train.step import StepResult
-
-# Dense bf16 matrix rate of one device in FLOP/s, as its maker states it.
-PEAK_BF16 = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "A6000": 155e12,
-    "A10": 125e12,
-    "4090": 165e12,
-    "3090": 71e12,
-}
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
     """Matrix rate in FLOP/s: the maker's figure for known GPUs in bf16, else measured on a 1024^3 product."""
     if device.type == "cuda" and precision == "bf16":
-        name = torch.cuda.get_device_name(device)
-        for model, rate in PEAK_BF16.items():
-            if model in name:
-                return rate
+        known = gpu_of_driver(torch.cuda.get_device_name(device))
+        if known is not None:
+            return known.peak_bf16
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a = torch.ones(1024, 1024, device=device, dtype=dtype)
     best = float("inf")

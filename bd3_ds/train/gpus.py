@@ -1,0 +1,54 @@
+"""GPUs by name: the memory that a program finds there and the dense bf16 matrix rate that the maker states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bd3_ds.runtime.errors import UserError, did_you_mean
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """`driver` is a part of the name that the driver gives; memory in bytes, peak_bf16 in FLOP/s."""
+
+    name: str
+    driver: str
+    memory: float
+    peak_bf16: float
+
+
+# In the order in which driver names are tried: a longer name stands before the one that it holds. Memory is about what
+# torch reports, less than the name says: the driver and error correction keep some.
+GPUS = tuple(
+    Gpu(name, driver, gib * GIB, teraflops * 1e12)
+    for name, driver, gib, teraflops in (
+        ("b200-180g", "B200", 178, 2250),
+        ("h200-141g", "H200", 139, 989),
+        ("h100-pcie-80g", "H100 PCIe", 79, 756),
+        ("h100-80g", "H100", 79, 989),
+        ("a100-40g", "A100-SXM4-40GB", 39, 312),
+        ("a100-pcie-40g", "A100-PCIE-40GB", 39, 312),
+        ("a100-80g", "A100", 79, 312),
+        ("a800-80g", "A800", 79, 312),
+        ("l40s-48g", "L40S", 44, 362),
+        ("a6000-48g", "A6000", 47, 155),
+        ("a10-24g", "A10", 22, 125),
+        ("rtx4090-24g", "4090", 23, 165),
+        ("rtx3090-24g", "3090", 23, 71),
+    )
+)
+
+
+def find_gpu(name: str, option: str) -> Gpu:
+    """The GPU called `name`; raises UserError with the nearest known name."""
+    for gpu in GPUS:
+        if gpu.name == name.lower():
+            return gpu
+    raise UserError(f"{option}={name} is unknown; {did_you_mean(name.lower(), [gpu.name for gpu in GPUS])}")
+
+
+def gpu_of_driver(name: str) -> Gpu | None:
+    """The GPU that the driver calls `name`, if it is known."""
+    return next((gpu for gpu in GPUS if gpu.driver in name), None)
