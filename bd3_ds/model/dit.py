@@ -78,6 +78,8 @@ class DiT(nn.Module):
             for index in range(network.layers)
         )
         self.head = Head(network.hidden_size, network.vocab_size, network.vocab_rows, cond_size)
+        # (tokens [B, n L], L, masks) -> the tokens and masks of this process; None: all of them. Set by `parallel`.
+        self.cut: Callable[..., tuple[Any, ...]] | None = None
 
     def forward(
         self,
@@ -175,6 +177,8 @@ class DiT(nn.Module):
 
         mask = mask_of(noisy_queries_only=False)
         final = mask_of(noisy_queries_only=True) if noisy_count and clean_count else mask
+        if self.cut is not None:  # streams are of one length in training, the only pass that is cut
+            tokens, mask, final = self.cut(tokens, noisy_count or clean_count, mask, final)
         position = mask.queries.position
         cos, sin = rotary_angles(position, self.network.hidden_size // self.network.heads, self.network.rope_base)
         cond = self._condition(sigma, tokens.device)
@@ -187,7 +191,7 @@ class DiT(nn.Module):
         if noisy_count == 0 and not self.network.causal:
             return x
         if views > 1:
-            x = x.view(-1, noisy_count, x.shape[-1])  # [B K, T, D]
+            x = x.view(len(x) * views, -1, x.shape[-1])  # [B K, T, D]
         return self.head(x, cond, at, read)
 
     def _condition(self, sigma: Tensor | None, device: torch.device) -> Tensor | None:

@@ -70,6 +70,7 @@ class Layer(nn.Module):
         self.heads = heads
         self.dropout = dropout
         self.backend = backend
+        self.attend = attend
         self.norm_attention = Norm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -117,7 +118,7 @@ class Layer(nn.Module):
             k, v = cache.joined(self.index, k, v)
             if grow:
                 cache.store(self.index, k, v)
-        mixed = attend(q, k, v, mask, self.backend)  # [B, H, Q, d]
+        mixed = self.attend(q, k, v, mask, self.backend)  # [B, H, Q, d]
         return self.out(mixed.transpose(1, 2).reshape(batch, queries, width))
 
     def _mlp(self, x: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bd3_ds.config.schema import TrainConfig
 from bd3_ds.model.dit import DiT
+from bd3_ds.parallel.sequence import Sequence
+from bd3_ds.runtime.world import World
 
 
 def recompute_layers(model: DiT, train: TrainConfig) -> DiT:
@@ -20,3 +22,12 @@ def recompute_layers(model: DiT, train: TrainConfig) -> DiT:
         for layer in model.layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=True)
     return model
+
+
+def share_sequences(model: DiT, train: TrainConfig, world: World) -> Sequence | None:
+    """Have the model work on this rank's part of each sequence, if the run says so; None where it has all of it."""
+    if train.sequence_parallel == 1:
+        return None
+    sequence = Sequence(world, train.sequence_parallel)
+    sequence.apply(model)
+    return sequence

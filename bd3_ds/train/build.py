@@ -21,7 +21,7 @@ from bd3_ds.data.pack import TOKENIZER_DIR, open_pack, read_manifest, read_token
 from bd3_ds.data.remote import pack_directory
 from bd3_ds.model.build import initialise, network_of
 from bd3_ds.model.dit import DiT
-from bd3_ds.parallel.apply import recompute_layers
+from bd3_ds.parallel.apply import recompute_layers, share_sequences
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import write_text
 from bd3_ds.runtime.log import RunLog
@@ -97,7 +97,10 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
     initialise(model, run.seed)
     said: list[str] = []
     checkpoint = newest_checkpoint(run_dir / "checkpoints", world, said.append)
-    share = Share(world.rank, world.size, world.local_size, run.train.micro_batch, run.train.global_batch)
+    train = run.train
+    share = Share(
+        world.rank, world.size, world.local_size, train.micro_batch, train.global_batch, train.sequence_parallel
+    )
     if checkpoint is not None:
         try:
             require_same_packs(run.data, checkpoint.state.get("loader", {}), run.run_dir)
@@ -109,7 +112,8 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         said.append(f"starting from the weights of {start.path}")
     if world.is_main:
         write_text(run_dir / "run.yaml", to_yaml(run))
-    recompute_layers(model, run.train)
+    recompute_layers(model, train)
+    sequence = share_sequences(model, train, world)
     engine = Engine(model, run, ds_json, world)
     ema = Ema(engine, run.optim.ema_decay)
 
@@ -138,7 +142,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
     train_pack = pack_directory(run.data.train, run.data.cache)
     counts = read_token_counts(train_pack) if run.objective.frequency.power > 0 else None
     held_out = open_pack(run.eval.sets[search.set]) if search.method == "grid" else None
-    stepper = Stepper(run, world, engine, ema, run.model.mask_id, counts, scored_tokens(run))
+    stepper = Stepper(run, world, engine, ema, run.model.mask_id, counts, scored_tokens(run), sequence)
     return Trainer(
         run=run,
         world=world,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bd3_ds.config.check import accumulation_steps
+from bd3_ds.config.check import accumulation_steps, ranks_at_work
 from bd3_ds.config.ds_json import DEFAULT, load_ds_json, zero_stage
 from bd3_ds.config.load import load_recipe, to_yaml
 from bd3_ds.config.schema import AR, RunConfig, block_size
@@ -75,7 +75,7 @@ def plan(run: RunConfig, world_size: int, stage: int) -> list[str]:
         *_masking(run),
         f"{parameters:,} parameters; ZeRO stage {stage} on {world_size} ranks",
         f"global batch {run.train.global_batch} = {run.train.micro_batch} x {accumulation_steps(run, world_size)} "
-        f"micro-batches x {world_size} ranks = {run.train.global_batch * run.data.length:,} tokens",
+        f"micro-batches x {ranks_at_work(run, world_size)} = {run.train.global_batch * run.data.length:,} tokens",
         f"{run.train.total_steps:,} steps = {tokens:,} tokens, {flops / 1e6:,.1f} MFLOP a token, "
         f"{flops * tokens:.3g} FLOP in all",
         f"dry step on one sequence: loss {loss:.4f} nats a token (a new model starts near ln V)",
