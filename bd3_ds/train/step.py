@@ -119,7 +119,7 @@ class Stepper:
         totals = torch.zeros(8 + 2 * BINS, device=self.world.device, dtype=torch.float64)
         moments = torch.zeros(3, TIME_BINS, device=self.world.device, dtype=torch.float64)
         waited, scored = 0.0, 0
-        micro_batches = run.train.global_batch // run.train.micro_batch  # of all ranks
+        micro_batches = self.accumulation * self.world.size // run.train.sequence_parallel  # of all ranks
         ids: list[int] = []
         for micro_step in range(self.accumulation):
             batch = next(batches)

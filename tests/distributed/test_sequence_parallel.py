@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.launch import ROOT, environment, free_port
+from tests.helpers.launch import ROOT, curve, environment, free_port, train
+from tests.helpers.tiny import tiny_run
 
 CASES = [
     {"objective": "bd3", "length": 2048},
@@ -30,3 +31,22 @@ def test_two_ranks_have_the_loss_and_the_gradients_of_one():
     assert len(found) == len(CASES), done.stdout + done.stderr
     for case, differences in zip(CASES, found, strict=True):
         assert max(differences.values()) < 2e-5, (case, differences)
+
+
+@pytest.mark.slow
+def test_a_run_that_shares_sequences_is_the_run_of_one_rank(tmp_path):
+    """Curves agree to rounding, and one rank that has all of each sequence goes on where two ranks stopped."""
+    words = ("objective.views=2", "train.activation_checkpointing=full", "train.checkpoint_every=8")
+    for name in ("alone", "shared"):
+        (tmp_path / name).mkdir()
+        tiny_run(tmp_path / name)
+    train(tmp_path / "alone" / "recipe.yaml", *words, "train.total_steps=12", ranks=1)
+    recipe = tmp_path / "shared" / "recipe.yaml"
+    train(recipe, *words, "train.total_steps=8", "train.sequence_parallel=2", ranks=2, ds_config="zero2")
+    said = train(recipe, *words, "train.total_steps=12", ranks=1)
+    assert "after step 8" in said
+    alone, shared = curve(tmp_path / "alone" / "run"), curve(tmp_path / "shared" / "run")
+    assert len(alone) == len(shared) == 12
+    for step, (loss, norm) in alone.items():
+        assert shared[step][0] == pytest.approx(loss, abs=1e-5), step
+        assert shared[step][1] == pytest.approx(norm, rel=1e-4), step
