@@ -40,7 +40,7 @@ def keys(tree: Any, prefix: str = "") -> set[str]:
 def test_recipe_resolves_as_before(path: Path) -> None:
     """A difference is a changed default or recipe: `python -m tests.helpers.golden_recipes`, then review the diff."""
     run = load_recipe(str(path), [])
-    check_run(run, world_size=1)
+    check_run(run, world_size=run.train.sequence_parallel)
     assert to_yaml(run) == (GOLDEN / path.name).read_text()
 
 
