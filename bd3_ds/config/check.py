@@ -37,14 +37,20 @@ def check_run(run: RunConfig, world_size: int) -> None:
         *_choices(run),
         *_ranges(run),
     ]
-    problems = problems or [*_shapes(run), *_batch(run, world_size), *_optim(run)]
+    problems = problems or [*_shapes(run), *_sequence_parallel(run), *_batch(run, world_size), *_optim(run)]
     if problems:
         raise UserError(*problems)
 
 
 def accumulation_steps(run: RunConfig, world_size: int) -> int:
     """Micro-batches per rank and optimizer step; `check_run` has made sure that it is whole."""
-    return run.train.global_batch // (run.train.micro_batch * world_size)
+    return run.train.global_batch * run.train.sequence_parallel // (run.train.micro_batch * world_size)
+
+
+def ranks_at_work(run: RunConfig, world_size: int) -> str:
+    """The number of ranks that have sequences of their own, as a term of the batch arithmetic in a message."""
+    share = run.train.sequence_parallel
+    return f"{world_size} ranks" + (f" / train.sequence_parallel={share}" if share > 1 else "")
 
 
 def estimator_used(run: RunConfig, asked: str, option: str, tokens: int | None = None) -> str:
@@ -119,6 +125,7 @@ def _ranges(run: RunConfig) -> list[str]:
         "train.total_steps": train.total_steps,
         "train.global_batch": train.global_batch,
         "train.micro_batch": train.micro_batch,
+        "train.sequence_parallel": train.sequence_parallel,
         "train.log_every": train.log_every,
         "train.checkpoint_every": train.checkpoint_every,
         "train.keep_checkpoints": train.keep_checkpoints,
@@ -222,13 +229,30 @@ def _shapes(run: RunConfig) -> list[str]:
 
 
 def _batch(run: RunConfig, world_size: int) -> list[str]:
-    train = run.train
-    part = train.micro_batch * world_size
+    train, share = run.train, run.train.sequence_parallel
+    if world_size % share:
+        return [
+            f"train.sequence_parallel={share} does not divide the number of ranks, {world_size}; start the run on a "
+            f"multiple of {share} ranks, or set train.sequence_parallel=1"
+        ]
+    part = train.micro_batch * world_size // share
     if train.global_batch % part == 0:
         return []
     return [
         f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch={train.micro_batch} x "
-        f"{world_size} ranks = {part}; the nearest that is: {max(part, round(train.global_batch / part) * part)}"
+        f"{ranks_at_work(run, world_size)} = {part}; "
+        f"the nearest that is: {max(part, round(train.global_batch / part) * part)}"
+    ]
+
+
+def _sequence_parallel(run: RunConfig) -> list[str]:
+    """Ranks that share a sequence take equal parts of its text, and of the heads."""
+    share = run.train.sequence_parallel
+    return [
+        f"train.sequence_parallel={share} must divide {key}={value}; "
+        f"the largest below it that does is {max(n for n in range(1, share + 1) if value % n == 0)}"
+        for key, value in (("model.heads", run.model.heads), ("data.length", run.data.length))
+        if value % share
     ]
 
 

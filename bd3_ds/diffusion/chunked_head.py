@@ -8,7 +8,7 @@ weight of each token in the loss is known before it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -39,16 +39,23 @@ class HeadLoss(ABC):
         """
         if self.weight is None or not torch.is_grad_enabled():
             nats = _nats(hidden, matrix, bias, self)
-            return self._sum(nats), nats
+            return self.total(nats), nats
         total, nats = _ChunkedLoss.apply(hidden, matrix, bias, self.weight, self)
         return total, nats
 
     def of_logits(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The same from logits [N, V]."""
         nats = self.nats(logits.float())
-        return self._sum(nats), nats.detach()
+        return self.total(nats), nats.detach()
 
-    def _sum(self, nats: Tensor) -> Tensor:
+    def part(self, rows: Tensor) -> HeadLoss:
+        """The same for `rows` [n] of the tokens alone."""
+        whole = {field.name: getattr(self, field.name) for field in fields(self)}
+        of_rows: dict[str, Any] = {name: value[rows] for name, value in whole.items() if isinstance(value, Tensor)}
+        return replace(self, **of_rows)
+
+    def total(self, nats: Tensor) -> Tensor:
+        """What the loss is of nats [N]."""
         return (nats if self.weight is None else self.weight * nats).sum()
 
     @abstractmethod

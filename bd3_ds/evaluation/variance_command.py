@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
 
     export = find_export(options.export)
     run = override(as_trained_now(export.run), options.overrides, FREE)
-    check_run(run, world_size=1)
+    check_run(run, world_size=run.train.sequence_parallel)  # measured on one device, however many share a sequence
     if options.intervals and run.objective.name == AR:
         raise UserError(
             f"--intervals {options.intervals}: objective.name=ar masks nothing, so there is nothing to clip"

@@ -45,6 +45,8 @@ class DiT(nn.Module):
         self.head = Head(network, cond_size)
         if network.tie_embeddings:
             self.head.linear.weight = self.embed.weight
+        # (tokens [B, n L], L, masks) -> the tokens and masks of this process; None: all of them. Set by `parallel`.
+        self.cut: Callable[..., tuple[Any, ...]] | None = None
 
     def forward(
         self,
@@ -142,6 +144,8 @@ class DiT(nn.Module):
 
         mask = mask_of(noisy_queries_only=False)
         final = mask_of(noisy_queries_only=True) if noisy_count and clean_count else mask
+        if self.cut is not None:  # streams are of one length in training, the only pass that is cut
+            tokens, mask, final = self.cut(tokens, noisy_count or clean_count, mask, final)
         position = mask.queries.position
         # Learned positions are added to the tokens; angles of zero then turn nothing.
         turned_by = position if self.positions is None else torch.zeros_like(position)
@@ -158,7 +162,7 @@ class DiT(nn.Module):
         if noisy_count == 0 and not self.network.causal:
             return x
         if views > 1:
-            x = x.view(-1, noisy_count, x.shape[-1])  # [B K, T, D]
+            x = x.view(len(x) * views, -1, x.shape[-1])  # [B K, T, D]
         return self.head(x, cond, at, read)
 
     def _condition(self, sigma: Tensor | None, device: torch.device) -> Tensor | None:

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from bd3_ds.config.schema import TrainConfig
 from bd3_ds.model.dit import DiT
 from bd3_ds.model.layers import Layer
+from bd3_ds.parallel.sequence import Sequence
+from bd3_ds.runtime.world import World
 
 
 def prepare_layers(model: DiT, train: TrainConfig) -> DiT:
@@ -39,6 +41,18 @@ def prepare_layers(model: DiT, train: TrainConfig) -> DiT:
         if train.activation_checkpointing == "full":
             layer.forward = _recomputed(layer.forward)
     return model
+
+
+def share_sequences(model: DiT, train: TrainConfig, world: World) -> Sequence | None:
+    """Have the model work on this rank's part of each sequence, if the run says so; None where it has all of it.
+
+    Before `prepare_layers`, which looks at what stands for attention.
+    """
+    if train.sequence_parallel == 1:
+        return None
+    sequence = Sequence(world, train.sequence_parallel)
+    sequence.apply(model)
+    return sequence
 
 
 def _keep_out(layer: Any) -> None:

@@ -22,7 +22,7 @@ from bd3_ds.data.pack import TOKENIZER_DIR, open_pack, read_manifest, read_token
 from bd3_ds.data.remote import pack_directory
 from bd3_ds.model.build import initialise, network_of
 from bd3_ds.model.dit import DiT
-from bd3_ds.parallel.apply import prepare_layers
+from bd3_ds.parallel.apply import prepare_layers, share_sequences
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import write_text
 from bd3_ds.runtime.log import RunLog
@@ -99,7 +99,10 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
     initialise(model, run.seed)
     said: list[str] = []
     checkpoint = newest_checkpoint(run_dir / "checkpoints", world, said.append)
-    share = Share(world.rank, world.size, world.local_size, run.train.micro_batch, run.train.global_batch)
+    train = run.train
+    share = Share(
+        world.rank, world.size, world.local_size, train.micro_batch, train.global_batch, train.sequence_parallel
+    )
     if checkpoint is not None:
         try:
             require_same_packs(run.data, checkpoint.state.get("loader", {}), run.run_dir)
@@ -112,6 +115,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         said.append(sentence)
     if world.is_main:
         write_text(run_dir / "run.yaml", to_yaml(run))
+    sequence = share_sequences(model, run.train, world)
     prepare_layers(model, run.train)
     engine = Engine(model, run, ds_json, world)
     ema = Ema(engine, run.optim.ema_decay)
@@ -141,7 +145,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
     train_pack = pack_directory(run.data.train, run.data.cache)
     counts = read_token_counts(train_pack) if run.objective.frequency.power > 0 else None
     held_out = open_pack(run.eval.sets[search.set]) if search.method == "grid" else None
-    stepper = Stepper(run, world, engine, ema, run.model.mask_id, counts, scored_tokens(run))
+    stepper = Stepper(run, world, engine, ema, run.model.mask_id, counts, scored_tokens(run), sequence)
     return Trainer(
         run=run,
         world=world,

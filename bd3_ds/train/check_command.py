@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bd3_ds.config.check import accumulation_steps, ranks_at_work
 from bd3_ds.config.ds_json import DEFAULT, check_place, load_ds_json, zero_stage
 from bd3_ds.config.load import load_recipe, to_yaml
 from bd3_ds.config.schema import AR, RunConfig, block_size
@@ -85,9 +86,7 @@ def plan(run: RunConfig, world_size: int, stage: int, here: bool = True) -> list
         run = dataclasses.replace(run, model=dataclasses.replace(run.model, attention="auto"))
     network = network_of(run.model, run.objective.name)
     parameters = parameter_count(network)
-    size, shared = block_size(run), run.train.sequence_parallel
-    groups = world_size // shared
-    accumulation = run.train.global_batch // (run.train.micro_batch * groups)
+    size = block_size(run)
     flops, _ = flops_per_token(network, run)
     tokens = run.train.total_steps * run.train.global_batch * run.data.length
     return [
@@ -99,9 +98,8 @@ def plan(run: RunConfig, world_size: int, stage: int, here: bool = True) -> list
         ),
         *_masking(run),
         f"{parameters:,} parameters; ZeRO stage {stage} on {world_size} ranks",
-        f"global batch {run.train.global_batch} = {run.train.micro_batch} x {accumulation} micro-batches x {groups} "
-        + ("ranks" if shared == 1 else f"groups of {shared} ranks that share a sequence")
-        + f" = {run.train.global_batch * run.data.length:,} tokens",
+        f"global batch {run.train.global_batch} = {run.train.micro_batch} x {accumulation_steps(run, world_size)} "
+        f"micro-batches x {ranks_at_work(run, world_size)} = {run.train.global_batch * run.data.length:,} tokens",
         f"{run.train.total_steps:,} steps = {tokens:,} tokens, {flops / 1e6:,.1f} MFLOP a token, "
         f"{flops * tokens:.3g} FLOP in all",
         _dry_step(run, network, parameters),

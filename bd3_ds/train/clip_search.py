@@ -13,7 +13,6 @@ from bd3_ds.diffusion.clip_search import ENOUGH, HELD_OUT_BINS, binned, candidat
 from bd3_ds.diffusion.noise import make_noise
 from bd3_ds.diffusion.objective import send, training_loss
 from bd3_ds.diffusion.proposal import Interval, base_schedule, make_proposal
-from bd3_ds.model.dit import as_denoiser
 from bd3_ds.runtime.rng import Purpose, generator
 from bd3_ds.train.state import TrainState
 from bd3_ds.train.step import Stepper
@@ -71,19 +70,20 @@ class ClipSearch:
         assert self._tokens is not None
         run, world, engine = self.run, self.stepper.world, self.stepper.engine
         micro, length = run.train.micro_batch, run.data.length
-        per_rank = len(self._tokens) // (micro * world.size) * micro
-        blocks, total = length // size, per_rank * world.size * (length // size)
+        reader, readers = world.rank // run.train.sequence_parallel, world.size // run.train.sequence_parallel
+        per_rank = len(self._tokens) // (micro * readers) * micro
+        blocks, total = length // size, per_rank * readers * (length // size)
         rng = generator(run.seed, Purpose.CLIP_SEARCH, step, size)
         strata = (rng.permutation(total) + rng.random(total)).reshape(-1, blocks) / total  # [N, B]
         bins = max(1, min(HELD_OUT_BINS, total // ENOUGH))
         sums = torch.zeros(len(tried), 3, bins, dtype=torch.float64, device=world.device)
         engine.module.eval()
         for start in range(0, per_rank, micro):
-            rows = np.arange(start, start + micro) * world.size + world.rank
+            rows = np.arange(start, start + micro) * readers + reader
             tokens = self._tokens[rows]
             wish = self.stepper.wish(tokens, step)
             documents = None if self._documents is None else self._documents[rows]
-            denoiser = as_denoiser(engine, size, None if documents is None else documents.to(world.device))
+            denoiser = self.stepper.denoiser(size, documents)
             u = torch.from_numpy(strata[rows])
             masks = [generator(run.seed, Purpose.CLIP_SEARCH, step, size, 1 + int(row)).random(length) for row in rows]
             draws = torch.from_numpy(np.stack(masks))
@@ -97,5 +97,5 @@ class ClipSearch:
                 weight, place = (send(x, world.device) for x in (noise.bound_weight, u))
                 sums[number] += binned(loss.block_nats, weight, place, bins)
         engine.module.train()
-        world.sum(sums)
+        self.stepper.sum(sums)
         return {interval: within(each.cpu()) for interval, each in zip(tried, sums, strict=True)}

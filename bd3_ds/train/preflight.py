@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from bd3_ds.config.check import check_run
+from bd3_ds.config.check import check_run, ranks_at_work
 from bd3_ds.config.check_data import is_remote, packs, size_in_bytes
 from bd3_ds.config.load import flat, load_resolved
 from bd3_ds.config.schema import RunConfig
@@ -169,13 +169,13 @@ def _clip_search(run: RunConfig, world_size: int) -> list[str]:
     if search.method != "grid":
         return []
     there = read_manifest(run.eval.sets[search.set]).chunks
-    needed = run.train.micro_batch * world_size
+    needed = run.train.micro_batch * world_size // run.train.sequence_parallel
     if min(there, search.sequences) >= needed:
         return []
     return [
         f"objective.clip_search.sequences={search.sequences} on set {search.set} ({there} sequences) is less than "
-        f"train.micro_batch={run.train.micro_batch} x {world_size} ranks = {needed}, what one round of the grid search "
-        "takes; raise it, or use objective.clip_search.method=moments"
+        f"train.micro_batch={run.train.micro_batch} x {ranks_at_work(run, world_size)} = {needed}, what one round of "
+        "the grid search takes; raise it, or use objective.clip_search.method=moments"
     ]
 
 

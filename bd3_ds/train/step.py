@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bd3_ds.config.check import accumulation_steps
 from bd3_ds.config.schema import AR, RunConfig, block_sizes
 from bd3_ds.data.loader import MicroBatch
 from bd3_ds.diffusion.clip_search import TIME_BINS, Spread, moment_sums, spread_sums
@@ -25,6 +27,7 @@ from bd3_ds.diffusion.noise import (
 from bd3_ds.diffusion.objective import BINS, send, training_loss
 from bd3_ds.diffusion.proposal import Draws, Exploring, Interval, base_schedule, make_proposal
 from bd3_ds.model.dit import as_denoiser
+from bd3_ds.parallel.sequence import Sequence
 from bd3_ds.runtime.rng import Purpose, integer_seed
 from bd3_ds.runtime.world import World
 from bd3_ds.train.ema import Ema
@@ -80,6 +83,7 @@ class Stepper:
         mask_id: int,
         token_counts: np.ndarray | None,
         scored_tokens: float | None = None,
+        sequence: Sequence | None = None,
     ):
         self.run = run
         self.world = world
@@ -87,7 +91,8 @@ class Stepper:
         self.ema = ema
         self.mask_id = mask_id
         self.scored_tokens = run.data.length - 1 if scored_tokens is None else scored_tokens
-        self.accumulation = run.train.global_batch // (run.train.micro_batch * world.size)
+        self.sequence = sequence
+        self.accumulation = accumulation_steps(run, world.size)
         self._rarity = None if token_counts is None else rarity(token_counts)
 
     def proposal(self, state: TrainState, block_size: int) -> Draws:
@@ -114,6 +119,7 @@ class Stepper:
         totals = torch.zeros(8 + 2 * BINS, device=self.world.device, dtype=torch.float64)
         moments = torch.zeros(3, TIME_BINS, device=self.world.device, dtype=torch.float64)
         waited, scored = 0.0, 0
+        micro_batches = self.accumulation * self.world.size // run.train.sequence_parallel  # of all ranks
         ids: list[int] = []
         for micro_step in range(self.accumulation):
             batch = next(batches)
@@ -126,7 +132,7 @@ class Stepper:
                 weight, rate = (send(x, self.world.device) for x in (noise.bound_weight, noise.rate))
             loss = training_loss(
                 run.objective.name,
-                as_denoiser(self.engine, size, self._documents(batch)),
+                self.denoiser(size, batch.documents),
                 batch.tokens,
                 noise,
                 self.mask_id,
@@ -135,7 +141,7 @@ class Stepper:
                 self.scored_tokens,
             )
             self.engine.backward(loss.loss)
-            totals[:2] += torch.stack([loss.loss.detach(), loss.nelbo]) / (self.accumulation * self.world.size)
+            totals[:2] += torch.stack([loss.loss.detach(), loss.nelbo]) / micro_batches
             totals[8:] += torch.cat([loss.bin_nats, loss.bin_masked])
             last = micro_step == self.accumulation - 1
             self.engine.step(lr, refuse=last and self._is_refused(totals[1], scored, state))
@@ -145,7 +151,7 @@ class Stepper:
         if not self.engine.skipped:
             self.ema.update()
         totals[2], totals[6], totals[7] = float(stop_asked), float(scored), float(still_saving)
-        summed = self.world.sum(torch.cat([totals, moments.flatten()])).cpu()
+        summed = self.sum(torch.cat([totals, moments.flatten()])).cpu()
         values = summed[: len(totals)].tolist()
         nats, masked = values[8 : 8 + BINS], values[8 + BINS :]
         per_token = self._per_token(values[6])
@@ -166,7 +172,7 @@ class Stepper:
             seconds=time.perf_counter() - start,
             waited=waited,
             skipped=self.engine.skipped,
-            ids=ids,
+            ids=ids if self.world.rank % self.run.train.sequence_parallel == 0 else [],
             stop_asked=values[2] > 0,
             still_saving=values[7] > 0,
         )
@@ -180,11 +186,17 @@ class Stepper:
         guards = self.run.guards
         if guards.spike != "skip":
             return False
-        known = self.world.sum(torch.stack([nelbo, torch.full_like(nelbo, scored)])).tolist()
+        known = self.sum(torch.stack([nelbo, torch.full_like(nelbo, scored)])).tolist()
         return is_spike(state.recent, known[0] * self._per_token(known[1]), guards.spike_sigmas)
 
-    def _documents(self, batch: MicroBatch) -> Tensor | None:
-        return None if batch.documents is None else send(batch.documents, self.world.device)
+    def denoiser(self, size: int, documents: Tensor | None) -> Any:
+        """The network in training as the objectives call it, at block size `size`."""
+        denoise = as_denoiser(self.engine, size, None if documents is None else send(documents, self.world.device))
+        return denoise if self.sequence is None else self.sequence.denoiser(denoise)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add up over all sequences, in place; ranks that share a sequence all bring what is known of it."""
+        return self.world.sum(tensor).div_(self.run.train.sequence_parallel)
 
     def _noise(self, done: int, batch: MicroBatch, size: int, proposal: Draws | None) -> Noise | None:
         if proposal is None:
