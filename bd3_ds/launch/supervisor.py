@@ -100,7 +100,9 @@ class Supervisor:
             failures = 1 if self._progress.checkpoint() != before else failures + 1
             newest = self._progress.checkpoint() or "no checkpoint"
             if failures > self._restarts:
-                self._say(f"the run failed (code {code}) at {newest}; no restart is left of --restarts {self._restarts}")
+                self._say(
+                    f"the run failed (code {code}) at {newest}; no restart is left of --restarts {self._restarts}"
+                )
                 return 1
             pause = min(self._pause * 2 ** (failures - 1), LONGEST_PAUSE)
             self._say(
