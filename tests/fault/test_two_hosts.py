@@ -17,13 +17,23 @@ from tests.helpers.two_hosts import ADDRESSES, TwoHosts, two_hosts, why_not
 pytestmark = pytest.mark.slow
 
 STALL = 15
+WORDS = ("train.total_steps=150", "train.checkpoint_every=10", "train.export_every=150")
+WORDS += (f"guards.stall_seconds={STALL}",)
 LAUNCHER = 30 + 12  # seconds that DeepSpeed's launcher gives its ranks, and ssh to find that nobody answers
 
 
 @pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
+def calm(tmp_path: Path) -> Path:
+    """The undisturbed run, on two ranks of one host."""
     if (reason := why_not()) is not None:
         pytest.skip(reason)
+    tiny_run(tmp_path)
+    train(tmp_path / "recipe.yaml", *WORDS, f"run_dir={tmp_path / 'calm'}")
+    return tmp_path / "calm"
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, calm: Path) -> Iterator[TwoHosts]:
     with two_hosts(tmp_path / "hosts") as both:
         yield both
 
@@ -34,14 +44,9 @@ def launch(hosts: TwoHosts, log: Path, *words: str) -> subprocess.Popen[str]:
     return hosts.start(*command, stdout=log.open("a"), stderr=subprocess.STDOUT, cwd=ROOT)
 
 
-def test_a_cut_cable_ends_the_job_which_then_continues(tmp_path, hosts):
-    tiny_run(tmp_path)
-    words = ("train.total_steps=150", "train.checkpoint_every=10", "train.export_every=150")
-    words += (f"guards.stall_seconds={STALL}",)
-    recipe, calm, cut, log = str(tmp_path / "recipe.yaml"), tmp_path / "calm", tmp_path / "cut", tmp_path / "log"
-    train(Path(recipe), *words, f"run_dir={calm}")
-
-    process = launch(hosts, log, recipe, *words, f"run_dir={cut}")
+def test_a_cut_cable_ends_the_job_which_then_continues(tmp_path, calm, hosts):
+    recipe, cut, log = str(tmp_path / "recipe.yaml"), tmp_path / "cut", tmp_path / "log"
+    process = launch(hosts, log, recipe, *WORDS, f"run_dir={cut}")
     wait_for_step(cut, 20, process)
     hosts.cut()
     wait_until(lambda: process.poll() is not None and not hosts.ranks(), STALL + LAUNCHER, "the end of the cut job")
@@ -52,7 +57,7 @@ def test_a_cut_cable_ends_the_job_which_then_continues(tmp_path, hosts):
     assert saved >= 10
 
     hosts.mend()
-    process = launch(hosts, log, recipe, *words, f"run_dir={cut}")
+    process = launch(hosts, log, recipe, *WORDS, f"run_dir={cut}")
     assert process.wait(timeout=200) == 0, log.read_text()
     assert f"step {saved}" in log.read_text()
     assert (cut / FINISHED).exists() and curve(cut) == curve(calm)

@@ -18,7 +18,21 @@ ADDRESSES = ("10.91.7.1", "10.91.7.2")
 _TOOLS = ("ip", "unshare", "nsenter", "sshd", "ssh", "ssh-keygen", "pdsh")
 
 # The hosts share a kernel and a file system; everything else that ranks could meet each other by is apart.
-_HOST = "mount -t tmpfs tmpfs /dev/shm && hostname {name} && mkdir -p /run/sshd && exec {sshd} -D -e -f {config}"
+# Compiled operators are copied: their locks are found to be held by looking into /proc, which is each host's own.
+_HOST = (
+    "mount -t tmpfs tmpfs /dev/shm && cp -a {operators} /dev/shm/operators && hostname {name} && "
+    "mkdir -p /run/sshd && exec {sshd} -D -e -f {config}"
+)
+
+
+def _operators(directory: Path) -> Path:
+    """A directory with what this machine has compiled of DeepSpeed's collectives; nothing is compiled twice."""
+    default = Path.home() / ".cache/torch_extensions"
+    copies = directory / "operators"
+    copies.mkdir()
+    for place in Path(os.environ.get("TORCH_EXTENSIONS_DIR", default)).rglob("deepspeed_shm_comm"):
+        shutil.copytree(place, copies / place.name, ignore=shutil.ignore_patterns("lock"), dirs_exist_ok=True)
+    return copies
 
 
 def _tool(name: str) -> str | None:
@@ -84,13 +98,13 @@ class TwoHosts:
 def two_hosts(directory: Path) -> Iterator[TwoHosts]:
     """Both hosts up and reachable; every process and namespace of theirs is gone afterwards."""
     directory.mkdir()
-    config = _write_ssh(directory)
+    config, operators = _write_ssh(directory), _operators(directory)
     daemons: list[subprocess.Popen[bytes]] = []
     with _namespaces() as names, (directory / "sshd.log").open("wb") as log:
         assert names, "network namespaces cannot be made here"
         try:
             for name in names:
-                script = _HOST.format(name=name, sshd=_tool("sshd"), config=config)
+                script = _HOST.format(operators=operators, name=name, sshd=_tool("sshd"), config=config)
                 own = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
                 command = ["ip", "netns", "exec", name, *own, "sh", "-c", script]
                 daemons.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
@@ -139,5 +153,7 @@ def _write_ssh(directory: Path) -> Path:
     wrapper.write_text(f'#!/bin/sh\nexec {_tool("ssh")} -F {client} "$@"\n')
     wrapper.chmod(0o755)
     (directory / "hostfile").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-    (directory / "deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\n")
+    (directory / "deepspeed_env").write_text(
+        "GLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\nTORCH_EXTENSIONS_DIR=/dev/shm/operators\n"
+    )
     return daemon
