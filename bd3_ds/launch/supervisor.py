@@ -101,7 +101,7 @@ class Supervisor:
             newest = self._progress.checkpoint() or "no checkpoint"
             if failures > self._restarts:
                 self._say(
-                    f"the run failed (code {code}) at {newest}; no restart is left of --restarts {self._restarts}"
+                    f"the run failed (code {code}) at {newest}, and none of --restarts {self._restarts} is left"
                 )
                 return 1
             pause = min(self._pause * 2 ** (failures - 1), LONGEST_PAUSE)
