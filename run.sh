@@ -3,7 +3,8 @@
 #   ./run.sh                  the main job: data, training, evaluation, samples, on whatever this machine has
 #   ./run.sh setup            the environment alone (.venv)
 #   ./run.sh test [--all]     set up and run the tests (--all: the slow ones too)
-#   ./run.sh train RECIPE …   train under the DeepSpeed launcher on all accelerators, or on 2 CPU ranks
+#   ./run.sh train RECIPE …   train under the DeepSpeed launcher on all accelerators, or on 2 CPU ranks;
+#                             --restarts N starts a failed run again, --hostfile FILE takes several hosts
 #   ./run.sh MODE …           any other mode of run.py in the environment
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -115,7 +116,7 @@ case "${1:-}" in
   train)
     shift
     setup
-    launch "$@"
+    exec "$python" -m bd3_ds.launch "$@"
     ;;
   *)
     setup

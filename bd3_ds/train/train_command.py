@@ -11,6 +11,7 @@ from bd3_ds.config.load import load_recipe
 from bd3_ds.runtime.cli import Parser
 from bd3_ds.runtime.errors import EXIT_STOPPED
 from bd3_ds.runtime.extensions import drop_stale_locks
+from bd3_ds.runtime.slurm import adopt_slurm
 from bd3_ds.train.preflight import preflight
 
 
@@ -22,6 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration on top of the recipe")
     arguments = parser.parse(argv)
 
+    adopt_slurm(os.environ)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for lock in drop_stale_locks():
             print(f"removed {lock}, which a killed process left behind", file=sys.stderr)

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "train": _BASE | {"data", "diffusion", "model", "checkpoint", "parallel"},
     "evaluation": _BASE | {"data", "diffusion", "model", "checkpoint", "sampling"},
     "report": {"runtime"},
+    "launch": _BASE,
     "data_prep": _BASE | {"data"},
 }
 

@@ -1,0 +1,1 @@
+"""Starting a run on one host or many, and starting it again."""

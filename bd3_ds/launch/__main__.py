@@ -1,0 +1,117 @@
+"""`python -m bd3_ds.launch [--restarts N] [--hostfile FILE] RECIPE [--deepspeed_config JSON] [key=value …]`"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from bd3_ds.config.ds_json import DEFAULT
+from bd3_ds.config.load import load_recipe
+from bd3_ds.config.schema import RunConfig
+from bd3_ds.launch.plan import Host, Plan, explain, make_plan, read_hostfile
+from bd3_ds.launch.processes import LOCAL, ROOT, answering, ranks_on
+from bd3_ds.launch.supervisor import Progress, Supervisor
+from bd3_ds.runtime.cli import Parser, at_least_one
+from bd3_ds.runtime.errors import UserError, leave, run_command
+
+# Else ssh waits for a lost host until the kernel gives up, a quarter of an hour later.
+_NOTICE_LOSS = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
+_PORTS = range(20000, 30000)  # below those that a kernel gives to clients
+
+
+class DeepSpeedLaunch:
+    """`deepspeed … run.py train …` on the ranks of a plan, in a session that a terminal's Ctrl-C does not reach."""
+
+    def __init__(self, plan: Plan, launcher: list[str], words: list[str], remote: bool):
+        self._plan = plan
+        self._port = random.choice(_PORTS)
+        tools = Path(sys.executable).parent
+        env = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+        env.setdefault("OMP_NUM_THREADS", "1")
+        env["PDSH_SSH_ARGS_APPEND"] = f"{env.get('PDSH_SSH_ARGS_APPEND', '')} {_NOTICE_LOSS}".strip()
+        command = [str(tools / "deepspeed"), "--log_level", "warning", "--master_port", str(self._port), *launcher]
+        if remote:
+            with tempfile.NamedTemporaryFile("w", prefix="bd3-hosts-", delete=False) as file:
+                file.writelines(f"{host} slots={plan.per_host}\n" for host in plan.hosts)
+            command += ["--hostfile", file.name, "--force_multi"]  # the one host left need not be this one
+            if re.fullmatch(r"[0-9.]+|[0-9a-f:]*:[0-9a-f:]*", plan.hosts[0]):
+                command += ["--master_addr", plan.hosts[0]]
+        else:
+            command += ["--hostfile", os.devnull, "--num_accelerators", str(plan.ranks)]
+        command += ["run.py", "train", *words, f"train.micro_batch={plan.micro_batch}"]
+        self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def signal(self, number: int) -> bool:
+        """Signal the ranks themselves; False while not all of them are there yet."""
+        there = ranks_on(self._plan.hosts, self._port)
+        if sum(len(ranks or []) for ranks in there.values()) < self._plan.ranks and self.process.poll() is None:
+            return False
+        ranks_on(self._plan.hosts, self._port, number)
+        return True
+
+    def alive(self) -> bool:
+        """Whether a rank runs on any host that answers."""
+        return any(ranks_on(self._plan.hosts, self._port).values())
+
+
+def this_host(ranks: int | None) -> Host:
+    """This machine with its visible accelerators, or 2 ranks where it has none."""
+    import torch
+
+    return Host(LOCAL, ranks or torch.cuda.device_count() or 2)
+
+
+def main(argv: list[str]) -> int:
+    """Supervise a run to its end; the exit codes are run.py's."""
+    parser = Parser(prog="python -m bd3_ds.launch", description="Train on one host or many; start again what fails.")
+    parser.add_argument("recipe", help="YAML file, such as configs/recipes/docs_pretrain.yaml")
+    parser.add_argument("--hostfile", type=Path, help="'name slots=N' lines; absent: this machine alone")
+    parser.add_argument("--ranks", type=at_least_one, help="of this machine, at most; absent: its accelerators, or 2")
+    parser.add_argument("--restarts", type=int, default=0, help="at most, without a newer checkpoint between them")
+    parser.add_argument("--backoff", type=float, default=5.0, help="seconds before the first restart; it doubles")
+    parser.add_argument("--deepspeed_config", type=Path, default=DEFAULT, help="memory and communication (ds_configs/)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration on top of the recipe")
+    options = parser.parse(argv)
+    if options.hostfile and options.ranks:
+        raise UserError("--ranks is for this machine alone; the slots of --hostfile say how many ranks a host has")
+
+    run = load_recipe(options.recipe, options.overrides)
+    words = [options.recipe, *options.overrides, "--deepspeed_config", str(options.deepspeed_config)]
+    hosts = read_hostfile(options.hostfile) if options.hostfile else [this_host(options.ranks)]
+    if make_plan(run, hosts) is None:
+        raise UserError(
+            f"train.sequence_parallel={run.train.sequence_parallel} and train.global_batch={run.train.global_batch} "
+            f"fit no number of ranks up to {sum(host.slots for host in hosts)}; lower the one or change the other"
+        )
+
+    def start() -> DeepSpeedLaunch | None:
+        return start_once(run, hosts, words, remote=options.hostfile is not None)
+
+    progress = Progress(Path(run.run_dir), run.train.total_steps)
+    return Supervisor(start, progress, options.restarts, options.backoff).run()
+
+
+def start_once(run: RunConfig, hosts: list[Host], words: list[str], remote: bool) -> DeepSpeedLaunch | None:
+    """Launch on the hosts that answer now; None where they are too few."""
+    there = hosts
+    if remote:
+        names = answering(host.name for host in hosts)
+        there = [host for host in hosts if host.name in names]
+        for host in hosts:
+            if host not in there:
+                print(f"{host.name} does not answer, or lacks {ROOT} or {sys.executable}; left out", file=sys.stderr)
+    plan = make_plan(run, there)
+    if plan is None:
+        print("too few hosts answer", file=sys.stderr, flush=True)
+        return None
+    print(explain(run, plan, there), file=sys.stderr, flush=True)
+    return DeepSpeedLaunch(plan, [], words, remote)
+
+
+if __name__ == "__main__":
+    leave(run_command(main, sys.argv[1:]))

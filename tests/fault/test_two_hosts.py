@@ -1,0 +1,63 @@
+"""Training over two hosts that share nothing but a file system, and a cable that is cut."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bd3_ds.checkpoint.store import complete_checkpoints
+from bd3_ds.runtime.log import FINISHED
+from tests.helpers.launch import ROOT, curve, free_port, train, wait_for_step, wait_until
+from tests.helpers.tiny import tiny_run
+from tests.helpers.two_hosts import ADDRESSES, TwoHosts, two_hosts, why_not
+
+pytestmark = pytest.mark.slow
+
+STALL = 15
+WORDS = ("train.total_steps=150", "train.checkpoint_every=10", "train.export_every=150")
+WORDS += (f"guards.stall_seconds={STALL}",)
+LAUNCHER = 30 + 12  # seconds that DeepSpeed's launcher gives its ranks, and ssh to find that nobody answers
+
+
+@pytest.fixture
+def calm(tmp_path: Path) -> Path:
+    """The undisturbed run, on two ranks of one host."""
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    tiny_run(tmp_path)
+    train(tmp_path / "recipe.yaml", *WORDS, f"run_dir={tmp_path / 'calm'}")
+    return tmp_path / "calm"
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, calm: Path) -> Iterator[TwoHosts]:
+    with two_hosts(tmp_path / "hosts") as both:
+        yield both
+
+
+def launch(hosts: TwoHosts, log: Path, *words: str) -> subprocess.Popen[str]:
+    command = ("deepspeed", "--hostfile", str(hosts.hostfile), "--launcher", "pdsh", "--master_addr", ADDRESSES[0])
+    command += ("--master_port", str(free_port()), "run.py", "train", *words)
+    return hosts.start(*command, stdout=log.open("a"), stderr=subprocess.STDOUT, cwd=ROOT)
+
+
+def test_a_cut_cable_ends_the_job_which_then_continues(tmp_path, calm, hosts):
+    recipe, cut, log = str(tmp_path / "recipe.yaml"), tmp_path / "cut", tmp_path / "log"
+    process = launch(hosts, log, recipe, *WORDS, f"run_dir={cut}")
+    wait_for_step(cut, 20, process)
+    hosts.cut()
+    wait_until(lambda: process.poll() is not None and not hosts.ranks(), STALL + LAUNCHER, "the end of the cut job")
+    said = log.read_text()
+    assert process.returncode != 0 and not (cut / FINISHED).exists(), said
+    assert "guards.stall_seconds=15" in said, said
+    saved = complete_checkpoints(cut / "checkpoints")[-1].state["step"]
+    assert saved >= 10
+
+    hosts.mend()
+    process = launch(hosts, log, recipe, *WORDS, f"run_dir={cut}")
+    assert process.wait(timeout=200) == 0, log.read_text()
+    assert f"step {saved}" in log.read_text()
+    assert (cut / FINISHED).exists() and curve(cut) == curve(calm)
