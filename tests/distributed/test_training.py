@@ -138,12 +138,6 @@ def test_world_size_and_sharding_do_not_change_the_run(scene, one_rank):
     agrees_with_one_rank(scene, one_rank, "zero3")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ds_config", ["zero0", "zero1", "zero2"])
-def test_world_size_and_sharding_do_not_change_the_run_at_stage(scene, one_rank, ds_config):
-    agrees_with_one_rank(scene, one_rank, ds_config)
-
-
 def test_finished_run_stays_as_it_is_and_can_be_prolonged(scene, one_rank):
     run_dir = scene.run_dir(one_rank)
     words = (*FP32, "train.micro_batch=8")

@@ -21,7 +21,6 @@ from tests.helpers.launch import (
     launch_training,
     rank_process,
     start_training,
-    stop,
     train,
     train_records,
     wait_for_end,
@@ -180,21 +179,6 @@ def test_kill_9_in_the_middle_of_saving_then_a_torn_checkpoint(calm):
     out = train(recipe, *words)
     assert f"checkpoint step-{STEPS:08d} is incomplete and is passed over" in out
     assert f"continuing {run_dir} after step {STEPS - 1}" in out
-    assert_same_run(calm, run_dir)
-
-
-@pytest.mark.slow
-def test_kill_9_of_a_rank_then_of_everything(calm):
-    recipe, run_dir = calm / "recipe.yaml", calm / "killed-twice"
-    words = (f"run_dir={run_dir}", *WORDS, SAVE, "data.workers=1")
-    with start_training(recipe, *words) as process:
-        wait_for_step(run_dir, random.randrange(3, 10), process)
-        rank_process(process, 1).kill()
-        assert wait_for_end(process, 90) != 0
-    with start_training(recipe, *words) as process:
-        wait_for_step(run_dir, random.randrange(12, 20), process)
-        stop(process, signal.SIGKILL)
-    train(recipe, *words)
     assert_same_run(calm, run_dir)
 
 
