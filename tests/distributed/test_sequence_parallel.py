@@ -36,7 +36,8 @@ def test_two_ranks_have_the_loss_and_the_gradients_of_one():
 @pytest.mark.slow
 def test_a_run_that_shares_sequences_is_the_run_of_one_rank(tmp_path):
     """Curves agree to rounding, and one rank that has all of each sequence goes on where two ranks stopped."""
-    words = ("objective.views=2", "train.activation_checkpointing=full", "train.checkpoint_every=8")
+    search = ("objective.clip_search.method=grid", "objective.clip_search.every=4", "objective.clip_search.sequences=8")
+    words = ("objective.views=2", "train.activation_checkpointing=full", "train.checkpoint_every=8", *search)
     for name in ("alone", "shared"):
         (tmp_path / name).mkdir()
         tiny_run(tmp_path / name)
