@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.launch import ROOT, curve, environment, free_port, train
+from tests.helpers.launch import ROOT, curve, environment, free_port, train, train_records
 from tests.helpers.tiny import tiny_run
 
 CASES = [
@@ -36,7 +36,8 @@ def test_two_ranks_have_the_loss_and_the_gradients_of_one():
 @pytest.mark.slow
 def test_a_run_that_shares_sequences_is_the_run_of_one_rank(tmp_path):
     """Curves agree to rounding, and one rank that has all of each sequence goes on where two ranks stopped."""
-    words = ("objective.views=2", "train.activation_checkpointing=full", "train.checkpoint_every=8")
+    search = ("objective.clip_search.method=grid", "objective.clip_search.every=4", "objective.clip_search.sequences=8")
+    words = ("objective.views=2", "train.activation_checkpointing=full", "train.checkpoint_every=8", *search)
     for name in ("alone", "shared"):
         (tmp_path / name).mkdir()
         tiny_run(tmp_path / name)
@@ -45,6 +46,7 @@ def test_a_run_that_shares_sequences_is_the_run_of_one_rank(tmp_path):
     train(recipe, *words, "train.total_steps=8", "train.sequence_parallel=2", ranks=2, ds_config="zero2")
     said = train(recipe, *words, "train.total_steps=12", ranks=1)
     assert "after step 8" in said
+    assert len({line["t_min"] for line in train_records(tmp_path / "alone" / "run")}) > 1  # an interval was found
     alone, shared = curve(tmp_path / "alone" / "run"), curve(tmp_path / "shared" / "run")
     assert len(alone) == len(shared) == 12
     for step, (loss, norm) in alone.items():
