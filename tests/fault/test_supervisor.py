@@ -1,4 +1,4 @@
-"""The supervisor over the real launcher: a killed rank is started again, a signal saves, and both end with one curve."""
+"""The supervisor over the real launcher: a killed rank is started again, a signal saves, one curve comes out."""
 
 from __future__ import annotations
 
