@@ -100,9 +100,7 @@ class Supervisor:
             failures = 1 if self._progress.checkpoint() != before else failures + 1
             newest = self._progress.checkpoint() or "no checkpoint"
             if failures > self._restarts:
-                self._say(
-                    f"the run failed (code {code}) at {newest}, and none of --restarts {self._restarts} is left"
-                )
+                self._say(f"the run failed (code {code}) at {newest}, and none of --restarts {self._restarts} is left")
                 return 1
             pause = min(self._pause * 2 ** (failures - 1), LONGEST_PAUSE)
             self._say(
