@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bd3_ds.checkpoint.store import complete_checkpoints
+from bd3_ds.runtime.errors import EXIT_STOPPED
 from bd3_ds.runtime.log import FINISHED
-from tests.helpers.launch import ROOT, curve, free_port, train, wait_for_step, wait_until
+from tests.helpers.launch import PATIENCE, ROOT, curve, free_port, train, wait_for_step, wait_until
 from tests.helpers.tiny import tiny_run
 from tests.helpers.two_hosts import ADDRESSES, TwoHosts, two_hosts, why_not
 
@@ -61,3 +65,26 @@ def test_a_cut_cable_ends_the_job_which_then_continues(tmp_path, calm, hosts):
     assert process.wait(timeout=200) == 0, log.read_text()
     assert f"step {saved}" in log.read_text()
     assert (cut / FINISHED).exists() and curve(cut) == curve(calm)
+
+
+def test_the_supervisor_goes_on_without_a_lost_host_and_saves_on_both(tmp_path, calm, hosts):
+    recipe, lost, log = str(tmp_path / "recipe.yaml"), tmp_path / "lost", tmp_path / "log"
+    command = (sys.executable, "-m", "bd3_ds.launch", "--hostfile", str(hosts.hostfile), "--restarts", "3")
+    command += ("--backoff", "0.1", recipe, *WORDS, f"run_dir={lost}")
+
+    process = hosts.start(*command, stdout=log.open("a"), stderr=subprocess.STDOUT, cwd=ROOT)
+    wait_for_step(lost, 20, process)
+    psutil.Process(process.pid).children()[0].send_signal(signal.SIGTERM)  # nsenter waits for it
+    assert process.wait(PATIENCE) == EXIT_STOPPED, log.read_text()
+    assert not hosts.ranks() and complete_checkpoints(lost / "checkpoints")[-1].state["step"] >= 20
+
+    process = hosts.start(*command, stdout=log.open("a"), stderr=subprocess.STDOUT, cwd=ROOT)
+    wait_for_step(lost, 50, process)
+    hosts.cut()
+    assert process.wait(PATIENCE) == 0, log.read_text()
+    said = log.read_text()
+    assert said.count("2 of 2 ranks (2 hosts x 1)") == 2 and "1 of 1 ranks (1 host x 1)" in said
+    assert f"{ADDRESSES[1]} does not answer" in said
+    assert (lost / FINISHED).exists()
+    ours, theirs = curve(lost), curve(calm)
+    assert all(ours[step] == pytest.approx(theirs[step], rel=1e-3) for step in theirs)
