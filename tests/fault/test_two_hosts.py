@@ -88,3 +88,18 @@ def test_the_supervisor_goes_on_without_a_lost_host_and_saves_on_both(tmp_path, 
     assert (lost / FINISHED).exists()
     ours, theirs = curve(lost), curve(calm)
     assert all(ours[step] == pytest.approx(theirs[step], rel=1e-3) for step in theirs)
+
+
+def test_plain_ssh_starts_each_host_by_its_number(tmp_path, calm, hosts):
+    run, log, tools = tmp_path / "plain", tmp_path / "log", Path(sys.executable).parent
+    words = f"run.py train {tmp_path / 'recipe.yaml'} {' '.join(WORDS)} run_dir={run}"
+    ours = f"PATH={tools}:$PATH GLOO_SOCKET_IFNAME=eth0 OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR=/dev/shm/operators"
+    script = f"""
+        n=0; for host in {" ".join(ADDRESSES)}; do
+          ssh $host "cd {ROOT} && {ours} deepspeed --hostfile {hosts.hostfile} --no_ssh --node_rank $n \
+            --master_addr {ADDRESSES[0]} {words}" & n=$((n + 1))
+        done; wait
+    """
+    process = hosts.start("bash", "-c", script, stdout=log.open("a"), stderr=subprocess.STDOUT, cwd=ROOT)
+    assert process.wait(PATIENCE) == 0 and (run / FINISHED).exists(), log.read_text()
+    assert curve(run) == curve(calm)
