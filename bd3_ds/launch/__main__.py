@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import re
@@ -38,6 +39,7 @@ class DeepSpeedLaunch:
         if remote:
             with tempfile.NamedTemporaryFile("w", prefix="bd3-hosts-", delete=False) as file:
                 file.writelines(f"{host} slots={plan.per_host}\n" for host in plan.hosts)
+            atexit.register(os.unlink, file.name)
             command += ["--hostfile", file.name, "--force_multi"]  # the one host left need not be this one
             if re.fullmatch(r"[0-9.]+|[0-9a-f:]*:[0-9a-f:]*", plan.hosts[0]):
                 command += ["--master_addr", plan.hosts[0]]
@@ -77,6 +79,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--deepspeed_config", type=Path, default=DEFAULT, help="memory and communication (ds_configs/)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration on top of the recipe")
     options = parser.parse(argv)
+    if options.restarts < 0 or options.backoff < 0:
+        raise UserError(f"--restarts {options.restarts} and --backoff {options.backoff:g} must not be below 0")
     if options.hostfile and options.ranks:
         raise UserError("--ranks is for this machine alone; the slots of --hostfile say how many ranks a host has")
 

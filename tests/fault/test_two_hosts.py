@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bd3_ds.checkpoint.store import complete_checkpoints
+from bd3_ds.runtime.errors import EXIT_STOPPED
 from bd3_ds.runtime.log import FINISHED
-from tests.helpers.launch import ROOT, curve, free_port, train, wait_for_step, wait_until
+from tests.helpers.launch import PATIENCE, ROOT, curve, free_port, train, wait_for_step, wait_until
 from tests.helpers.tiny import tiny_run
 from tests.helpers.two_hosts import ADDRESSES, TwoHosts, two_hosts, why_not
 
@@ -61,3 +65,41 @@ def test_a_cut_cable_ends_the_job_which_then_continues(tmp_path, calm, hosts):
     assert process.wait(timeout=200) == 0, log.read_text()
     assert f"step {saved}" in log.read_text()
     assert (cut / FINISHED).exists() and curve(cut) == curve(calm)
+
+
+def test_the_supervisor_goes_on_without_a_lost_host_and_saves_on_both(tmp_path, calm, hosts):
+    recipe, lost, log = str(tmp_path / "recipe.yaml"), tmp_path / "lost", tmp_path / "log"
+    command = (sys.executable, "-m", "bd3_ds.launch", "--hostfile", str(hosts.hostfile), "--restarts", "3")
+    command += ("--backoff", "0.1", recipe, *WORDS, f"run_dir={lost}")
+
+    process = hosts.start(*command, stdout=log.open("a"), stderr=subprocess.STDOUT, cwd=ROOT)
+    wait_for_step(lost, 20, process)
+    psutil.Process(process.pid).children()[0].send_signal(signal.SIGTERM)  # nsenter waits for it
+    assert process.wait(PATIENCE) == EXIT_STOPPED, log.read_text()
+    assert not hosts.ranks() and complete_checkpoints(lost / "checkpoints")[-1].state["step"] >= 20
+
+    process = hosts.start(*command, stdout=log.open("a"), stderr=subprocess.STDOUT, cwd=ROOT)
+    wait_for_step(lost, 50, process)
+    hosts.cut()
+    assert process.wait(PATIENCE) == 0, log.read_text()
+    said = log.read_text()
+    assert said.count("2 of 2 ranks (2 hosts x 1)") == 2 and "1 of 1 ranks (1 host x 1)" in said
+    assert f"{ADDRESSES[1]} does not answer" in said
+    assert (lost / FINISHED).exists()
+    ours, theirs = curve(lost), curve(calm)
+    assert all(ours[step] == pytest.approx(theirs[step], rel=1e-3) for step in theirs)
+
+
+def test_plain_ssh_starts_each_host_by_its_number(tmp_path, calm, hosts):
+    run, log, tools = tmp_path / "plain", tmp_path / "log", Path(sys.executable).parent
+    words = f"run.py train {tmp_path / 'recipe.yaml'} {' '.join(WORDS)} run_dir={run}"
+    ours = f"PATH={tools}:$PATH GLOO_SOCKET_IFNAME=eth0 OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR=/dev/shm/operators"
+    script = f"""
+        n=0; for host in {" ".join(ADDRESSES)}; do
+          ssh $host "cd {ROOT} && {ours} deepspeed --hostfile {hosts.hostfile} --no_ssh --node_rank $n \
+            --master_addr {ADDRESSES[0]} {words}" & n=$((n + 1))
+        done; wait
+    """
+    process = hosts.start("bash", "-c", script, stdout=log.open("a"), stderr=subprocess.STDOUT, cwd=ROOT)
+    assert process.wait(PATIENCE) == 0 and (run / FINISHED).exists(), log.read_text()
+    assert curve(run) == curve(calm)

@@ -155,5 +155,6 @@ def _write_ssh(directory: Path) -> Path:
     (directory / "hostfile").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
     (directory / "deepspeed_env").write_text(
         "GLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\nTORCH_EXTENSIONS_DIR=/dev/shm/operators\n"
+        f"PATH={Path(sys.executable).parent}:{os.environ['PATH']}\n"  # another ninja would compile everything again
     )
     return daemon
