@@ -20,6 +20,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = "localhost"
+_RANK = "--local_rank="
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5")
 _PATIENCE = 30  # seconds for a host that has answered to do what it is asked
 
@@ -31,7 +32,8 @@ def find_ranks(port: int) -> list[psutil.Process]:
         with suppress(psutil.Error):
             words = process.cmdline()
             if "deepspeed.launcher.launch" in words and f"--master_port={port}" in words:
-                found += process.children()
+                # pdsh has the same words, and ssh for children
+                found += [child for child in process.children() if any(w.startswith(_RANK) for w in child.cmdline())]
     return found
 
 
