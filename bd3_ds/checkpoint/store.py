@@ -43,13 +43,15 @@ class Checkpoint:
 class Saver:
     """Writes checkpoints, one at a time: `start`, then `finish` once no rank is `busy`, or at once.
 
-    All ranks call `start` and `finish` together. `behind`: the shards are written by a thread while training goes on.
+    All ranks call `start` and `finish` together. `keep` newest checkpoints stay, and those whose step is a multiple of
+    `keep_every`. `behind`: the shards are written by a thread while training goes on.
     """
 
-    def __init__(self, directory: Path, world: World, keep: int, behind: bool):
+    def __init__(self, directory: Path, world: World, keep: int, behind: bool, keep_every: int | None = None):
         self.directory = directory
         self._world = world
         self._keep = keep
+        self._keep_every = keep_every
         self._behind = behind
         self._tag: str | None = None
         self._state: dict[str, Any] = {}
@@ -113,7 +115,7 @@ class Saver:
             }
             try:
                 write_json(target / MANIFEST, manifest)
-                _keep_newest(self.directory, tag, self._keep)
+                _prune(self.directory, tag, self._keep, self._keep_every)
             except OSError as error:
                 failed = (0, error.strerror or str(error))
         failed = gather(failed, self._world)[0]
@@ -167,13 +169,16 @@ def newest_checkpoint(directory: Path, world: World, say: Callable[[str], None])
     return None
 
 
-def _keep_newest(directory: Path, tag: str, keep: int) -> None:
-    """Of the checkpoints up to `tag` keep the newest complete ones, and no others.
+def _prune(directory: Path, tag: str, keep: int, keep_every: int | None) -> None:
+    """Of the complete checkpoints up to `tag` keep the newest, and those of every `keep_every` steps; no others.
 
     Later ones belong to a past that this run did not continue, because they were torn or damaged; counting them as the
     newest would throw away the good ones.
     """
-    kept = [checkpoint.path for checkpoint in complete_checkpoints(directory) if checkpoint.path.name <= tag][-keep:]
+    past = [checkpoint for checkpoint in complete_checkpoints(directory) if checkpoint.path.name <= tag]
+    kept = [checkpoint.path for checkpoint in past[-keep:]]
+    if keep_every is not None:
+        kept += [checkpoint.path for checkpoint in past if checkpoint.state["step"] % keep_every == 0]
     for path in directory.glob("step-*"):
         if path not in kept:
             (path / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted checkpoint does not count

@@ -141,6 +141,7 @@ class TrainConfig:
     log_every: int
     checkpoint_every: int
     keep_checkpoints: int
+    keep_every: Optional[int]
     checkpoint_async: bool
     export_every: int
 

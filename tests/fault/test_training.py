@@ -124,6 +124,13 @@ def test_retention_counts_only_what_the_run_continues_from(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000020"]
 
 
+def test_retention_keeps_some_for_good(tmp_path):
+    saver = Saver(tmp_path, ALONE, 2, behind=False, keep_every=20)
+    for step in (10, 20, 30, 40, 50, 60, 70):
+        saver.start(f"step-{step:08d}", {"step": step}, [(piece("weights", "w", 0), torch.zeros(3))])
+    assert [checkpoint.state["step"] for checkpoint in complete_checkpoints(tmp_path)] == [20, 40, 60, 70]
+
+
 WORDS = (
     "train.activation_checkpointing=full",
     "model.dropout=0.1",
