@@ -81,14 +81,15 @@ class Engine:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        updates = self._deepspeed.is_gradient_accumulation_boundary()
         self._refused = refuse
-        if self.stage == 0 and self._deepspeed.is_gradient_accumulation_boundary():
+        if self.stage == 0 and updates:
             self._refused = refuse or not math.isfinite(self.grad_norm())
         self._deepspeed.step()
-        if self.stage > 0:
+        if self.stage > 0 and updates:
             self._refused = not self._deepspeed.was_step_applied()
-        if self.stage == 3 and self._refused:
-            self._deepspeed.optimizer.checkpoint_event_epilogue()  # gathers the small weights that stay whole
+            if self.stage == 3 and self._refused:
+                self._deepspeed.optimizer.checkpoint_event_epilogue()  # gathers the small weights that stay whole
 
     @property
     def skipped(self) -> bool:
