@@ -1,23 +1,26 @@
 """Kill a rank at random instants, restart, and see whether anything is lost; then the same over changes of shape.
 
-    python -m benchmarks.kills [--kills 30] [--steps 300] [--seed 1] [--json FILE]
+    python -m benchmarks.kills [--kills 30] [--steps 400] [--seed 1] [--json FILE]
 
-First a run on two ranks at ZeRO-2 in bf16 with dropout, undisturbed. Then the same run, whose ranks are killed with
-SIGKILL at random instants (every third while a checkpoint is being written), each time started again by the same
-command: records and weights must be the undisturbed run's to the last bit, and the newest complete checkpoint never an
-older one than before. Then runs that are killed and go on at 2 -> 1 -> 2 ranks and at ZeRO stages 2 -> 3 -> 1: their
-losses against the undisturbed run of the same precision.
+First a run on two ranks at ZeRO-2 in bf16 with dropout, undisturbed. Then the same run, of which a random rank is killed
+with SIGKILL at random instants: in turns while it starts or loads, between steps, and while a checkpoint is being
+written. Each time it is started again by the same command: records and weights must be the undisturbed run's to the
+last bit, and the newest complete checkpoint never an older one than before. Then runs that are killed and go on at
+2 -> 1 -> 2 ranks and at ZeRO stages 2 -> 3 -> 1: their losses against the undisturbed run of the same precision.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import random
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,9 @@ from tests.helpers.launch import (
 )
 from tests.helpers.tiny import tiny_run
 
-START = 12.0  # seconds in which a launcher has its ranks at work; a kill may come before that
+WHEN = ("starting", "stepping", "saving")
+START = 8.0  # seconds in which a launcher has its ranks at work
+STEPPING = 1.5  # seconds in which a kill comes after the first step
 COMMON = ("train.global_batch=8", "train.export_every=100000", "train.checkpoint_every=3")
 EXACT = ("train.precision=bf16", "model.dropout=0.1", "data.workers=1", "train.activation_checkpointing=full")
 CHAINS = {
@@ -49,7 +54,7 @@ CHAINS = {
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args(argv)
@@ -73,14 +78,16 @@ def kills(place: Path, count: int, steps: int, rng: random.Random) -> dict[str, 
     train(recipe, f"run_dir={calm}", *words)
     seen: list[dict[str, Any]] = []
     for number in range(count):
-        before = newest(killed)
+        before, recorded = newest(killed), last_record(killed)
         with start_training(recipe, f"run_dir={killed}", *words, **quiet()) as process:
-            begun = time.monotonic()
-            saving = number % 3 == 2
-            if saving:
-                wait_until(lambda: process.poll() is not None or is_saving(killed), 120, "a checkpoint in the making")
+            begun, when = time.time(), WHEN[number % len(WHEN)]
+            if when == "starting":
+                time.sleep(rng.uniform(0, START))
+            elif when == "stepping":
+                wait_for(process, functools.partial(has_stepped, killed, recorded))
+                time.sleep(rng.uniform(0, STEPPING))
             else:
-                time.sleep(rng.uniform(0.3, 1.5) * START)
+                wait_for(process, functools.partial(is_saving, killed, begun))
             victim = rng.randrange(2)
             try:
                 rank_process(process, victim).kill()
@@ -89,13 +96,13 @@ def kills(place: Path, count: int, steps: int, rng: random.Random) -> dict[str, 
             code = wait_for_end(process, 120)
         seen.append(
             {
-                "seconds": round(time.monotonic() - begun, 1),
+                "seconds": round(time.time() - begun, 1),
+                "when": when,
                 "rank": victim,
-                "while_saving": saving,
                 "exit": code,
                 "newest_before": before,
                 "newest_after": newest(killed),
-                "last_record": max((line["step"] for line in train_records(killed)), default=0),
+                "last_record": last_record(killed),
             }
         )
         print(json.dumps(seen[-1]), file=sys.stderr, flush=True)
@@ -136,8 +143,6 @@ def chains(place: Path, precisions: Sequence[str], steps: int) -> list[dict[str,
 
 def quiet() -> dict[str, Any]:
     """The launcher is loud about what is done to it here."""
-    import subprocess
-
     return {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
@@ -146,10 +151,32 @@ def newest(run_dir: Path) -> int:
     return max((checkpoint.state["step"] for checkpoint in complete_checkpoints(run_dir / "checkpoints")), default=0)
 
 
-def is_saving(run_dir: Path) -> bool:
-    """Whether a checkpoint newer than the newest complete one is being written."""
-    places = sorted((run_dir / "checkpoints").glob("step-*"))
-    return bool(places) and not (places[-1] / MANIFEST).exists()
+def last_record(run_dir: Path) -> int:
+    """The last step on record; 0 where there is none."""
+    return max((line["step"] for line in train_records(run_dir)), default=0)
+
+
+def has_stepped(run_dir: Path, before: int) -> bool:
+    """Whether the run, whose last record was of step `before`, goes on again; it first drops what no checkpoint has."""
+    now = last_record(run_dir)
+    return now != before and now > newest(run_dir)
+
+
+def is_saving(run_dir: Path, since: float) -> bool:
+    """Whether a checkpoint begun after `since` (seconds since 1970) is being written."""
+    places = (run_dir / "checkpoints").glob("step-*")
+    return any(not (place / MANIFEST).exists() and place.stat().st_mtime > since for place in places)
+
+
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    """Until the condition holds, or the run has ended."""
+
+    def seen() -> bool:
+        with contextlib.suppress(FileNotFoundError):  # a checkpoint was removed while it was looked at
+            return process.poll() is not None or condition()
+        return False
+
+    wait_until(seen, 120, "the moment of a kill")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -167,9 +168,17 @@ def test_continuing_on_another_pack_is_refused_with_a_sentence(scene, one_rank):
     assert (run_dir / "run.yaml").read_bytes() == before
 
 
-def test_continuing_on_other_shards_is_refused_with_a_sentence(scene, one_rank):
-    words = (f"run_dir={scene.run_dir(one_rank)}", *FP32, "train.total_steps=20", "train.micro_batch=8")
-    refused = launch_training(scene.recipe, *words, ranks=1, ds_config="zero1")
-    assert refused.returncode == 2
-    assert "was saved on 1 ranks at ZeRO stage 0, this start has 1 at stage 1" in refused.stdout
-    assert "Traceback" not in refused.stdout
+def test_a_run_continues_on_other_ranks_and_at_another_stage(scene, one_rank):
+    """Saved by one rank without ZeRO, read by two at stage 3, whose weights are then in halves."""
+    run_dir = scene.run_dir("moved")
+    shutil.copytree(scene.run_dir(one_rank), run_dir)
+    before = len(curve(run_dir))
+    words = (*FP32, "train.micro_batch=2", f"train.total_steps={before + 6}")
+    said = scene.train("moved", *words, ds_config="zero3")
+    assert f"step-{before:08d} was saved on 1 ranks at ZeRO stage 0; going on with 2 at stage 3" in said
+    scene.train(one_rank, *FP32, "train.micro_batch=8", f"train.total_steps={before + 6}", ranks=1, ds_config="zero0")
+    ours, theirs = curve(run_dir), curve(scene.run_dir(one_rank))
+    assert len(ours) == before + 6
+    for step in ours:
+        assert ours[step] == pytest.approx(theirs[step], rel=1e-5), step
+    same(scene.weights("moved"), scene.weights(one_rank), lambda a, b: torch.allclose(a, b, rtol=0, atol=1e-5))
