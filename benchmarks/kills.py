@@ -2,8 +2,8 @@
 
     python -m benchmarks.kills [--kills 30] [--steps 400] [--seed 1] [--json FILE]
 
-First a run on two ranks at ZeRO-2 in bf16 with dropout, undisturbed. Then the same run, of which a random rank is killed
-with SIGKILL at random instants: in turns while it starts or loads, between steps, and while a checkpoint is being
+First a run on two ranks at ZeRO-2 in bf16 with dropout, undisturbed. Then the same run, of which a random rank is
+killed with SIGKILL at random instants: in turns while it starts or loads, between steps, and while a checkpoint is being
 written. Each time it is started again by the same command: records and weights must be the undisturbed run's to the
 last bit, and the newest complete checkpoint never an older one than before. Then runs that are killed and go on at
 2 -> 1 -> 2 ranks and at ZeRO stages 2 -> 3 -> 1: their losses against the undisturbed run of the same precision.
@@ -41,7 +41,7 @@ from tests.helpers.launch import (
 from tests.helpers.tiny import tiny_run
 
 WHEN = ("starting", "stepping", "saving")
-START = 8.0  # seconds in which a launcher has its ranks at work
+START = 8.0  # seconds from a rank's process to its first step
 STEPPING = 1.5  # seconds in which a kill comes after the first step
 COMMON = ("train.global_batch=8", "train.export_every=100000", "train.checkpoint_every=3")
 EXACT = ("train.precision=bf16", "model.dropout=0.1", "data.workers=1", "train.activation_checkpointing=full")
@@ -81,6 +81,7 @@ def kills(place: Path, count: int, steps: int, rng: random.Random) -> dict[str, 
         before, recorded = newest(killed), last_record(killed)
         with start_training(recipe, f"run_dir={killed}", *words, **quiet()) as process:
             begun, when = time.time(), WHEN[number % len(WHEN)]
+            wait_for(process, functools.partial(has_ranks, process))
             if when == "starting":
                 time.sleep(rng.uniform(0, START))
             elif when == "stepping":
@@ -91,7 +92,7 @@ def kills(place: Path, count: int, steps: int, rng: random.Random) -> dict[str, 
             victim = rng.randrange(2)
             try:
                 rank_process(process, victim).kill()
-            except AssertionError:  # the ranks are not there yet, or no more
+            except AssertionError:  # the run has ended
                 victim = -1
             code = wait_for_end(process, 120)
         seen.append(
@@ -149,6 +150,14 @@ def quiet() -> dict[str, Any]:
 def newest(run_dir: Path) -> int:
     """Step of the newest complete checkpoint; 0 where there is none."""
     return max((checkpoint.state["step"] for checkpoint in complete_checkpoints(run_dir / "checkpoints")), default=0)
+
+
+def has_ranks(process: subprocess.Popen[str]) -> bool:
+    """Whether both ranks have a process."""
+    try:
+        return all(rank_process(process, rank) for rank in range(2))
+    except AssertionError:
+        return False
 
 
 def last_record(run_dir: Path) -> int:
