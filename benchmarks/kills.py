@@ -2,11 +2,11 @@
 
     python -m benchmarks.kills [--kills 30] [--steps 400] [--seed 1] [--json FILE]
 
-First a run on two ranks at ZeRO-2 in bf16 with dropout, undisturbed. Then the same run, of which a random rank is
-killed with SIGKILL at random instants: in turns while it starts or loads, between steps, and while a checkpoint is being
-written. Each time it is started again by the same command: records and weights must be the undisturbed run's to the
-last bit, and the newest complete checkpoint never an older one than before. Then runs that are killed and go on at
-2 -> 1 -> 2 ranks and at ZeRO stages 2 -> 3 -> 1: their losses against the undisturbed run of the same precision.
+First a run on two ranks at ZeRO-2 in bf16 with dropout, undisturbed. Then the same run, of which a rank is killed (-9)
+at random instants: in turns while it starts or loads, between steps, and while a checkpoint is being written. Each
+time it is started again by the same command: records and weights must be the undisturbed run's to the last bit, and the
+newest complete checkpoint never an older one than before. Then runs that are killed and go on at 2 -> 1 -> 2 ranks and
+at ZeRO stages 2 -> 3 -> 1: their losses against the undisturbed run of the same precision.
 """
 
 from __future__ import annotations
