@@ -120,7 +120,8 @@ def measure(scratch: Path, data: Path | None, steps: int, seed: int, cases: list
 
 def stop_at(step: int, case: Case, recipe: Path, *words: str, run_dir: Path) -> int:
     """Start the run, ask it to stop once `step` is on record, and return the step after which it saved."""
-    with start_training(recipe, *words, ranks=case.ranks, ds_config=case.ds_config, stderr=subprocess.DEVNULL) as run:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with start_training(recipe, *words, ranks=case.ranks, ds_config=case.ds_config, **quiet) as run:
         wait_for_step(run_dir, step, run)
         stop(run, signal.SIGTERM)
     assert not (run_dir / "records" / "finished.json").exists(), f"{run_dir} was done before it could be stopped"
