@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
         tiny_run(place)
         result = {"seed": arguments.seed, "steps": arguments.steps}
         result |= kills(place, arguments.kills, arguments.steps, random.Random(arguments.seed))
-        result["chains"] = chains(place, ("fp32", "bf16"), arguments.steps // 2)
+        result["chains"] = chains(place, CHAINS, ("fp32", "bf16"), arguments.steps // 2)
     text = json.dumps(result, indent=2)
     if arguments.json is not None:
         arguments.json.write_text(text + "\n")
@@ -117,14 +117,16 @@ def kills(place: Path, count: int, steps: int, rng: random.Random) -> dict[str, 
     }
 
 
-def chains(place: Path, precisions: Sequence[str], steps: int) -> list[dict[str, Any]]:
-    """Runs that are killed and go on in another shape, against the undisturbed one."""
+def chains(
+    place: Path, shapes_by_name: dict[str, list[tuple[int, str]]], precisions: Sequence[str], steps: int
+) -> list[dict[str, Any]]:
+    """Runs that are killed and go on in another shape (ranks, ds_config), against the undisturbed one."""
     recipe, results = place / "recipe.yaml", []
     for precision in precisions:
         words = (*COMMON, f"train.precision={precision}", f"train.total_steps={steps}")
         calm = place / f"calm-{precision}"
         train(recipe, f"run_dir={calm}", *words)
-        for name, shapes in CHAINS.items():
+        for name, shapes in shapes_by_name.items():
             run_dir = place / f"{precision}-{'-'.join(f'{ranks}{stage}' for ranks, stage in shapes)}"
             for number, (ranks, stage) in enumerate(shapes, 1):
                 shape = {"ranks": ranks, "ds_config": stage}
