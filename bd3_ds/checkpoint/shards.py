@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bd3_ds.runtime.errors import UserError
@@ -80,15 +79,3 @@ class Shards:
                 f"{self._directory} holds {found} of the {len(into)} numbers of {kind}/{name} from {start} on; it was "
                 "saved by another model"
             )
-
-
-def whole(directory: Path, kind: str) -> dict[str, Tensor]:
-    """Every tensor of a kind, flat; for looking into a checkpoint."""
-    shards = Shards(directory)
-    tensors = {}
-    for key, places in shards._places.items():
-        if key.startswith(f"{kind}/"):
-            name = key.removeprefix(f"{kind}/")
-            tensors[name] = torch.empty(sum(count for _, count, _ in places))
-            shards.read(kind, name, 0, tensors[name])
-    return tensors

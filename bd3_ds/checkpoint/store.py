@@ -56,7 +56,7 @@ class Saver:
         self._tag: str | None = None
         self._state: dict[str, Any] = {}
         self._thread: threading.Thread | None = None
-        self._written: dict[str, Any] | str = ""  # this rank's file and its entry in the manifest, or what went wrong
+        self._written: dict[str, Any] | str = ""  # this rank's file and its entry in the manifest, or what is wrong
 
     @property
     def pending(self) -> bool:
@@ -78,7 +78,7 @@ class Saver:
             target.mkdir(parents=True)
         self._world.barrier()
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in pieces}
-        self._tag, self._state = tag, state
+        self._tag, self._state, self._written = tag, state, "its shard was not written"
         self._thread = threading.Thread(target=self._write, args=(target, copies), name=f"save-{tag}")
         self._thread.start()
         if not self._behind:

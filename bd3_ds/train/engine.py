@@ -32,7 +32,6 @@ class Engine:
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
         self.stage = zero_stage(ds_json)
         self.world = world
-        self.clip = run.optim.clip
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         started = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(

@@ -96,13 +96,17 @@ def guard(trainer: Trainer, result: StepResult, before: TrainState) -> None:
     )
     what = f"step {result.step}: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}"
     log.say(f"{what}: {reason}{', no update' if result.skipped else ''}; its samples are in {INCIDENTS}")
+    end = None
     if spike and guards.spike == "stop":
-        raise UserError(f"{what} is a spike, and guards.spike=stop; the newest checkpoint is from before it")
-    if len(trainer.state.skipped) > guards.max_skipped:
-        raise UserError(
+        end = f"{what} is a spike, and guards.spike=stop; the newest checkpoint is from before it"
+    elif len(trainer.state.skipped) > guards.max_skipped:
+        end = (
             f"{what}: {len(trainer.state.skipped)} steps of the last {SKIPPED_OF} made no update, more than "
             f"guards.max_skipped={guards.max_skipped}; lower optim.lr or lengthen optim.warmup_steps; see {INCIDENTS}"
         )
+    if end is not None:
+        trainer.saver.finish()  # what is being written is from before
+        raise UserError(end)
 
 
 def finite(value: float) -> float | None:

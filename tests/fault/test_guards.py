@@ -133,6 +133,8 @@ def test_too_many_skipped_steps_end_the_run(tmp_path, monkeypatch):
     assert done.returncode == 2, done.stdout
     assert "3 steps of the last 1000 made no update, more than guards.max_skipped=2" in done.stdout
     assert "Traceback" not in done.stdout and len(records.read(Path(run.run_dir) / INCIDENTS)) == 3
+    (kept,) = complete_checkpoints(Path(run.run_dir) / "checkpoints")  # begun after step 4, when step 5 ended the run
+    assert kept.state["step"] == 4
 
 
 @pytest.mark.slow

@@ -6,13 +6,15 @@ import random
 import resource
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from bd3_ds.checkpoint import store
 from bd3_ds.checkpoint.export import find_export, load_weights
-from bd3_ds.checkpoint.shards import piece, shard_file, whole
+from bd3_ds.checkpoint.shards import Shards, piece, shard_file
 from bd3_ds.checkpoint.store import MANIFEST, Saver, complete_checkpoints, newest_checkpoint
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.world import World
@@ -88,7 +90,9 @@ def test_a_checkpoint_holds_what_the_tensors_were_when_it_was_started(tmp_path, 
     saver.finish()
     assert not saver.pending and not saver.busy
     (checkpoint,) = complete_checkpoints(tmp_path)
-    assert torch.equal(whole(checkpoint.path, "weights")["w"], torch.arange(2_000_000, dtype=torch.float32))
+    read = torch.empty(2_000_000)
+    Shards(checkpoint.path).read("weights", "w", 0, read)
+    assert torch.equal(read, torch.arange(2_000_000, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("behind", [False, True])
@@ -109,6 +113,23 @@ def test_a_failed_save_leaves_the_last_one_alone(tmp_path, behind):
     said: list[str] = []
     assert newest_step(tmp_path, said) == 10 and said == []
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+
+
+def test_a_save_that_dies_does_not_count_as_the_one_before(tmp_path, monkeypatch):
+    """Whatever ends the thread that writes, as lack of memory does, nothing is committed and nothing pruned."""
+
+    def dies(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # the error itself is on the console otherwise
+    saver = Saver(tmp_path, ALONE, keep=1, behind=True)
+    saver.start("step-00000010", {"step": 10}, [(piece("weights", "w", 0), torch.zeros(300))])
+    saver.finish()
+    monkeypatch.setattr(store, "write_shard", dies)
+    saver.start("step-00000020", {"step": 20}, [(piece("weights", "w", 0), torch.zeros(300))])
+    with pytest.raises(UserError, match=r"its shard was not written .* the newest checkpoint is step-00000010"):
+        saver.finish()
+    assert newest_step(tmp_path, []) == 10
 
 
 def test_retention_counts_only_what_the_run_continues_from(tmp_path):
