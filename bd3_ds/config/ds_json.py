@@ -179,10 +179,9 @@ def zero_stage(content: dict[str, Any]) -> int:
     return int(content.get("zero_optimization", {}).get("stage", 0))
 
 
-def offloads(content: dict[str, Any], device: str | None = None) -> bool:
-    """Whether the optimizer of a checked JSON is off the device that computes; on `device`, if one is named."""
-    found = content.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    return bool(found != "none" if device is None else found == device)
+def offloads(content: dict[str, Any], what: str = "offload_optimizer") -> bool:
+    """Whether a checked JSON keeps the optimizer, or "offload_param", off the device that computes."""
+    return bool(content.get("zero_optimization", {}).get(what, {}).get("device", "none") != "none")
 
 
 def complete_ds_json(content: dict[str, Any], run: RunConfig, world_size: int) -> dict[str, Any]:

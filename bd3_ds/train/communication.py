@@ -21,7 +21,7 @@ REUSE_DISTANCE = 1_000_000_000
 # Quantised weights and gradients come in groups of so many numbers with one fp32 scale (ZeRO++).
 QUANTISED_GROUP = 2048
 
-VARIANTS = ("0", "1", "2", "3", "3 qwZ", "3 hpZ", "3 qgZ", "3 ZeRO++")
+VARIANTS = ("0", "1", "2", "3", "3 qwZ", "3 hpZ", "3 qgZ", "3 ZeRO++")  # others join marks: "3 qwZ hpZ"
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from bd3_ds.config.ds_json import offloads
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.model.dit import DiT
 from bd3_ds.model.network import Network
 from bd3_ds.train import activations
+from bd3_ds.train.communication import REUSE_DISTANCE
 
 # DeepSpeed's own defaults, in numbers.
 _BUCKET = 500_000_000
@@ -27,7 +29,8 @@ class Zero:
     """What the DeepSpeed JSON says about memory; sizes are in numbers, not in bytes.
 
     bucket: gradients that are reduced together, in `buckets` buffers; live: weights that stage 3 keeps gathered;
-    sub_group: weights that it updates together.
+    sub_group: weights that it updates together; reuse: numbers within which a weight's next use keeps it gathered.
+    ZeRO++: `copies` ranks hold all weights once more (1: none), and weights or gradients travel in fewer bits.
     """
 
     stage: int
@@ -37,6 +40,17 @@ class Zero:
     sub_group: int
     offload_optimizer: bool
     offload_weights: bool
+    reuse: int
+    copies: int = 1
+    quantised_weights: bool = False
+    quantised_gradients: bool = False
+
+    @property
+    def variant(self) -> str:
+        """Its name among `communication.VARIANTS`."""
+        marks = {"qwZ": self.quantised_weights, "hpZ": self.copies > 1, "qgZ": self.quantised_gradients}
+        told = "++" if all(marks.values()) else " ".join(mark for mark, is_set in marks.items() if is_set)
+        return f"{self.stage} ZeRO++" if told == "++" else f"{self.stage} {told}".strip()
 
 
 def zero_of(ds_json: dict[str, Any], stage: int | None = None) -> Zero:
@@ -44,8 +58,8 @@ def zero_of(ds_json: dict[str, Any], stage: int | None = None) -> Zero:
     zero = ds_json.get("zero_optimization", {})
     own = int(zero.get("stage", 0))
     stage = own if stage is None else stage
-    if stage != own:  # offload of what the other stage does not shard means nothing there
-        zero = {key: value for key, value in zero.items() if not key.startswith("offload") or stage == 3}
+    if stage != own:  # what is for one stage alone, as offloading of what it shards, means nothing at another
+        zero = {key: value for key, value in zero.items() if not key.startswith(("offload", "zero_")) or stage == 3}
     contiguous = bool(zero.get("contiguous_gradients", True))
     overlap = bool(zero.get("overlap_comm", False)) and stage in (1, 2)
     return Zero(
@@ -54,8 +68,12 @@ def zero_of(ds_json: dict[str, Any], stage: int | None = None) -> Zero:
         buckets=0 if stage == 0 or not contiguous else 2 if overlap else 1,
         live=int(zero.get("stage3_max_live_parameters", _LIVE)),
         sub_group=int(zero.get("sub_group_size", _SUB_GROUP)),
-        offload_optimizer=stage > 0 and _offloads(zero, "offload_optimizer"),
-        offload_weights=stage == 3 and _offloads(zero, "offload_param"),
+        offload_optimizer=stage > 0 and offloads({"zero_optimization": zero}),
+        offload_weights=stage == 3 and offloads({"zero_optimization": zero}, "offload_param"),
+        reuse=int(zero.get("stage3_max_reuse_distance", REUSE_DISTANCE)),
+        copies=int(zero.get("zero_hpz_partition_size", 1)),
+        quantised_weights=bool(zero.get("zero_quantized_weights", False)),
+        quantised_gradients=bool(zero.get("zero_quantized_gradients", False)),
     )
 
 
@@ -132,6 +150,7 @@ def memory_of(
     given = activations.pass_of(run, network, block_size, stage, cuda)
 
     weights = width * (shard if stage == 3 else count)
+    weights += width * -(-count // zero.copies) if zero.copies > 1 else 0
     optimizer, ema = 8 * shard + (4 * shard if stage else 0), 4 * shard
     gathered = width * min(count, zero.live) if stage == 3 else 0
     gradients = width * (count if stage < 2 else shard)
@@ -150,8 +169,7 @@ def memory_of(
         gradients=gradients,
         optimizer=optimizer,
         ema=ema,
-        activations=activations.layers_bytes(given, recompute)
-        + activations.cast_weights_bytes(given, parameter_count(network)),
+        activations=activations.layers_bytes(given, recompute) + activations.cast_weights_bytes(given, count),
         head=activations.head_bytes(given),
         logits=activations.logits_bytes(given),
         working=activations.backward_bytes(given) + activations.recomputed_bytes(given, recompute),
@@ -163,7 +181,3 @@ def memory_of(
         held_buckets=buckets if stage == 3 else 0,
         reducing=4 * min(count, _BUCKET) if stage == 0 and ranks > 1 else 0,
     )
-
-
-def _offloads(zero: dict[str, Any], key: str) -> bool:
-    return isinstance(zero.get(key), dict) and zero[key].get("device", "none") != "none"

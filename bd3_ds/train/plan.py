@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import torch
 
+from bd3_ds.config.check import accumulation_steps
 from bd3_ds.config.schema import AR, RunConfig, block_sizes
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.model.dit import Network
@@ -58,8 +59,7 @@ def make_plan(
 ) -> dict[str, Any]:
     """The whole plan as plain values: bytes, FLOP, seconds; `plan_lines` says it in sentences."""
     shared, mode = run.train.sequence_parallel, run.train.activation_checkpointing
-    groups = world_size // shared
-    accumulation = run.train.global_batch // (run.train.micro_batch * groups)
+    accumulation = accumulation_steps(run, world_size)
     parameters = parameter_count(network)
     tokens_a_step = run.train.global_batch * run.data.length
     flops, again = flops_per_token(network, run)
@@ -81,7 +81,7 @@ def make_plan(
             "global": run.train.global_batch,
             "micro": run.train.micro_batch,
             "accumulation": accumulation,
-            "groups": groups,
+            "groups": world_size // shared,
             "sequence_parallel": shared,
             "tokens": tokens_a_step,
         },
@@ -192,7 +192,7 @@ def _traffic(
     if world_size == 1:
         return []
     width = 2 if run.train.precision == "bf16" else 4
-    found = communication.zero_traffic(parameters, str(zero.stage), world_size, per_node, accumulation, width)
+    found = communication.zero_traffic(parameters, zero.variant, world_size, per_node, accumulation, width, zero.reuse)
     shared = run.train.sequence_parallel
     sizes = {size for step in (0, *run.objective.block_schedule) for size in block_sizes(run, step)}
     given = max((pass_of(run, network, size, zero.stage, True) for size in sizes), key=lambda one: one.tokens)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from bd3_ds.config.ds_json import load_ds_json
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.diffusion.subs import SubsNats
 from bd3_ds.model.build import network_of
@@ -34,6 +35,7 @@ from bd3_ds.train.memory import Zero, memory_of, parameter_count, zero_of
 from bd3_ds.train.plan import MFU, machine_of, make_plan
 from benchmarks import scaling
 from benchmarks.counted import Kept
+from tests.helpers.launch import ROOT
 from tests.helpers.tiny import tiny_run
 
 LENGTH, WIDTH, VOCAB = 64, 128, 81
@@ -156,9 +158,31 @@ def test_offload_moves_the_optimizer_to_the_host(tmp_path: Path) -> None:
 
 def test_settings_of_the_json_count() -> None:
     given = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000}
-    assert zero_of({"zero_optimization": given}) == Zero(2, 1000, 2, 10**9, 10**9, False, False)
+    assert zero_of({"zero_optimization": given}) == Zero(2, 1000, 2, 10**9, 10**9, False, False, 10**9)
     assert zero_of({"zero_optimization": given}, stage=0).buckets == 0
     assert zero_of({}).stage == 0
+
+
+def test_zeropp_holds_weights_once_more_in_a_node_and_sends_fewer_bytes(tmp_path: Path) -> None:
+    run = wide_run(tmp_path, train__precision="bf16", train__global_batch=4 * 16)
+    network = network_of(run.model, "bd3")
+    plain, plus = (zero_of(load_ds_json(ROOT / f"ds_configs/{name}.json")) for name in ("zero3", "zeropp"))
+    assert (plain.variant, plus.variant) == ("3", "3 ZeRO++")
+    assert zero_of({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}).variant == "3 hpZ"
+    one, other = (memory_of(run, network, 16, zero, 16, "none", True) for zero in (plain, plus))
+    assert other.weights - one.weights == 2 * -(-parameter_count(network) // 8)
+    machine = machine_of("h100-80g", "bf16", 8)
+    jsons = (load_ds_json(ROOT / f"ds_configs/{name}.json") for name in ("zero3", "zeropp"))
+    sent = [make_plan(run, network, ds_json, 16, 2, machine, 0.4)["communication"]["seconds"] for ds_json in jsons]
+    assert sent[1] < sent[0] / 2
+
+
+def test_what_is_gathered_again_follows_the_json() -> None:
+    near, far = (
+        zero_of({"zero_optimization": {"stage": 3, **more}}) for more in ({"stage3_max_reuse_distance": 0}, {})
+    )
+    twice, once = (zero_traffic(1e6, "3", 8, 8, distance=zero.reuse) for zero in (near, far))
+    assert sum(c.tensor for c in twice) - sum(c.tensor for c in once) == 2e6
 
 
 def test_recomputed_flops(tmp_path: Path) -> None:
