@@ -36,13 +36,6 @@ ranks() { # the largest power of two of the visible accelerators, else 2 CPU ran
   "$python" -c 'import torch; n = torch.cuda.device_count(); print(1 << (n.bit_length() - 1) if n else 2)'
 }
 
-launch() { # train under the real launcher
-  local port
-  port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-  PATH="$PWD/$venv/bin:$PATH" $venv/bin/deepspeed --log_level warning --num_accelerators "$(ranks)" \
-    --master_port "$port" run.py train "$@"
-}
-
 prepare() { # $1: a file of runs/docs/text and the pack made of it; the rest: options of data_prep.prepare
   local out=runs/docs/data/$1
   if [ -f "$out/manifest.json" ]; then echo "reusing $out"; else
@@ -58,7 +51,7 @@ stage() { # train one recipe with an evaluation worker beside it; nothing is don
     worker=$!
     trap 'kill $worker 2>/dev/null || true' EXIT
     # 16 sequences a step in two micro-batches on 1 to 8 ranks
-    launch "configs/recipes/$recipe.yaml" train.micro_batch=$((16 / $(ranks) / 2))
+    "$python" -m bd3_ds.launch "configs/recipes/$recipe.yaml" train.micro_batch=$((16 / $(ranks) / 2))
     trap - EXIT
     echo "waiting for the evaluation worker (its log: runs/docs/$2-worker.log)"
     wait $worker || echo "the worker stopped early; evaluating what is left"

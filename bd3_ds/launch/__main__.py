@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,10 +21,10 @@ from bd3_ds.launch.processes import LOCAL, ROOT, answering, ranks_on
 from bd3_ds.launch.supervisor import Progress, Supervisor
 from bd3_ds.runtime.cli import Parser, at_least_one
 from bd3_ds.runtime.errors import UserError, leave, run_command
+from bd3_ds.runtime.slurm import PORTS
 
 # Else ssh waits for a lost host until the kernel gives up, a quarter of an hour later.
 _NOTICE_LOSS = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
-_PORTS = range(20000, 30000)  # below those that a kernel gives to clients
 
 
 class DeepSpeedLaunch:
@@ -30,7 +32,7 @@ class DeepSpeedLaunch:
 
     def __init__(self, plan: Plan, launcher: list[str], words: list[str], remote: bool):
         self._plan = plan
-        self._port = random.choice(_PORTS)
+        self._port = free_port()
         tools = Path(sys.executable).parent
         env = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
         env.setdefault("OMP_NUM_THREADS", "1")
@@ -59,6 +61,15 @@ class DeepSpeedLaunch:
     def alive(self) -> bool:
         """Whether a rank runs on any host that answers."""
         return any(ranks_on(self._plan.hosts, self._port).values())
+
+
+def free_port() -> int:
+    """A port of PORTS at which nobody on this host listens; on others it may be taken: the next start has another."""
+    for port in random.sample(PORTS, len(PORTS)):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
+    raise UserError(f"no port of {PORTS.start} … {PORTS.stop - 1} is free; end what listens there")
 
 
 def this_host(ranks: int | None) -> Host:

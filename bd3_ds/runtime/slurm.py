@@ -9,7 +9,7 @@ from collections.abc import MutableMapping
 
 from bd3_ds.runtime.errors import UserError
 
-_PORTS = range(20000, 30000)  # below those that a kernel gives to clients
+PORTS = range(20000, 30000)  # where ranks may meet: below those that a kernel gives to clients
 
 
 def adopt_slurm(env: MutableMapping[str, str]) -> None:
@@ -34,7 +34,7 @@ def adopt_slurm(env: MutableMapping[str, str]) -> None:
     env["LOCAL_SIZE"] = per_node.pop()
     if "MASTER_ADDR" not in env:
         env["MASTER_ADDR"] = first_host(env["SLURM_STEP_NODELIST"])
-    env.setdefault("MASTER_PORT", str(_PORTS[(job + step) % len(_PORTS)]))
+    env.setdefault("MASTER_PORT", str(PORTS[(job + step) % len(PORTS)]))
 
 
 def first_host(nodes: str) -> str:

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 
-from bd3_ds.runtime.slurm import adopt_slurm
-
 
 @dataclass(frozen=True)
 class World:
@@ -44,11 +42,10 @@ class World:
 def prepare_environment() -> None:
     """Fill in what a launcher leaves out, before anything that reads it is imported.
 
-    DeepSpeed's launcher sets LOCAL_SIZE; streaming reads LOCAL_WORLD_SIZE. srun has words of its own. Without
-    a launcher the process is a world of one.
+    DeepSpeed's launcher sets LOCAL_SIZE; streaming reads LOCAL_WORLD_SIZE. Without a launcher the process is
+    a world of one. What srun says is taken before (`runtime/slurm.py`).
     """
     env = os.environ
-    adopt_slurm(env)
     env.setdefault("RANK", "0")
     env.setdefault("WORLD_SIZE", "1")
     env.setdefault("LOCAL_RANK", "0")
