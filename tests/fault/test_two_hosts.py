@@ -26,14 +26,15 @@ WORDS += (f"guards.stall_seconds={STALL}",)
 LAUNCHER = 30 + 12  # seconds that DeepSpeed's launcher gives its ranks, and ssh to find that nobody answers
 
 
-@pytest.fixture
-def calm(tmp_path: Path) -> Path:
-    """The undisturbed run, on two ranks of one host."""
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run, on two ranks of one host; its recipe lies beside it."""
     if (reason := why_not()) is not None:
         pytest.skip(reason)
-    tiny_run(tmp_path)
-    train(tmp_path / "recipe.yaml", *WORDS, f"run_dir={tmp_path / 'calm'}")
-    return tmp_path / "calm"
+    place = tmp_path_factory.mktemp("calm")
+    tiny_run(place)
+    train(place / "recipe.yaml", *WORDS, f"run_dir={place / 'calm'}")
+    return place / "calm"
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def launch(hosts: TwoHosts, log: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def test_a_cut_cable_ends_the_job_which_then_continues(tmp_path, calm, hosts):
-    recipe, cut, log = str(tmp_path / "recipe.yaml"), tmp_path / "cut", tmp_path / "log"
+    recipe, cut, log = str(calm.parent / "recipe.yaml"), tmp_path / "cut", tmp_path / "log"
     process = launch(hosts, log, recipe, *WORDS, f"run_dir={cut}")
     wait_for_step(cut, 20, process)
     hosts.cut()
@@ -68,7 +69,7 @@ def test_a_cut_cable_ends_the_job_which_then_continues(tmp_path, calm, hosts):
 
 
 def test_the_supervisor_goes_on_without_a_lost_host_and_saves_on_both(tmp_path, calm, hosts):
-    recipe, lost, log = str(tmp_path / "recipe.yaml"), tmp_path / "lost", tmp_path / "log"
+    recipe, lost, log = str(calm.parent / "recipe.yaml"), tmp_path / "lost", tmp_path / "log"
     command = (sys.executable, "-m", "bd3_ds.launch", "--hostfile", str(hosts.hostfile), "--restarts", "3")
     command += ("--backoff", "0.1", recipe, *WORDS, f"run_dir={lost}")
 
@@ -93,7 +94,7 @@ def test_the_supervisor_goes_on_without_a_lost_host_and_saves_on_both(tmp_path, 
 
 def test_plain_ssh_starts_each_host_by_its_number(tmp_path, calm, hosts):
     run, log, tools = tmp_path / "plain", tmp_path / "log", Path(sys.executable).parent
-    words = f"run.py train {tmp_path / 'recipe.yaml'} {' '.join(WORDS)} run_dir={run}"
+    words = f"run.py train {calm.parent / 'recipe.yaml'} {' '.join(WORDS)} run_dir={run}"
     ours = f"PATH={tools}:$PATH GLOO_SOCKET_IFNAME=eth0 OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR=/dev/shm/operators"
     script = f"""
         n=0; for host in {" ".join(ADDRESSES)}; do
