@@ -134,10 +134,6 @@ def tables(mfu: float) -> str:
     return "\n\n".join(parts)
 
 
-def _shared(sent: float, needed: float) -> str:
-    return f"{sent:.2f} GB, {_percent(needed)}"
-
-
 def _percent(share: float) -> str:
     return f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
 
