@@ -49,7 +49,8 @@ stage() { # train one recipe with an evaluation worker beside it; nothing is don
   if [ -f "$run/records/finished.json" ]; then echo "reusing $run: training is finished"; else
     "$python" run.py eval-worker "$run" >"runs/docs/$2-worker.log" 2>&1 &
     worker=$!
-    trap 'kill $worker 2>/dev/null || true' EXIT
+    # shellcheck disable=SC2064: now, since the name is gone when the trap is run
+    trap "kill $worker 2>/dev/null || true" EXIT
     # 16 sequences a step in two micro-batches on 1 to 8 ranks
     "$python" -m bd3_ds.launch "configs/recipes/$recipe.yaml" train.micro_batch=$((16 / $(ranks) / 2))
     trap - EXIT

@@ -23,6 +23,7 @@ from bd3_ds.runtime.cli import Parser, at_least_one
 from bd3_ds.runtime.errors import UserError, leave, run_command
 from bd3_ds.runtime.slurm import PORTS
 
+MICRO_BATCH = "train.micro_batch"
 # Else ssh waits for a lost host until the kernel gives up, a quarter of an hour later.
 _NOTICE_LOSS = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 
@@ -47,7 +48,7 @@ class DeepSpeedLaunch:
                 command += ["--master_addr", plan.hosts[0]]
         else:
             command += ["--hostfile", os.devnull, "--num_accelerators", str(plan.ranks)]
-        command += ["run.py", "train", *words, f"train.micro_batch={plan.micro_batch}"]
+        command += ["run.py", "train", *planned(words, plan)]
         self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def signal(self, number: int) -> bool:
@@ -61,6 +62,11 @@ class DeepSpeedLaunch:
     def alive(self) -> bool:
         """Whether a rank runs on any host that answers."""
         return any(ranks_on(self._plan.hosts, self._port).values())
+
+
+def planned(words: list[str], plan: Plan) -> list[str]:
+    """The words of a run with the plan's micro-batch in place of the user's."""
+    return [word for word in words if not word.startswith(f"{MICRO_BATCH}=")] + [f"{MICRO_BATCH}={plan.micro_batch}"]
 
 
 def free_port() -> int:

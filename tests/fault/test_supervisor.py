@@ -21,7 +21,7 @@ from tests.helpers.tiny import tiny_run
 
 pytestmark = pytest.mark.slow
 
-WORDS = ("train.total_steps=150", "train.checkpoint_every=10", "train.export_every=150")
+WORDS = ("train.total_steps=150", "train.checkpoint_every=10", "train.export_every=150", "train.micro_batch=1")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,8 @@ import pytest
 
 from bd3_ds.config.load import load_recipe
 from bd3_ds.config.schema import RunConfig
-from bd3_ds.launch.plan import Host, make_plan, read_hostfile
+from bd3_ds.launch.__main__ import free_port, planned
+from bd3_ds.launch.plan import Host, Plan, make_plan, read_hostfile
 from bd3_ds.launch.supervisor import Verdict, judge
 from bd3_ds.runtime.errors import UserError
 from tests.helpers.launch import ROOT, wait_until
@@ -52,6 +54,25 @@ SAVE = (
 FINISH = "from pathlib import Path; Path('{0}/records').mkdir(); "
 FINISH += "Path('{0}/records/finished.json').write_text('{{\"step\": 10}}'); sys.exit(250)"
 WAIT = "from pathlib import Path; signal.signal(15, lambda *_: sys.exit(0)); Path('{0}/ready').touch(); time.sleep(60)"
+
+
+@pytest.mark.parametrize("given", [(), ("train.micro_batch=8",)])
+def test_a_run_gets_the_plans_micro_batch_once(given):
+    recipe = "configs/recipes/docs_pretrain.yaml"
+    words = planned([recipe, "seed=3", *given, "--deepspeed_config", "x.json"], Plan(("localhost",), 2, 4))
+    assert words == [recipe, "seed=3", "--deepspeed_config", "x.json", "train.micro_batch=4"]
+    run = load_recipe(str(ROOT / recipe), [word for word in words[1:] if "=" in word])
+    assert (run.seed, run.train.micro_batch) == (3, 4)
+
+
+def test_ranks_meet_at_a_port_where_nobody_listens(monkeypatch):
+    with socket.socket() as taken, socket.socket() as probe:
+        taken.bind(("", 0))
+        probe.bind(("", 0))
+        free = probe.getsockname()[1]
+        probe.close()
+        monkeypatch.setattr("bd3_ds.launch.__main__.PORTS", [taken.getsockname()[1], free])
+        assert {free_port() for _ in range(8)} == {free}
 
 
 def command(run_dir: Path, restarts: int, *starts: str) -> list[str]:
