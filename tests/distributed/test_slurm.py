@@ -57,7 +57,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 
 def test_the_batch_script_saves_queues_again_and_finishes(tmp_path, slurm):
     tiny_run(tmp_path)
-    words = ("train.total_steps=60", "train.checkpoint_every=50", "train.export_every=60")
+    words = ("train.total_steps=200", "train.checkpoint_every=50", "train.export_every=200")
     calm, job, said = tmp_path / "calm", tmp_path / "job", tmp_path / "slurm/said"
     train(tmp_path / "recipe.yaml", *words, f"run_dir={calm}")
 

@@ -21,7 +21,8 @@ from tests.helpers.tiny import tiny_run
 
 pytestmark = pytest.mark.slow
 
-WORDS = ("train.total_steps=150", "train.checkpoint_every=10", "train.export_every=150", "train.micro_batch=1")
+# Long enough that a run is not done before a signal, which takes a second or two, has come to its ranks.
+WORDS = ("train.total_steps=600", "train.checkpoint_every=10", "train.export_every=600", "train.micro_batch=1")
 
 
 @contextmanager
