@@ -1,8 +1,7 @@
 """Tokens from the network's logits: temperature, truncation, a guard against repetition, inversion of the distribution.
 
 A token takes one uniform number in fp64, and weights are summed up in fp64. The 24 bits of an fp32 number, or of fp32
-Gumbel noise, would never choose
-rare tokens of a large vocabulary and so sharpen the distribution (Zheng et al. 2024).
+Gumbel noise, would never choose rare tokens of a large vocabulary and so sharpen the distribution (Zheng et al. 2024).
 """
 
 from __future__ import annotations
