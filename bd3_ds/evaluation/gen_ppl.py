@@ -55,7 +55,7 @@ class Windows:
 
 
 def fit_windows(size: int, stride: int, context: int | None) -> Windows:
-    """Windows of `size`, or of the judge's context where that is shorter, then with half of it where `stride` is longer.
+    """Windows of `size`, or of the judge's context where that is shorter, half of it apart where `stride` is longer.
 
     Raises UserError for windows in which a token would have nothing before it.
     """
@@ -147,10 +147,8 @@ class TransformersJudge(Judge):
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # the library raises whatever a damaged file leads to
             raise UserError(f"--judge {name}: its tokenizer cannot be read ({_line(error)})") from None
-        model: Any
-        loading: dict[str, Any]
         try:
-            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
             )
         except Exception as error:
@@ -158,6 +156,7 @@ class TransformersJudge(Judge):
                 f"--judge {name} cannot be loaded as a causal model ({_line(error)}); give a folder with config.json, "
                 "model.safetensors and a tokenizer, such as a copy of gpt2-large"
             ) from None
+        model, loading = loaded
         if loading["missing_keys"]:
             raise UserError(
                 f"--judge {name} lacks weights of a causal model ({sorted(loading['missing_keys'])[0]} and perhaps "
