@@ -103,9 +103,7 @@ class Layer(nn.Module):
         q = rotate(q[:, :, :queries], cos[:queries] * scale, sin[:queries] * scale)
         k = rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.joined(self.index, k, v)
-            if grow:
-                cache.store(self.index, k, v)
+            k, v = cache.extended(self.index, k, v, keep=grow)
         if self.key_heads < self.heads:
             k, v = (part.repeat_interleave(self.heads // self.key_heads, dim=1) for part in (k, v))
         mixed = self.attend(q, k, v, mask, self.backend)  # [B, H, Q, d]
