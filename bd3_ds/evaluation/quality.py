@@ -117,19 +117,24 @@ def sampling_figures(samples: dict[str, Any]) -> dict[str, Any]:
 
 def read_texts(path: Path, option: str = "--reference") -> list[str]:
     """The "text" of each line of a JSONL file; raises UserError for a file that has none, or a line without it."""
-    if not path.is_file():
-        raise UserError(f'{option} {path} not found; give a .jsonl file with a text a line, {{"text": …}}')
-    texts = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if line.strip():
-                value = json.loads(line)
-                text = value.get("text") if isinstance(value, dict) else None
-                if not isinstance(text, str):
-                    raise UserError(f'{option} {path}: line {number} has no "text"; each line is {{"text": …}}')
-                texts.append(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{option} {path} is not JSON lines ({error})") from None
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f'{option} {path} cannot be read ({error}); give a .jsonl file with a text a line, {{"text": …}}'
+        ) from None
+    texts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{option} {path}: line {number} is not JSON ({error})") from None
+        text = value.get("text") if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f'{option} {path}: line {number} has no "text"; each line is {{"text": …}}')
+        texts.append(text)
     if not texts:
         raise UserError(f"{option} {path} holds no text")
     return texts

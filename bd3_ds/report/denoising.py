@@ -110,5 +110,5 @@ def _token(piece: str, order: int, probability: float | None) -> str:
 
 
 def _has_blocks(samples: dict[str, Any]) -> bool:
-    """Whether there is a border to draw: not for AR, whose blocks are tokens, nor for one block."""
-    return 1 < samples["block_size"] < samples["length"]
+    """Whether there is a border to draw: AR's blocks are tokens, those of MDLM and SEDD windows that may overlap."""
+    return samples["objective"] == "bd3" and samples["block_size"] < samples["length"]

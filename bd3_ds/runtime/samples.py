@@ -13,6 +13,7 @@ from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json
 
 ENDS = ("eos", "entropy", "length")  # why a text ended
+ROUNDING = 1e-6
 
 
 def _is_text(value: Any) -> bool:
@@ -28,10 +29,10 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_probability(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and 0 <= value <= 1)
+    return value is None or (isinstance(value, (int, float)) and 0 <= value <= 1 + ROUNDING)
 
 
-_OF_FILE: dict[str, Callable[[Any], bool]] = {
+OF_FILE: dict[str, Callable[[Any], bool]] = {
     "export": _is_text,
     "objective": _is_text,
     "block_size": _is_size,
@@ -40,13 +41,13 @@ _OF_FILE: dict[str, Callable[[Any], bool]] = {
     "seed": _is_count,
     "options": lambda value: isinstance(value, dict),
 }
-_BY_TEXT: dict[str, Callable[[Any], bool]] = {
+BY_TEXT: dict[str, Callable[[Any], bool]] = {
     "texts": _is_text,
     "ended": lambda value: value in ENDS,
     "nfe": _is_count,
     "cache_forwards": _is_count,
 }
-_BY_TOKEN: dict[str, Callable[[Any], bool]] = {
+BY_TOKEN: dict[str, Callable[[Any], bool]] = {
     "token_ids": _is_count,
     "pieces": _is_text,
     "order": _is_count,
@@ -69,22 +70,22 @@ def read_samples(path: Path) -> dict[str, Any]:
 def _problem(samples: Any) -> str | None:
     if not isinstance(samples, dict):
         return "it holds no JSON object"
-    for name, fits in _OF_FILE.items():
+    for name, fits in OF_FILE.items():
         if name not in samples:
             return f"it lacks '{name}'"
         if not fits(samples[name]):
             return f"'{name}' is {samples[name]!r}"
-    for name in (*_BY_TEXT, *_BY_TOKEN):
+    for name in (*BY_TEXT, *BY_TOKEN):
         if not isinstance(samples.get(name), list):
             return f"it lacks the list '{name}'"
         if not samples[name] or len(samples[name]) != len(samples["texts"]):
             return f"'{name}' has {len(samples[name])} entries for {len(samples['texts'])} texts"
-    for name, fits in _BY_TEXT.items():
+    for name, fits in BY_TEXT.items():
         for value in samples[name]:
             if not fits(value):
                 return f"'{name}' holds {value!r}"
     for row, ids in enumerate(samples["token_ids"]):
-        for name, fits in _BY_TOKEN.items():
+        for name, fits in BY_TOKEN.items():
             values = samples[name][row]
             if not isinstance(values, list) or len(values) != len(ids):
                 return f"'{name}' and 'token_ids' of text {row} are not lists of one length"

@@ -4,7 +4,9 @@ import importlib.util
 import json
 import math
 import random
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -24,6 +26,9 @@ from bd3_ds.model.build import network_of
 from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.errors import UserError, run_command
 from bd3_ds.runtime.samples import read_samples
+from benchmarks import generation_tables
+from data_prep.pack_writer import write_pack
+from tests.helpers.tiny import tiny_tokenizer
 
 mend_torchvision()
 import transformers  # noqa: E402
@@ -408,7 +413,7 @@ def test_sample_files_that_are_damaged(root, tmp_path, capsys):
     reference.write_text('{"words": "x"}\n')
     assert 'line 1 has no "text"' in fails(capsys, good, *judge, "--reference", str(reference))
     reference.write_text('{"text": ')
-    assert "not JSON lines" in fails(capsys, good, *judge, "--reference", str(reference))
+    assert "line 1 is not JSON" in fails(capsys, good, *judge, "--reference", str(reference))
     reference.write_text("\n")
     assert "holds no text" in fails(capsys, good, *judge, "--reference", str(reference))
 
@@ -416,3 +421,73 @@ def test_sample_files_that_are_damaged(root, tmp_path, capsys):
 def test_summary_of_nothing():
     with pytest.raises(UserError, match="no token to score"):
         Scores([0.0], [0]).summary()
+
+
+def test_the_tables(root, tmp_path, capsys):
+    """Files of one model and length are one row; rows stand in the report's order; data come first."""
+    run = tmp_path / "run"
+    number_tokenizer(SYMBOLS).save(run / "exports" / "step-00000007" / "tokenizer")
+    cases = [
+        ("bd3", 4, 8, 0),
+        ("bd3", 16, 8, 0),
+        ("ar", 1, 8, 0),
+        ("mdlm", 8, 8, 0),
+        ("bd3", 16, 16, 0),
+        ("bd3", 4, 8, 1),
+    ]
+    files = []
+    for objective, size, length, seed in cases:
+        written = texts(3, seed=10 * size + seed, longest=length)
+        ended = ["eos", "length", "length"]
+        values = samples_of(written, objective=objective, block_size=size, length=length, seed=seed, ended=ended)
+        files.append(write(tmp_path / f"{len(files)}.json", values | {"run": str(run)}))
+    data = tmp_path / "real.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(9, seed=5)))
+    words = ["--judge", str(root / "gpt2"), "--threads", str(torch.get_num_threads())]
+    words += ["--data", str(data), "--data-texts", "4", "--json", str(tmp_path / "out.json")]
+    assert generation_tables.main([*files, *words]) == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert {"commit", "cpu"} <= record["machine"].keys()
+    results = record["results"]
+    found = [(row["model"], row["length"], row["texts"], row["seeds"]) for row in results["models"]]
+    assert found == [
+        ("AR", 8, 3, [0]),
+        ("MDLM", 8, 3, [0]),
+        ("BD3-LM L' = 16", 8, 3, [0]),
+        ("BD3-LM L' = 16", 16, 3, [0]),
+        ("BD3-LM L' = 4", 8, 6, [0, 1]),
+    ]
+    alone, _ = Quality(open_judge(str(root / "gpt2"), CPU), cut=True).of_samples(read_samples(Path(files[2])))
+    assert results["models"][0]["ppl"] == pytest.approx(alone["ppl"])
+    assert results["data"]["8"]["judge_tokens"]["max"] == 8 and results["data"]["8"]["texts"] == 4
+    assert results["data_lengths"]["tokens"]["max"] == max(len(texts(9, seed=5)[at].split()) for at in (0, 2, 4, 6))
+    first, second = (part.splitlines() for part in capsys.readouterr().out.split("\n\n")[-2:])
+    assert [line.split("|")[1].strip() for line in first[2:]] == [
+        "held-out text", "AR", "MDLM", "BD3-LM L' = 16", "BD3-LM L' = 4"
+    ]  # fmt: skip
+    assert f"{alone['ppl']:.2f} ± " in first[3] and first[3].count(" - ") == 5, "AR has no texts of 16 tokens"
+    assert len(second) == 8 and second[3].split("|")[-2].strip() == "33%"
+
+
+def test_tables_of_files_that_do_not_belong_together(root, tmp_path):
+    def path(number, **changes):
+        return Path(write(tmp_path / f"{number}.json", samples_of(texts(), **changes)))
+
+    with pytest.raises(UserError, match="differ in 'options'"):
+        generation_tables.grouped([path(0), path(1, seed=1, options={})])
+    with pytest.raises(UserError, match="have one seed, 0"):
+        generation_tables.grouped([path(0), path(1)])
+    with pytest.raises(UserError, match="objective 'gan'"):
+        generation_tables.grouped([path(0, objective="gan")])
+
+
+def test_a_packs_documents(tmp_path):
+    """What its EOS part, over the borders of chunks."""
+    tokenizer = tiny_tokenizer()
+    ids, end = tokenizer.encode_batch(["one document that is longer than a chunk", "two"]), tokenizer.eos_id
+    stream = np.array([*ids[0], end, *ids[1], end, end, *ids[1]])
+    chunks = stream[: len(stream) // 8 * 8].reshape(-1, 8)
+    write_pack(tmp_path / "pack", ((row, np.array([0])) for row in chunks), tokenizer, 8, name="valid")
+    documents = generation_tables.read_documents(tmp_path / "pack")
+    assert documents[:2] == ["one document that is longer than a chunk", "two"] and len(ids[0]) > 8
+    assert len(documents) <= 3 and all("two".startswith(text) for text in documents[2:])
