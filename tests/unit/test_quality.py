@@ -18,12 +18,13 @@ from bd3_ds.config.schema import AR, BD3
 from bd3_ds.data.streaming_import import mend_torchvision
 from bd3_ds.data.tokenizer import number_tokenizer
 from bd3_ds.diffusion.subs import subs_log_probs
-from bd3_ds.evaluation import quality, quality_command
+from bd3_ds.evaluation import quality, quality_command, sample_command
 from bd3_ds.evaluation.gen_ppl import Scores, Windows, fit_windows, open_judge, score_rows, text_features
 from bd3_ds.evaluation.quality import Quality, mauve_score, sampling_figures
 from bd3_ds.evaluation.text_statistics import distinct, entropy, lengths, mean_and_stderr, ratio_and_stderr
 from bd3_ds.model.build import network_of
 from bd3_ds.model.dit import DiT
+from bd3_ds.report import denoising_command
 from bd3_ds.runtime.errors import UserError, run_command
 from bd3_ds.runtime.samples import read_samples
 from benchmarks import generation_tables
@@ -292,6 +293,21 @@ def test_the_command(root, tmp_path, capsys):
     lines = out.splitlines()
     assert len(lines) == 5 and f"{expected['ppl']:.2f} ± {expected['ppl_stderr']:.2f}" in lines[2]
     assert "100%" in lines[3] and "MAUVE is left out" in err
+
+
+@pytest.mark.parametrize("name", ["ar", "bd3"])
+def test_what_the_sampler_writes_is_read(root, tmp_path, capsys, name):
+    """From an export to both the figures and the page, by the commands alone."""
+    path, page = tmp_path / "samples.json", tmp_path / "page.html"
+    assert sample_command.main([str(root / name), "--num", "3", "--stop", "none", "--json", str(path)]) == 0
+    assert quality_command.main([str(path), "--judge", str(root / "ar"), "--json", str(tmp_path / "out.json")]) == 0
+    assert denoising_command.main([str(path), "--out", str(page)]) == 0
+    (record,) = json.loads((tmp_path / "out.json").read_text())
+    written = LENGTH - 1
+    assert record["tokens"] == {"median": written, "mean": written, "max": written}
+    assert record["nfe"] == written and record["tokens_per_evaluation"] == 1
+    assert record["nfe_with_cache"] > written or name == "ar"
+    assert page.read_text().count('data-o="') == 3 * LENGTH
 
 
 def test_texts_may_be_cut(root, gpt2):
