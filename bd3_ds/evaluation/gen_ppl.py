@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,14 +101,17 @@ class Scores:
         }
 
 
-def score_rows(judge: Judge, rows: list[list[int]], windows: Windows) -> Scores:
-    """Nats of token rows that `judge.encode` made."""
+def score_rows(
+    judge: Judge, rows: list[list[int]], windows: Windows, progress: Callable[[int], object] | None = None
+) -> Scores:
+    """Nats of token rows that `judge.encode` made; `progress` is told how many tokens have just been scored."""
     framed = [row if judge.first is None else [judge.first, *row] for row in rows]
     cut = [(text, *window) for text, row in enumerate(framed) for window in windows.of(len(row))]
     # Windows of like length go together: padding stands behind them, where no causal model looks.
     cut.sort(key=lambda window: window[2] - window[1])
     nats, scored = [0.0] * len(rows), [0] * len(rows)
     for batch in _batches(cut):
+        before = sum(scored)
         width = max(end - begin for _, begin, end, _ in batch)
         tokens = torch.zeros(len(batch), width, dtype=torch.long)
         for at, (text, begin, end, _) in enumerate(batch):
@@ -120,6 +123,8 @@ def score_rows(judge: Judge, rows: list[list[int]], windows: Windows) -> Scores:
             counted = torch.ones_like(targets, dtype=torch.bool) if judge.end is None else targets != judge.end
             nats[text] += float(found[at, part][counted].sum())
             scored[text] += int(counted.sum())
+        if progress is not None:
+            progress(sum(scored) - before)
     return Scores(nats, scored)
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,6 @@ from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.samples import ENDS
 
 LEAST_FOR_MAUVE = 20  # texts on either side: MAUVE makes a cluster of ten texts, and at least two clusters
-MAUVE_MISSING = (
-    "MAUVE is left out: the package mauve-text is not installed; pip install -r requirements-extra.txt brings it"
-)
 
 
 @dataclass(frozen=True)
@@ -37,14 +36,22 @@ class Quality:
     """Makes records with one judge and one way to read.
 
     cut: whether a text is cut to as many of the judge's tokens as a sample may have (upstream does); window and stride
-    as `fit_windows` takes them. Raises UserError for windows that cannot be.
+    as `fit_windows` takes them; progress as `score_rows` does. Raises UserError for windows that cannot be.
     """
 
-    def __init__(self, judge: Judge, window: int = 1024, stride: int = 512, cut: bool = False):
+    def __init__(
+        self,
+        judge: Judge,
+        window: int = 1024,
+        stride: int = 512,
+        cut: bool = False,
+        progress: Callable[[int], object] | None = None,
+    ):
         self.judge = judge
         self.windows: Windows = fit_windows(window, stride, judge.context)
         self.cut = cut
         self._asked = window, stride
+        self._progress = progress
 
     def of_samples(self, samples: dict[str, Any]) -> tuple[dict[str, Any], Reading]:
         """The record of an object that `read_samples` returned, and what the judge made of its texts."""
@@ -55,7 +62,7 @@ class Quality:
     def read(self, texts: list[str], longest: int | None = None) -> Reading:
         """The texts, cut to `longest` of the judge's tokens where that is given."""
         rows = [row[:longest] for row in self.judge.encode(texts)]
-        scores = score_rows(self.judge, rows, self.windows)
+        scores = score_rows(self.judge, rows, self.windows, self._progress)
         own = [entropy([token for token in row if token != self.judge.end]) for row in rows]
         mean, stderr = mean_and_stderr(own)
         figures = {
@@ -140,15 +147,22 @@ def read_texts(path: Path, option: str = "--reference") -> list[str]:
     return texts
 
 
+def require_mauve() -> None:
+    """Raise UserError where the package mauve-text is missing; nothing is imported yet."""
+    if find_spec("mauve") is None:
+        raise UserError(
+            "MAUVE is left out: the package mauve-text is not installed; pip install -r requirements-extra.txt brings it"
+        )
+
+
 def mauve_score(generated: Tensor, reference: Tensor) -> float | None:
     """MAUVE (Pillutla et al. 2021) of features [N, D] and [M, D], in (0, 1]; None for fewer than 20 texts.
 
     Clusters are a tenth of the texts of the smaller side, and seeded. Raises UserError where the package is missing.
     """
-    try:
-        import mauve
-    except ModuleNotFoundError:
-        raise UserError(MAUVE_MISSING) from None
+    require_mauve()
+    import mauve
+
     if min(len(generated), len(reference)) < LEAST_FOR_MAUVE:
         return None
     answer = mauve.compute_mauve(p_features=generated.numpy(), q_features=reference.numpy(), verbose=False)

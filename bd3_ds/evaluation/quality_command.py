@@ -25,32 +25,34 @@ def main(argv: list[str]) -> int:
         require_writable(options.json.resolve().parent)
     files = {path.as_posix(): read_samples(path) for path in dict.fromkeys(options.samples)}
 
+    from tqdm import tqdm
+
     from bd3_ds.evaluation.gen_ppl import fit_windows, open_judge
     from bd3_ds.evaluation.quality import Quality, read_texts
 
     fit_windows(options.window, options.stride, None)
     reference = read_texts(options.reference) if options.reference is not None else None
-    quality = Quality(
-        open_judge(options.judge, open_device(options.device)), options.window, options.stride, options.truncate
-    )
+    judge = open_judge(options.judge, open_device(options.device))
     records, readings = [], []
-    for name, samples in files.items():
-        try:
-            record, reading = quality.of_samples(samples)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
-        records.append({"file": name} | record)
-        readings.append(reading)
-        print(f"read {name}", file=sys.stderr)
+    with tqdm(desc="judged", unit="token", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False) as bar:
+        quality = Quality(judge, options.window, options.stride, options.truncate, bar.update)
+        for name, samples in files.items():
+            try:
+                record, reading = quality.of_samples(samples)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+            records.append({"file": name} | record)
+            readings.append(reading)
+        if reference is not None:
+            longest = max(samples["length"] for samples in files.values()) if options.truncate else None
+            read = quality.read(reference, longest)
     if reference is not None:
-        longest = max(samples["length"] for samples in files.values()) if options.truncate else None
-        read = quality.read(reference, longest)
         _add_mauve(quality, records, readings, read)
         records.append({"file": options.reference.as_posix()} | read.figures)
-    judge = records[0]["judge"]
+    used = records[0]["judge"]
     print(
-        f"judge {judge['name']}, windows of {judge['window']} tokens, stride {judge['stride']}"
-        + (f" (asked: {judge['window_asked']}, {judge['stride_asked']})" if _was_fitted(judge) else "")
+        f"judge {used['name']}, windows of {used['window']} tokens, stride {used['stride']}"
+        + (f" (asked: {used['window_asked']}, {used['stride_asked']})" if _was_fitted(used) else "")
     )
     print(format_table(records))
     if options.json is not None:
@@ -102,15 +104,16 @@ def with_error(value: float, stderr: float | None) -> str:
 
 def _add_mauve(quality: Quality, records: list[dict[str, Any]], readings: list[Reading], reference: Reading) -> None:
     """Write "mauve" into each record, or say in one sentence why not."""
-    from bd3_ds.evaluation.quality import LEAST_FOR_MAUVE, mauve_score
+    from bd3_ds.evaluation.quality import LEAST_FOR_MAUVE, mauve_score, require_mauve
 
+    try:
+        require_mauve()
+    except UserError as error:
+        print(f"note: {error}", file=sys.stderr)
+        return
     expected = quality.features(reference)
     for record, reading in zip(records, readings, strict=True):
-        try:
-            record["mauve"] = mauve_score(quality.features(reading), expected)
-        except UserError as error:
-            print(f"note: {error}", file=sys.stderr)
-            return
+        record["mauve"] = mauve_score(quality.features(reading), expected)
         if record["mauve"] is None:
             print(
                 f"note: {record['file']}: MAUVE is left out: it needs {LEAST_FOR_MAUVE} texts or more, here and in "
