@@ -151,7 +151,7 @@ def require_mauve() -> None:
     """Raise UserError where the package mauve-text is missing; nothing is imported yet."""
     if find_spec("mauve") is None:
         raise UserError(
-            "MAUVE is left out: the package mauve-text is not installed; pip install -r requirements-extra.txt brings it"
+            "MAUVE is left out: the package mauve-text is missing; pip install -r requirements-extra.txt brings it"
         )
 
 
