@@ -1,6 +1,7 @@
 """Tokens from the network's logits: temperature, truncation, a guard against repetition, inversion of the distribution.
 
-A token takes one uniform number in fp64. The 24 bits of an fp32 number, or of fp32 Gumbel noise, would never choose
+A token takes one uniform number in fp64, and weights are summed up in fp64. The 24 bits of an fp32 number, or of fp32
+Gumbel noise, would never choose
 rare tokens of a large vocabulary and so sharpen the distribution (Zheng et al. 2024).
 """
 
@@ -21,8 +22,8 @@ class Drawn:
     """What came of N places, each [N].
 
     tokens, and the model's own probability of each, fp64. surest: the probability of the likeliest token. entropy of
-    the model's distribution in nats. log_mass: logarithm of the summed exponentials of all logits but [MASK]'s. The
-    last four know nothing of temperature, truncation and guard.
+    the model's distribution in nats, 0 where it was not asked for. log_mass: logarithm of the summed exponentials of
+    all logits but [MASK]'s. The last four know nothing of temperature, truncation and guard.
     """
 
     tokens: Tensor
@@ -37,28 +38,38 @@ class Drawn:
         return Drawn(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Drawn)))
 
 
-def draw(logits: Tensor, u: Tensor, mask_id: int, options: Options, seen: Tensor | None = None) -> Drawn:
+def draw(
+    logits: Tensor, u: Tensor, mask_id: int, options: Options, seen: Tensor | None = None, with_entropy: bool = True
+) -> Drawn:
     """Tokens for logits [N, V] as the network gives them, by uniform numbers u [N] fp64 in [0, 1).
 
     [MASK] has probability 0. `seen` [N, R] are the ids that the guard against repetition is about.
     """
-    scores = logits.double()
+    scores = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     scores[:, mask_id] = -torch.inf
-    log_mass = scores.logsumexp(-1)
-    log_p = scores - log_mass[:, None]
-    p = log_p.exp()
-    entropy = -(p * log_p.clamp(min=-1e9)).sum(-1)
-    tokens = draw_tokens(token_weights(log_p, options, seen), u)
-    chosen = p.gather(-1, tokens[:, None])[:, 0]
-    return Drawn(tokens, chosen, p.max(-1).values, entropy, log_mass)
+    top = scores.max(-1, keepdim=True).values
+    below = scores - top  # [N, V], at most 0
+    odds = below.exp()
+    mass = odds.cumsum(-1, dtype=torch.float64)  # in proportion to the distribution function
+    total = mass[:, -1:]
+    log_total = total.log()
+    if options.shapes_tokens:
+        tokens = draw_tokens(token_weights(below.double() - log_total, options, seen).cumsum(-1), u)
+    else:
+        tokens = draw_tokens(mass, u)
+    chosen = odds.gather(-1, tokens[:, None]).double() / total
+    entropy = torch.zeros_like(u)
+    if with_entropy:
+        expected = torch.where(odds > 0, odds * below, 0).sum(-1, dtype=torch.float64)
+        entropy = log_total[:, 0] - expected / total[:, 0]
+    return Drawn(tokens, chosen[:, 0], 1 / total[:, 0], entropy, (log_total + top)[:, 0])
 
 
-def draw_tokens(weights: Tensor, u: Tensor) -> Tensor:
-    """Token ids [N] with chances in proportion to weights [N, V] fp64, by uniform numbers u [N] fp64 in [0, 1)."""
-    cumulative = weights.cumsum(-1)
+def draw_tokens(mass: Tensor, u: Tensor) -> Tensor:
+    """Token ids [N] by uniform numbers u [N] fp64 in [0, 1); mass [N, V] fp64 are the tokens' weights, summed up."""
     # The first token whose cumulative weight exceeds the target; tokens of weight 0 exceed nothing new.
-    target = u[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=weights.shape[-1] - 1)
+    target = u[:, None] * mass[:, -1:]
+    return torch.searchsorted(mass, target, right=True)[:, 0].clamp(max=mass.shape[-1] - 1)
 
 
 def token_weights(log_p: Tensor, options: Options, seen: Tensor | None = None) -> Tensor:

@@ -74,6 +74,11 @@ class Options:
             if name not in STOPS:
                 raise UserError(f"stop={name} is unknown; {did_you_mean(name, STOPS)}")
 
+    @property
+    def shapes_tokens(self) -> bool:
+        """Tokens are drawn from something else than the model's own distribution."""
+        return (self.temperature, self.top_k, self.nucleus, self.repetition_penalty) != (1, None, None, 1)
+
     def as_record(self) -> dict[str, object]:
         """Every field that is not at its default, for records."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}

@@ -174,14 +174,15 @@ def _denoise(
 
         def read(logits: Tensor, first: int, u: Tensor = u, seen: Tensor | None = seen) -> Drawn:
             rows = slice(first, first + len(logits))
-            return draw(logits, u[rows], mask_id, options, None if seen is None else seen[rows])
+            return draw(logits, u[rows], mask_id, options, None if seen is None else seen[rows], rule.looks)
 
         drawn = denoiser.predict(block, places, sigma_of(t) if timed else None, read)
         nfe += asked.any(1)
-        falls = rule.fall(asked, _outlook(asked, drawn))
-        now = falls.flatten()[places]
-        block[falls], probability[falls] = drawn.tokens[now], drawn.probability[now]
-        order[falls] = nfe[:, None].expand_as(order)[falls]
+        falls = rule.fall(asked, _outlook(asked, drawn)) if rule.looks else asked
+        now = falls.flatten()[places]  # [M]
+        written = places[now]
+        block.view(-1)[written], probability.view(-1)[written] = drawn.tokens[now], drawn.probability[now]
+        order.view(-1)[written] = nfe[written // (end - begin)]
         masked &= ~falls
         if progress:
             progress(int(falls.sum()))

@@ -35,6 +35,8 @@ class Outlook:
 class Rule(ABC):
     """times [N, S] fp64, uniform in [0, 1): when the mask at each place falls."""
 
+    looks = True  # at what the network says of the asked places; else all of them fall
+
     def __init__(self, times: Tensor):
         self.times = times
 
@@ -44,11 +46,13 @@ class Rule(ABC):
 
     def fall(self, asked: Tensor, outlook: Outlook) -> Tensor:
         """Which of the asked places are written: boolean [N, S]. After finitely many steps, all of them."""
-        return asked
+        raise NotImplementedError
 
 
 class FirstHitting(Rule):
     """One mask an evaluation, by its time."""
+
+    looks = False
 
     def ask(self, masked: Tensor) -> tuple[Tensor, Tensor]:
         """See `Rule`."""
@@ -59,6 +63,8 @@ class FirstHitting(Rule):
 
 class Ancestral(Rule):
     """All masks of the next of T equal steps in which any falls; its time is the step's beginning."""
+
+    looks = False
 
     def __init__(self, times: Tensor, steps: int):
         super().__init__(times)

@@ -272,7 +272,9 @@ def test_what_tokens_are_drawn_from(how, wanted):
 
 def test_extreme_numbers_never_draw_what_has_no_probability():
     probabilities = torch.tensor([[0.0, 0.7, 0.0, 0.3, 0.0]], dtype=torch.float64).expand(3, -1)
-    assert draw_tokens(probabilities, torch.tensor([0.0, 0.7 + 1e-12, 1 - 2**-53], dtype=torch.float64)).tolist() == [
+    assert draw_tokens(
+        probabilities.cumsum(-1), torch.tensor([0.0, 0.7 + 1e-12, 1 - 2**-53], dtype=torch.float64)
+    ).tolist() == [
         1,
         3,
         3,
@@ -281,7 +283,7 @@ def test_extreme_numbers_never_draw_what_has_no_probability():
 
 def test_rare_tokens_are_drawn():
     """A token of probability 2e-9 has its share of the uniform numbers, which fp32 numbers could not give it."""
-    logits = torch.tensor([[0.0, math.log(2e-9), 5.0]]).expand(3, -1)
+    logits = torch.tensor([[0.0, math.log(2e-9), 5.0]]).repeat(3, 1)
     drawn = token_draw(logits, torch.tensor([0.5, 1 - 1e-9, 1 - 3e-9], dtype=torch.float64), 2, Options())
     assert drawn.tokens.tolist() == [0, 1, 0]
     assert drawn.probability.tolist() == pytest.approx([1, 2e-9, 1]) and drawn.surest.tolist() == pytest.approx([1] * 3)
