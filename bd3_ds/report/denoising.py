@@ -17,7 +17,7 @@ from typing import Any
 from bd3_ds.runtime.errors import UserError
 
 TEMPLATE = Path(__file__).with_name("denoising.html")
-BINS = (0.1, 0.3, 0.6, 0.9)  # where one colour ends and the next begins
+BINS = (0.01, 0.1, 0.3, 0.7)  # where one colour ends and the next begins; those drawn far from their context lie low
 _END_NAMES = {
     "eos": "ended by EOS",
     "entropy": "ended by low entropy",
@@ -59,8 +59,12 @@ def _title(samples: dict[str, Any]) -> str:
 
 def _facts(samples: dict[str, Any]) -> str:
     facts = [f"{samples['export']} (step {samples['step']})", f"length {samples['length']}", f"seed {samples['seed']}"]
-    facts += [f"{name} {value}" for name, value in samples["options"].items() if value is not None]
+    facts += [f"{name} {_option(value)}" for name, value in samples["options"].items() if value is not None]
     return " · ".join(facts)
+
+
+def _option(value: Any) -> str:
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 
 def _legend() -> str:
@@ -105,7 +109,7 @@ def _token(piece: str, order: int, probability: float | None) -> str:
     elif probability is None:
         kind, number = "", ""
     else:
-        kind, number = f"b{sum(probability >= end for end in BINS)}", f' data-p="{probability:.4f}"'
+        kind, number = f"b{sum(probability >= end for end in BINS)}", f' data-p="{probability:.3g}"'
     return f'<span class="t {kind}" data-o="{order}"{number}>{escape(shown(piece))}</span>'
 
 

@@ -16,7 +16,7 @@ PIECES = ["<s>", "The", " cat", " <script>alert(1)</script>", "&amp;", "\n", "",
 def samples(block_size=4, length=16, objective="bd3", rows=2, **changes):
     """Texts of ten tokens; the second row's first two are given, and the third token of it is given as well."""
     order = [[0, 3, 1, 2, 7, 4, 6, 5, 8, 9], [0, 0, 1, 0, 2, 3, 5, 4, 6, 7]]
-    probability = [[None if step == 0 else (step % 10) / 10 for step in row] for row in order]
+    probability = [[None if step == 0 else (0.005 if step == 9 else step / 10) for step in row] for row in order]
     return {
         "export": "step-00000007",
         "run": "runs/x",
@@ -25,7 +25,7 @@ def samples(block_size=4, length=16, objective="bd3", rows=2, **changes):
         "step": 7,
         "length": length,
         "seed": 3,
-        "options": {"temperature": 1.0, "nucleus": None, "<b>": "&"},
+        "options": {"temperature": 1.0, "nucleus": None, "<b>": "&", "stop": ["eos", "entropy"]},
         "given": [1, 2][:rows],
         "texts": ["a", "b"][:rows],
         "token_ids": [list(range(10))] * rows,
@@ -90,7 +90,9 @@ def test_every_token_is_there_and_only_text():
     assert len(parsed.texts) == 2 and parsed.scripts == 1
     assert shown("\n") == "↵\n" and shown("") == "∅" and shown("a\tb\x00") == "a→\tb␀" and shown("\ud800") == "?"
     assert "<script>alert" not in page and 'onclick="x' not in page
-    assert "<b> &" in parsed.words and "nucleus" not in parsed.words  # an option that is off is not told
+    assert (
+        "<b> & · stop eos, entropy" in parsed.words and "nucleus" not in parsed.words
+    )  # an option that is off is not told
 
 
 def test_orders_and_probabilities():
@@ -103,7 +105,7 @@ def test_orders_and_probabilities():
                 assert token["p"] is None
             else:
                 assert float(token["p"]) == p
-                tone = next(number for number, end in enumerate((0.1, 0.3, 0.6, 0.9, 2)) if p < end)
+                tone = next(number for number, end in enumerate((0.01, 0.1, 0.3, 0.7, 2)) if p < end)
                 assert token["kinds"] == ["t", f"b{tone}"]
     page = denoising_page(given)
     assert 'max="9" value="9"' in page
