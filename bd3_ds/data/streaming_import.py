@@ -21,13 +21,14 @@ def import_streaming() -> ModuleType:
     """
     if "LOCAL_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
-    _mend_torchvision()
+    mend_torchvision()
     import streaming
 
     return streaming
 
 
-def _mend_torchvision() -> None:
+def mend_torchvision() -> None:
+    """Make torchvision importable beside a CPU-only torch; transformers' models need this too."""
     # streaming imports torchvision, which beside a CPU-only torch stops at the first operator of its missing library.
     # Nothing of ours calls these operators, so declaring them is enough.
     global _library
