@@ -116,5 +116,6 @@ def make_course(length: int, block: int, trained: int, options: Options, positio
         raise UserError(f"window={window} must be a multiple of the block size {block}")
     overlap = window // 2 // grid * grid if options.overlap is None else options.overlap
     if window > grid and (overlap % grid or not 0 < overlap <= window - grid):
-        raise UserError(f"overlap={overlap} must be a multiple of {grid} between {grid} and {window - grid}")
+        multiple = f"be a multiple of the block size {grid}" if grid > 1 else "lie"
+        raise UserError(f"overlap={overlap} must {multiple} in {grid} … {window - grid}")
     return Course(length, min(window, length) if whole else block, window, overlap, whole)
