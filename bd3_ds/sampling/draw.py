@@ -42,7 +42,8 @@ def draw(
 ) -> Drawn:
     """Tokens for logits [N, V] as the network gives them, by uniform numbers u [N] fp64 in [0, 1).
 
-    [MASK] has probability 0. `seen` [N, R] are the ids that the guard against repetition is about.
+    [MASK] has probability 0; its logit is overwritten. `seen` [N, R] are the ids that the guard against repetition is
+    about.
     """
     scores = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     scores[:, mask_id] = -torch.inf

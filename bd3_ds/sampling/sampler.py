@@ -113,7 +113,7 @@ def sample(
     return Samples(
         state.tokens[:, cut],
         state.lengths.clamp(max=course.length),
-        state.ended,
+        state.ended.where(state.lengths <= course.length, 0),
         state.nfe,
         state.cache_forwards,
         state.order[:, cut],

@@ -239,6 +239,13 @@ def test_a_length_inside_a_block_is_cut_from_the_whole():
     assert torch.equal(draw(model, length=10).tokens, draw(model, length=12).tokens[:, :10])
 
 
+def test_an_end_behind_the_length_is_none():
+    samples = draw(network(), 200, length=10, eos_id=1, stop=("eos",))
+    last = samples.tokens.gather(1, samples.lengths[:, None] - 1)[:, 0]
+    assert torch.equal(samples.ended == 1, last == 1) and set(samples.lengths.tolist()) >= {2, 9, 10}
+    assert 0 < (samples.lengths == 10).sum() and (last[samples.lengths < 10] == 1).all()
+
+
 def test_a_long_prompt_is_cached_in_one_pass():
     # 8 given tokens at once, then one block
     assert draw(network(), prompt=[0] * 9, block_size=2).cache_forwards.tolist() == [2] * 3
