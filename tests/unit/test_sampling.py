@@ -243,7 +243,7 @@ def test_an_end_behind_the_length_is_none():
     samples = draw(network(), 200, length=10, eos_id=1, stop=("eos",))
     last = samples.tokens.gather(1, samples.lengths[:, None] - 1)[:, 0]
     assert torch.equal(samples.ended == 1, last == 1) and set(samples.lengths.tolist()) >= {2, 9, 10}
-    assert 0 < (samples.lengths == 10).sum() and (last[samples.lengths < 10] == 1).all()
+    assert (samples.lengths == 10).sum() > 0 and (last[samples.lengths < 10] == 1).all()
 
 
 def test_a_long_prompt_is_cached_in_one_pass():
