@@ -21,15 +21,16 @@ def import_streaming() -> ModuleType:
     """
     if "LOCAL_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
-    _mend_torchvision()
+    mend_torchvision()
     import streaming
 
     return streaming
 
 
-def _mend_torchvision() -> None:
-    # streaming imports torchvision, which beside a CPU-only torch stops at the first operator of its missing library.
-    # Nothing of ours calls these operators, so declaring them is enough.
+def mend_torchvision() -> None:
+    """Make torchvision importable; streaming imports it, and so do the models of transformers."""
+    # Beside a CPU-only torch it stops at the first operator of its missing library. Nothing of ours calls these
+    # operators, so declaring them is enough.
     global _library
     try:
         import torchvision  # noqa: F401
