@@ -56,6 +56,26 @@ def load_defaults(values: dict[str, Any], origin: str) -> RunConfig:
     return _freeze(tree)
 
 
+def from_values(values: dict[str, Any], origin: str) -> RunConfig:
+    """The configuration of nested plain values (from `origin`), as `dataclasses.asdict` and then JSON make of one.
+
+    JSON's keys are words; where the schema wants numbers they are turned back. Keys that are missing have their
+    defaults; raises UserError for all else that is wrong.
+    """
+    tree = _empty(RunConfig)
+    content = OmegaConf.create(values)
+    for key, annotation in _types(RunConfig):
+        mapping = OmegaConf.select(content, key)
+        if typing.get_origin(annotation) is dict and typing.get_args(annotation)[0] is int and mapping:
+            numbers = {int(word): value for word, value in mapping.items() if str(word).isdecimal()}
+            OmegaConf.update(content, key, numbers if len(numbers) == len(mapping) else mapping, merge=False)
+    problems = [*_merge_file(tree, CONFIGS / "base.yaml"), *_merge_tree(tree, content, origin)]
+    problems = problems or [f"{origin} lacks {key}" for key in sorted(OmegaConf.missing_keys(tree))]
+    if problems:
+        raise UserError(*problems)
+    return _freeze(tree)
+
+
 def override(run: RunConfig, words: list[str], allowed: tuple[str, ...]) -> RunConfig:
     """`run` with key=value words over it, of keys that begin with one of `allowed`; raises UserError."""
     merged = _empty(RunConfig)

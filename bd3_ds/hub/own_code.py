@@ -28,11 +28,13 @@ def code_files() -> dict[str, str]:
             waiting += _imported(found[name])
     files = {name.rpartition(".")[2]: _OURS.sub(r"\1from .\2 import", text) for name, text in found.items()}
     assert len(files) == len(found), "two modules of one name cannot lie in one folder"
-    # Of a local folder transformers takes the files that the modelling code itself imports, and not those imported there.
+    # Of a local folder transformers takes the files that the modelling code imports, and not those imported there.
     unnamed = sorted(set(files) - {_MODELING} - {name.rpartition(".")[2] for name in _imported(found[root])})
     if unnamed:
         named = "".join(f"from .{name} import __name__ as _{name}  # noqa: E402, F401\n" for name in unnamed)
-        files[_MODELING] += f"\n# transformers copies the files that this one imports, not those imported there.\n{named}"
+        files[_MODELING] += (
+            f"\n# transformers copies the files that this one imports, not those imported there.\n{named}"
+        )
     return {f"{name}.py": text for name, text in files.items()}
 
 

@@ -190,7 +190,7 @@ def test_files_that_are_missing_or_damaged(source, tmp_path):
     with pytest.raises(UserError, match="damaged"):
         convert(src, dst)
     weights.rename(src / "pytorch_model.bin")
-    with pytest.raises(UserError, match="pickles are not read"):
+    with pytest.raises(UserError, match=r"pickles \(.bin\) are not read"):
         convert(src, dst)
     (src / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
@@ -207,7 +207,9 @@ def test_foreign_weights_and_words(source, tmp_path):
         convert(src, tmp_path / "dst")
     for words, sentence in (
         (["--from", "jax", "a", "b"], "--from jax is unknown"),
-        (["--from", "upstream", "--to", "hf", "a", "b"], "--to hf is unknown"),
+        (["--from", "upstream", "--to", "hub", "a", "b"], "--to hub is unknown"),
+        (["--from", "export", "--to", "upstrem", "a", "b"], "did you mean 'upstream'"),
+        (["--from", "export", "a", "b"], "changes nothing"),
         (["a", "b"], "--from"),
         (["--from", "upstream", "a"], "DST"),
     ):
