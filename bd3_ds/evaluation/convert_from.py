@@ -89,7 +89,7 @@ def _convert_lightning(src: Path, dst: Path, tokenizer: str | None, words: list[
     fixed = {"run_dir": str(dst), "data.train": "unknown", "eval.estimator": estimator}
     run = override(load_defaults(fixed | of_model, str(src)), words, _SETTABLE)
     check_run(run, world_size=1)
-    _write(dst, _with_mask_id(run, "--set model.mask_id"), model.read(), str(src), tokenizer)
+    _write(dst, _with_mask_id(run, "--set model.mask_id={}"), model.read(), str(src), tokenizer)
 
 
 def convert_hugging_face(src: Path, dst: Path, tokenizer: str | None, words: list[str]) -> None:
@@ -184,17 +184,20 @@ def upstream_run(config: Any, path: Path, dst: Path) -> RunConfig:
     }
     run = load_defaults(values, str(path))
     check_run(run, world_size=1)
-    return _with_mask_id(run, f"mask_index in {path}")
+    return _with_mask_id(run, f"mask_index={{}} in {path}")
 
 
-def _with_mask_id(run: RunConfig, origin: str) -> RunConfig:
-    """The run with the last id of its vocabulary as the mask's where it has none; raises UserError for one beyond."""
+def _with_mask_id(run: RunConfig, said: str) -> RunConfig:
+    """The run with the last id of its vocabulary as the mask's where it has none.
+
+    Raises UserError for one that is no token's, with `said` as its beginning.
+    """
     vocab_size, mask_id = run.model.vocab_size, run.model.mask_id
     assert vocab_size is not None
     if mask_id is None:
         return dataclasses.replace(run, model=dataclasses.replace(run.model, mask_id=vocab_size - 1))
     if not 0 <= mask_id < vocab_size:
-        raise UserError(f"{origin} is {mask_id}, which is not an id below vocab_size={vocab_size}")
+        raise UserError(f"{said.replace('{}', str(mask_id))} is not an id below vocab_size={vocab_size}")
     return run
 
 

@@ -11,6 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput, MaskedLMOutput
@@ -113,6 +114,17 @@ class BD3Model(PreTrainedModel):
         self.network = DiT(config.network)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, *words: Any, **more: Any) -> Any:
+        """As transformers has it; on a CPU the weights get memory of their own, for the logits of an export to the bit."""
+        loaded = super().from_pretrained(*words, **more)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for parameter in model.parameters():
+            # A mapped file has them at any address, and the order in which kernels add depends on it.
+            if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+                parameter.data = parameter.data.clone()
+        return loaded
+
     def forward(
         self,
         input_ids: Tensor,
@@ -171,22 +183,29 @@ class BD3ForMaskedLM(BD3Model):
 
 
 class BD3ForCausalLM(BD3Model, GenerationMixin):  # type: ignore[misc]
-    """AR: a loss where `labels` are given (those of -100 do not count), and `generate`."""
+    """AR: a loss where `labels` are given (those of -100 do not count), and `generate`, which never writes [MASK]."""
 
     def __init__(self, config: BD3Config):
         if not config.causal:
             raise ValueError(f"this model is objective={config.objective}; load it with AutoModelForMaskedLM")
         super().__init__(config)
+        if config.mask_token_id is not None and self.generation_config is not None:
+            self.generation_config.suppress_tokens = [config.mask_token_id]
 
     def forward(  # type: ignore[override]
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **more: Any
     ) -> CausalLMOutput:
-        """Logits [B, T, V] at i for token i + 1, and with `labels` [B, T] the mean loss in nats a token."""
+        """Logits [B, T, V] at i for token i + 1, and with `labels` [B, T] the mean loss in nats a token.
+
+        No text holds [MASK]: the loss gives it no probability, as training does.
+        """
         logits = self._logits(input_ids, None, None, attention_mask)
         loss = None
         if labels is not None:
             count = {key: more[key] for key in ("num_items_in_batch",) if key in more}
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **count)
+            masks = torch.arange(logits.shape[-1], device=logits.device) == self.config.mask_token_id
+            possible = logits.masked_fill(masks, -torch.inf)
+            loss = self.loss_function(logits=possible, labels=labels, vocab_size=self.config.vocab_size, **count)
         return CausalLMOutput(loss=loss, logits=logits)
 
     def prepare_inputs_for_generation(  # type: ignore[override]

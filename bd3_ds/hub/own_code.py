@@ -1,7 +1,7 @@
 """The modelling code as flat files that transformers can load without this package.
 
-One source of truth: the files are those of the package, with `from bd3_ds.model.dit import` turned into `from .dit
-import`. Works in the package and in such a copy of itself, so that a model saved anywhere carries its code on.
+One source of truth: the files are those of the package, with absolute imports of it turned into relative ones. This
+works in the package and in such a copy of it, so that a model saved anywhere carries its code on.
 """
 
 from __future__ import annotations

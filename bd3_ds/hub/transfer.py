@@ -1,6 +1,6 @@
 """To and from the hub by name: models are fetched without their code, and folders are sent.
 
-The address is HF_ENDPOINT where that is set, as for huggingface_hub itself.
+HF_ENDPOINT, HF_TOKEN and HF_HOME mean what they mean to huggingface_hub, which does the work.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ def fetch(name: str) -> Path:
                 name,
                 allow_patterns=list(WANTED),
                 ignore_patterns=["*/*.safetensors"],  # other forms of the same weights
-                endpoint=_endpoint(),
                 etag_timeout=TIMEOUT_SECONDS,
             )
         )
@@ -58,17 +57,13 @@ def push(folder: Path, name: str, private: bool = False) -> str:
     """
     from huggingface_hub import HfApi
 
-    api = HfApi(endpoint=_endpoint())
+    api = HfApi()
     try:
         url = api.create_repo(name, private=private or None, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a model of bd3-ds")
     except Exception as error:
         raise UserError(f"--push {name} failed: {_cause(error)}; {folder} is written and whole") from None
     return str(url)
-
-
-def _endpoint() -> str | None:
-    return os.environ.get("HF_ENDPOINT")
 
 
 def _cause(error: BaseException) -> str:
