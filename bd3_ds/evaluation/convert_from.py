@@ -79,14 +79,13 @@ def _convert_lightning(src: Path, dst: Path, tokenizer: str | None, words: list[
     needed += [] if causal else ["objective.name"]
     needed += ["objective.block_size"] if objective == BD3 else []
     if missing := [key for key in needed if key not in given]:
-        words = [f"--set {key}={_UNTOLD[key]}" for key in missing]
+        examples = " ".join(f"--set {key}={_UNTOLD[key]}" for key in missing)
         raise UserError(
-            f"the configuration in {src} is code and is not read; say how the model was trained with values such as "
-            f"{' '.join(words)}"
+            f"the configuration in {src} is code and is not read; say how the model was trained, such as {examples}"
         )
     estimator = "mc" if objective == SEDD else "stratified"
     of_model = {f"model.{key}": value for key, value in values.items() if value is not None}
-    fixed = {"run_dir": str(dst), "data.train": "unknown", "eval.estimator": estimator}
+    fixed = {"run_dir": str(dst), "data.train": "unknown", "objective.name": objective, "eval.estimator": estimator}
     run = override(load_defaults(fixed | of_model, str(src)), words, _SETTABLE)
     check_run(run, world_size=1)
     _write(dst, _with_mask_id(run, "--set model.mask_id={}"), model.read(), str(src), tokenizer)

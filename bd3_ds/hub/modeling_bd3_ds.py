@@ -116,7 +116,7 @@ class BD3Model(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *words: Any, **more: Any) -> Any:
-        """As transformers has it; on a CPU the weights get memory of their own, for the logits of an export to the bit."""
+        """As transformers has it; on a CPU, weights in memory of their own, for the logits of an export to the bit."""
         loaded = super().from_pretrained(*words, **more)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for parameter in model.parameters():
