@@ -84,7 +84,7 @@ def _tokenizer(export: Export, unlike: str | None) -> str:
         return f"AutoTokenizer does not load the tokenizer: {unlike}. Load it with `{loaded}`. {mask}"
     return (
         f"`AutoTokenizer.from_pretrained(FOLDER)` gives the ids that the model was trained with (call it with "
-        f"`add_special_tokens=False`). {mask}"
+        f"`add_special_tokens=False`; where it asks whether to run code, the tokenizer needs none). {mask}"
     )
 
 

@@ -116,6 +116,8 @@ def find_start(run: RunConfig) -> Start:
         raise UserError(f"{config} must hold one JSON object")
     if content.get("model_type") in MODEL_TYPES:
         return _causal(path, content, run)
+    if content.get("model_type") == "bd3-ds":
+        raise UserError(f"{config} is in Hugging Face's form; make an export of it first: run.py convert --from hf")
     if "n_blocks" not in content and "model_type" in content:
         raise UserError(
             f"{config} has model_type={content['model_type']}; known are bd3lms' own and {', '.join(MODEL_TYPES)}"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +14,11 @@ from bd3_ds.data.tokenizer import load_tokenizer, number_tokenizer
 from bd3_ds.evaluation import convert_command
 from bd3_ds.runtime import records
 from bd3_ds.runtime.errors import UserError
+from bd3_ds.train.start import find_start
+from tests.helpers.hub_reader import LOGITS, TOKENIZER, reader
 from tests.helpers.hub_stand_in import Hub, hub_stand_in
 from tests.helpers.tiny import tiny_export, tiny_run, tiny_text
+from tests.unit.test_starting_weights import causal_model
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {
@@ -32,51 +32,6 @@ KINDS = {
         *("model.tie_embeddings=true", "model.positions=learned", "model.max_positions=20"),
     ),
 }
-# What one who has transformers alone would write. torchvision has no operators beside a CPU-only torch, and
-# transformers imports it; declaring them is this environment's business.
-READER = """
-import json, sys
-import torch
-assert not any(name.split(".")[0] == "bd3_ds" for name in sys.modules)
-library = torch.library.Library("torchvision", "FRAGMENT")
-for name in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-             "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):
-    try:
-        library.define(name)
-    except RuntimeError:
-        pass
-import transformers
-torch.set_num_threads(1)
-try:
-    import bd3_ds
-except ImportError:
-    pass
-else:
-    raise AssertionError("the package is in reach")
-"""
-LOGITS = """
-for folder, inputs, auto in json.load(open(sys.argv[1])):
-    given = {name: torch.tensor(value) for name, value in inputs.items()}
-    found = {}
-    for name in ("AutoModel", auto):
-        model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)
-        assert type(model).__module__.startswith("transformers_modules.")
-        with torch.no_grad():
-            found[name] = model(**given).logits
-    torch.save(found, f"{folder}.pt")
-"""
-
-
-def reader(tmp_path: Path, script: str, *words: str, **environment: str) -> str:
-    """Run a script in an interpreter that cannot see this package; what it prints."""
-    (tmp_path / "reader.py").write_text(READER + script)
-    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "HF_ENDPOINT", "HF_TOKEN")}
-    kept |= {"HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
-    # -I: neither the working directory nor PYTHONPATH is on sys.path
-    command = [sys.executable, "-I", str(tmp_path / "reader.py"), *words]
-    done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def convert(*words: object) -> None:
@@ -102,6 +57,20 @@ def folder(exports: dict[str, Path], kind: str) -> Path:
     return exports[kind].parents[2] / kind
 
 
+def logits(export: Path) -> torch.Tensor:
+    """The export's own, for `inputs`."""
+    model = bd3_ds.load(str(export))
+    given = inputs(model)
+    return model.logits(given["input_ids"], given.get("clean_ids"), given.get("sigma"))
+
+
+def task(name: Path | str, export: Path) -> list[object]:
+    """What the reader is to load by `name` and to compute."""
+    model = bd3_ds.load(str(export))
+    auto = "AutoModelForCausalLM" if model.run.objective.name == "ar" else "AutoModelForMaskedLM"
+    return [str(name), {key: value.tolist() for key, value in inputs(model).items()}, auto]
+
+
 def inputs(model: bd3_ds.LanguageModel) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     x0 = torch.randint(0, model.vocab_size - 1, (2, 16), generator=generator)
@@ -115,26 +84,33 @@ def inputs(model: bd3_ds.LanguageModel) -> dict[str, torch.Tensor]:
     return given
 
 
-def test_readers_without_the_package_get_the_same_logits(exports: dict[str, Path], tmp_path: Path) -> None:
-    tasks, expected = [], {}
+@pytest.fixture(scope="module")
+def seen(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one reader without the package made of all folders, and of one that was loaded and saved with it."""
+    from transformers import AutoModelForMaskedLM
+
+    import bd3_ds.hub  # noqa: F401
+
+    path = tmp_path_factory.mktemp("seen")
+    AutoModelForMaskedLM.from_pretrained(folder(exports, "bd3")).save_pretrained(path / "again")
+    tasks = [task(path / "again", exports["bd3"])]
+    tasks += [task(folder(exports, kind), export) for kind, export in exports.items()]
+    (path / "tasks.json").write_text(json.dumps(tasks))
+    (path / "texts.json").write_text(json.dumps(tiny_text()))
+    words = (str(path / "tasks.json"), str(folder(exports, "bd3")), str(path / "texts.json"))
+    (path / "said.json").write_text(reader(path, LOGITS + TOKENIZER, *words))
+    return path
+
+
+def test_readers_without_the_package_get_the_same_logits(exports: dict[str, Path], seen: Path) -> None:
     for kind, export in exports.items():
-        model = bd3_ds.load(str(export))
-        given = inputs(model)
-        expected[kind] = (
-            model.logits(*given.values())
-            if "sigma" not in given
-            else model.logits(given["input_ids"], sigma=given["sigma"])
-        )
-        auto = "AutoModelForCausalLM" if kind.startswith("ar") else "AutoModelForMaskedLM"
-        tasks.append([str(folder(exports, kind)), {name: value.tolist() for name, value in given.items()}, auto])
-    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
-    reader(tmp_path, LOGITS, str(tmp_path / "tasks.json"))
-    for kind, logits in expected.items():
+        expected = logits(export)
+        assert expected.std() > 0.1 and not torch.equal(expected[0], expected[1])
         found = torch.load(f"{folder(exports, kind)}.pt")
         assert len(found) == 2
         for name, value in found.items():
-            assert torch.equal(value, logits), (kind, name)
-        assert logits.std() > 0.1 and not torch.equal(logits[0], logits[1])
+            assert torch.equal(value, expected), (kind, name)
+    assert torch.equal(torch.load(seen / "again.pt")["AutoModel"], logits(exports["bd3"]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,25 +139,16 @@ def test_the_code_is_the_package_s_own(exports: dict[str, Path]) -> None:
         assert all(ours.lstrip().startswith("from bd3_ds.") for ours, _ in unlike)
 
 
-def test_registered_classes_need_no_remote_code(exports: dict[str, Path], tmp_path: Path) -> None:
-    """With the package, and on through save_pretrained to a reader without it."""
+def test_registered_classes_need_no_remote_code(exports: dict[str, Path]) -> None:
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
     import bd3_ds.hub as hub
 
     model = AutoModel.from_pretrained(folder(exports, "bd3"))
     assert type(model) is hub.BD3Model
-    ours = bd3_ds.load(str(exports["bd3"]))
-    given = inputs(ours)
-    expected = ours.logits(given["input_ids"], given["clean_ids"])
+    given = inputs(bd3_ds.load(str(exports["bd3"])))
     with torch.no_grad():
-        assert torch.equal(model(**given).logits, expected)
-    masked = AutoModelForMaskedLM.from_pretrained(folder(exports, "bd3"))
-    masked.save_pretrained(tmp_path / "again")
-    tasks = [[str(tmp_path / "again"), {name: value.tolist() for name, value in given.items()}, "AutoModelForMaskedLM"]]
-    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
-    reader(tmp_path, LOGITS, str(tmp_path / "tasks.json"))
-    assert torch.equal(torch.load(tmp_path / "again.pt")["AutoModel"], expected)
+        assert torch.equal(model(**given).logits, logits(exports["bd3"]))
     with pytest.raises(ValueError, match="load it with AutoModelForMaskedLM"):
         AutoModelForCausalLM.from_pretrained(folder(exports, "bd3"))
     with pytest.raises(ValueError, match="load it with AutoModelForCausalLM"):
@@ -211,18 +178,9 @@ def test_causal_models_have_a_loss_and_generate(exports: dict[str, Path]) -> Non
         torch.testing.assert_close(hidden, model(text[:, :8]).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_tokenizers_give_the_same_ids(exports: dict[str, Path], tmp_path: Path) -> None:
-    script = """
-texts = json.load(open(sys.argv[2]))
-tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
-ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-special = [tokenizer.mask_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-print(json.dumps([ids, special, len(tokenizer), tokenizer.decode(ids[0])]))
-"""
+def test_tokenizers_give_the_same_ids(exports: dict[str, Path], seen: Path) -> None:
+    ids, special, size, decoded = json.loads((seen / "said.json").read_text())
     texts = tiny_text()
-    (tmp_path / "texts.json").write_text(json.dumps(texts))
-    said = reader(tmp_path, script, str(folder(exports, "bd3")), str(tmp_path / "texts.json"))
-    ids, special, size, decoded = json.loads(said)
     ours = load_tokenizer(str(exports["bd3"] / "tokenizer"))
     assert ids == ours.encode_batch(texts) and sum(map(len, ids)) > 5000
     assert special == [ours.mask_id, ours.bos_id, ours.eos_id, ours.pad_id] and size == ours.vocab_size
@@ -306,15 +264,12 @@ def test_push_fetch_and_load(exports: dict[str, Path], tmp_path: Path, hub: Hub)
     fetched = [request for request in hub.requests if request.startswith("GET /someone")]
     assert fetched and not any(request.endswith((".py", "README.md")) for request in fetched)
 
-    given = inputs(bd3_ds.load(str(exports["bd3"])))
-    tasks = [["someone/tiny", {name: value.tolist() for name, value in given.items()}, "AutoModelForMaskedLM"]]
-    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    (tmp_path / "tasks.json").write_text(json.dumps([task("someone/tiny", exports["bd3"])]))
     (tmp_path / "someone").mkdir()
     script = LOGITS + "model.push_to_hub('someone/copy')\n"
     environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token}
     reader(tmp_path, script, str(tmp_path / "tasks.json"), **environment)
-    expected = bd3_ds.load(str(exports["bd3"])).logits(given["input_ids"], given["clean_ids"])
-    assert torch.equal(torch.load(tmp_path / "someone" / "tiny.pt")["AutoModel"], expected)
+    assert torch.equal(torch.load(tmp_path / "someone" / "tiny.pt")["AutoModel"], logits(exports["bd3"]))
     copy = hub.files["someone/copy"]
     assert {name for name in content(tmp_path / "hf") if name.endswith(".py")} <= set(copy)
     assert "config.json" in copy and "model.safetensors" in copy
@@ -381,6 +336,8 @@ def test_folders_that_are_damaged(exports: dict[str, Path], tmp_path: Path) -> N
         ({"run": None}, "lacks run or step"),
         ({"run": config["run"] | {"modle": {"heads": 2}}}, "unknown key modle.heads in run in .*config.json"),
         ({"run": config["run"] | {"seed": "often"}}, "seed=often in run in .*config.json must be"),
+        ({"run": config["run"] | {"run_dir": "${oc.env:HOME}"}}, "which a resolved configuration does not"),
+        ({"run": config["run"] | {"data": []}}, "data in run in .*config.json must be a section"),
         ({"model_type": "bd3lm"}, "use --from upstream"),
         ({"model_type": "bd3_ds"}, "did you mean 'bd3-ds'"),
     ):
@@ -398,6 +355,27 @@ def test_folders_that_are_damaged(exports: dict[str, Path], tmp_path: Path) -> N
     refused(r"pickles \(.bin\) are not read")
     (tmp_path / "hf" / "config.json").unlink()
     refused("config.json not found")
+
+
+def test_runs_start_from_exports_alone(exports: dict[str, Path], tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, f"train.init_from={folder(exports, 'bd3')}")
+    with pytest.raises(UserError, match=r"make an export of it first: run.py convert --from hf"):
+        find_start(run)
+
+
+def test_other_causal_models_go_the_same_way(tmp_path: Path) -> None:
+    """GPT-2's weights in our network under transformers' interface compute what transformers' own GPT-2 does."""
+    import bd3_ds.hub as hub
+
+    theirs = causal_model("gpt2")
+    theirs.save_pretrained(tmp_path / "gpt2")
+    convert("--from", "hf", "--to", "hf", tmp_path / "gpt2", tmp_path / "hf")
+    ours = hub.BD3ForCausalLM.from_pretrained(tmp_path / "hf")
+    text = torch.randint(0, 80, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(text).logits[..., :80], theirs(text).logits, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(ours(text, labels=text).loss, theirs(text, labels=text).loss, atol=1e-4, rtol=1e-5)
+    assert "converted" in (tmp_path / "hf" / "README.md").read_text()
 
 
 def test_what_is_there_is_kept(exports: dict[str, Path], tmp_path: Path) -> None:
