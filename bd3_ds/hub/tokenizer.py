@@ -66,7 +66,7 @@ def first_difference(ours: Tokenizer, theirs: Any) -> str | None:
 
 
 def _prose() -> list[str]:
-    """English that every Python has, about 100 thousand words of it."""
+    """English that every Python has, some 37,000 words of it."""
     topics = pydoc_data.topics.topics
     return ["\n".join(topics[name].split("\n")[:200]) for name in sorted(topics)]
 

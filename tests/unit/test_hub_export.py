@@ -159,6 +159,24 @@ def test_registered_classes_need_no_remote_code(exports: dict[str, Path]) -> Non
         model(**given, sigma=torch.ones(2))
 
 
+def test_what_transformers_saves_comes_back(exports: dict[str, Path], tmp_path: Path) -> None:
+    """In shards, and with a weight changed as by training there."""
+    import bd3_ds.hub as hub
+
+    model = hub.BD3ForMaskedLM.from_pretrained(folder(exports, "bd3_llama"))
+    model.save_pretrained(tmp_path / "same", max_shard_size="20KB")
+    assert len(list((tmp_path / "same").glob("*.safetensors"))) > 1
+    convert("--from", "hf", tmp_path / "same", tmp_path / "back")
+    files, expected = content(tmp_path / "back"), content(exports["bd3_llama"])
+    assert files == {name: expected[name] for name in files} and "model.safetensors" in files
+    with torch.no_grad():
+        model.network.embed.weight += 1.0
+    model.save_pretrained(tmp_path / "trained")
+    convert("--from", "hf", tmp_path / "trained", tmp_path / "new")
+    before, after = (load_file(path / "model.safetensors") for path in (exports["bd3_llama"], tmp_path / "new"))
+    assert torch.equal(after["embed.weight"], before["embed.weight"] + 1.0) and before.keys() == after.keys()
+
+
 def test_causal_models_have_a_loss_and_generate(exports: dict[str, Path]) -> None:
     import bd3_ds.hub as hub
 
