@@ -18,6 +18,8 @@ MODES = {
     "eval-worker": "bd3_ds.evaluation.worker",
     "variance": "bd3_ds.evaluation.variance_command",
     "sample": "bd3_ds.evaluation.sample_command",
+    "quality": "bd3_ds.evaluation.quality_command",
+    "denoising": "bd3_ds.report.denoising_command",
     "report": "bd3_ds.report.report_command",
     "convert": "bd3_ds.evaluation.convert_command",
 }

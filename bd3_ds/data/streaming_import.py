@@ -28,9 +28,9 @@ def import_streaming() -> ModuleType:
 
 
 def mend_torchvision() -> None:
-    """Make torchvision importable; streaming imports it, and so do the models of transformers."""
-    # Beside a CPU-only torch it stops at the first operator of its missing library. Nothing of ours calls these
-    # operators, so declaring them is enough.
+    """Make torchvision importable beside a CPU-only torch; transformers' models need this too."""
+    # streaming imports torchvision, which beside a CPU-only torch stops at the first operator of its missing library.
+    # Nothing of ours calls these operators, so declaring them is enough.
     global _library
     try:
         import torchvision  # noqa: F401

@@ -46,6 +46,7 @@ class Tokenizer(ABC):
     eos_id: int
     pad_id: int
     mask_id: int
+    unk_id: int | None = None  # what stands for text that the vocabulary cannot write; None where it can write all
     fingerprint: str
 
     @abstractmethod
@@ -55,6 +56,15 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; mask, BOS, EOS and PAD ids are left out."""
+
+    def piece(self, token: int) -> str:
+        """One token as it stands in a text, its spaces kept; special tokens by a name."""
+        # One id may play several parts; the last name holds.
+        names = {self.pad_id: "[PAD]", self.bos_id: "[BOS]", self.eos_id: "[EOS]", self.mask_id: "[MASK]"}
+        return names.get(token) or self._piece(token)
+
+    def _piece(self, token: int) -> str:
+        return self.decode([token])
 
     @abstractmethod
     def save(self, directory: Path) -> None:
@@ -83,6 +93,7 @@ class SentencepieceTokenizer(Tokenizer):
         self.bos_id = bos if bos >= 0 else self.eos_id
         pad = self._model.pad_id()
         self.pad_id = pad if pad >= 0 else self.eos_id
+        self.unk_id = self._model.unk_id()
         size = self._model.vocab_size()
         ids = {token: self._model.piece_to_id(token) for token in MASK_TOKENS}
         masks = [i for token, i in ids.items() if self._model.id_to_piece(i) == token and self._model.is_control(i)]
@@ -96,6 +107,9 @@ class SentencepieceTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode(self._text_ids(ids))
+
+    def _piece(self, token: int) -> str:
+        return self._model.id_to_piece(token).replace("▁", " ")
 
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -121,6 +135,8 @@ class HuggingFaceTokenizer(Tokenizer):
         pad = self._first(named.get("pad_token"), *PAD_TOKENS)
         self.eos_id, self.bos_id = eos, eos if bos is None else bos
         self.pad_id = eos if pad is None else pad
+        unknown = self._first(named.get("unk_token"))
+        self.unk_id = None if unknown in (eos, bos, pad) else unknown  # GPT-2's is its EOS, and never comes out of text
         vocabulary = backend.get_vocab(with_added_tokens=True)
         size = max(vocabulary.values()) + 1
         masks = [vocabulary[token] for token in (named.get("mask_token"), *MASK_TOKENS) if token in vocabulary]

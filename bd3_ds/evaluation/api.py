@@ -12,18 +12,29 @@ from torch import Tensor
 
 from bd3_ds.checkpoint.export import Export, find_export
 from bd3_ds.config.check import estimator_used
-from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, RunConfig, block_size
+from bd3_ds.config.schema import BD3, MDLM, SEDD, RunConfig, block_size
 from bd3_ds.data.tokenizer import Tokenizer, load_tokenizer
-from bd3_ds.evaluation.arguments import Ids, check_sampling, check_seed, noise_levels, token_ids, usable_device
+from bd3_ds.evaluation.arguments import (
+    Ids,
+    check_rows,
+    check_seed,
+    make_options,
+    noise_levels,
+    token_ids,
+    usable_device,
+)
 from bd3_ds.evaluation.network import load_model
+from bd3_ds.evaluation.options import PRECISIONS
 from bd3_ds.evaluation.perplexity import bound_of
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.sampling.sampler import Progress, Samples, sample_autoregressive, sample_blocks
-from bd3_ds.sampling.stopping import truncate_at_eos
+from bd3_ds.sampling.options import EOS, Course, Options, make_course
+from bd3_ds.sampling.sampler import Progress, Samples, denoiser_of, sample
 
 TOKENS_AT_ONCE = 2**16  # noisy tokens that one pass of `score` may take in,
 VIEWS_AT_ONCE = 256  # and noisy sequences
 ROWS_AT_ONCE = 64  # texts sampled together
+
+Prompt = str | Sequence[str] | Ids | None
 
 
 @dataclass(frozen=True)
@@ -41,25 +52,30 @@ class Score:
     tokens: int
 
 
-def load(place: str, device: str | torch.device = "cpu") -> LanguageModel:
-    """Open the export at `place`, or the newest export of the run at `place`; raises UserError where there is none."""
-    return LanguageModel(find_export(str(place)), usable_device(device))
+def load(place: str, device: str | torch.device = "cpu", precision: str = "fp32") -> LanguageModel:
+    """Open the export at `place`, or the newest export of the run at `place`; raises UserError where there is none.
+
+    precision: fp32, or bf16 to draw texts faster; scores want fp32.
+    """
+    return LanguageModel(find_export(str(place)), usable_device(device), precision)
 
 
 class LanguageModel:
-    """An export, ready to use: fp32, evaluation mode, no gradients. Mistakes in arguments raise UserError.
+    """An export, ready to use: evaluation mode, no gradients. Mistakes in arguments raise UserError.
 
     run: the configuration it was trained with. block_size: tokens denoised together (1 for AR, L for MDLM and SEDD).
     tokenizer: None where the export has none. mask_id, vocab_size: the latter counts the former.
     """
 
-    def __init__(self, export: Export, device: torch.device):
+    def __init__(self, export: Export, device: torch.device, precision: str = "fp32"):
+        if precision not in PRECISIONS:
+            raise UserError(f"precision={precision} is unknown; known: {', '.join(PRECISIONS)}")
         self.export = export
         self.device = device
         self.run: RunConfig = export.run
         self.block_size: int = block_size(export.run)
         self.tokenizer: Tokenizer | None = load_tokenizer(str(export.tokenizer)) if export.tokenizer else None
-        self.network = load_model(export, device)
+        self.network = load_model(export, device).to(torch.bfloat16 if precision == "bf16" else torch.float32)
         assert export.run.model.mask_id is not None and export.run.model.vocab_size is not None
         self.mask_id: int = export.run.model.mask_id
         self.vocab_size: int = export.run.model.vocab_size
@@ -130,81 +146,106 @@ class LanguageModel:
         self,
         num: int = 4,
         length: int | None = None,
-        prompt: str | Ids | None = None,
+        prompt: Prompt = None,
         seed: int = 0,
         temperature: float = 1.0,
         nucleus: float | None = None,
+        **how: Any,
     ) -> list[str]:
         """`num` texts, the prompt included, each cut where it first ends (EOS); arguments as for `sample`."""
         self._require_tokenizer()
-        tokens = self.sample(num, length, prompt, seed, temperature, nucleus).tokens
-        return self.decode(tokens, given=self.prompt_ids(prompt).shape[1])
+        how.setdefault("stop", (EOS,))
+        return self.decode(self.sample(num, length, prompt, seed, temperature, nucleus, **how))
 
     @torch.no_grad()
     def sample(
         self,
         num: int = 4,
         length: int | None = None,
-        prompt: str | Ids | None = None,
+        prompt: Prompt = None,
         seed: int = 0,
         temperature: float = 1.0,
         nucleus: float | None = None,
         progress: Progress | None = None,
+        batch: int = ROWS_AT_ONCE,
+        **how: Any,
     ) -> Samples:
-        """`num` token rows of `length` (default L, at most L), with their counts.
+        """`num` token rows of `length` (default L; beyond L the window slides), with their counts.
 
-        prompt: a text, or ids [P] or [num, P] from position 0 (BOS) on, in which the mask id stands for a token to
-        write; given tokens stay as they are. temperature 0 takes the most likely token; `nucleus` keeps the smallest
-        set of tokens that reaches this probability. Row r depends on (seed, r), not on `num`. `progress` is told how
-        many tokens have just been written.
+        prompt: a text, a list of `num` texts, or ids [P] or [num, P] from position 0 (BOS) on, in which the mask id
+        stands for a token to write; given tokens stay as they are. temperature 0 takes the most likely token; `nucleus`
+        keeps the smallest set of tokens that reaches this probability; `how` are further fields of
+        `sampling.options.Options`, such as steps=64, threshold=0.9, top_k=50, stop=("eos", "entropy"). Rows are drawn
+        `batch` at a time; row r depends on (seed, r), not on `num` or `batch`. `progress` is told how many tokens have
+        just been written.
         """
+        options = make_options({"temperature": temperature, "nucleus": nucleus} | how)
+        options.check(self.run.objective.name)
         length = self.run.data.length if length is None else length
-        check_sampling(num, length, self.run.data.length, seed, temperature, nucleus)
-        given = self.prompt_ids(prompt)
+        course = self._course(length, options)
+        check_rows(num, batch, seed)
+        given = self.prompt_ids(prompt, course.window)
         if len(given) not in (1, num):
             raise UserError(f"prompt has {len(given)} rows for num={num} texts; give one row, or one a text")
         if given.shape[1] > length:
             raise UserError(f"prompt takes {given.shape[1]} tokens, BOS included, but length={length}; shorten it")
-        parts = []
-        for first in range(0, num, ROWS_AT_ONCE):
-            rows = min(ROWS_AT_ONCE, num - first)
-            common: dict[str, Any] = {
-                "num": rows,
-                "length": length,
-                "mask_id": self.mask_id,
-                "prompt": given.expand(num, -1)[first : first + rows],
-                "seed": seed,
-                "temperature": temperature,
-                "nucleus": nucleus,
-                "first_row": first,
-                "progress": progress,
-            }
-            if self.run.objective.name == AR:
-                parts.append(sample_autoregressive(self.network, **common))
-            else:
-                size = block_size(self._run_at(length))
-                by_sigma = self.run.objective.name == SEDD
-                parts.append(sample_blocks(self.network, block_size=size, sigma_from_rate=by_sigma, **common))
-        return Samples(
-            torch.cat([part.tokens for part in parts]),
-            torch.cat([part.nfe for part in parts]),
-            max(part.cache_forwards for part in parts),
-        )
+        eos_id = None if self.tokenizer is None else self.tokenizer.eos_id
+        if EOS in options.stop and eos_id is None:
+            raise UserError(f"stop=eos needs a tokenizer, and {self.export.path} has none; convert it with --tokenizer")
+        denoiser = denoiser_of(self.network, course.block)
+        parts = [
+            sample(
+                denoiser,
+                course,
+                given.expand(num, -1)[first : first + batch],
+                num=min(batch, num - first),
+                mask_id=self.mask_id,
+                options=options,
+                eos_id=eos_id,
+                timed=self.run.objective.name == SEDD,
+                seed=seed,
+                first_row=first,
+                progress=progress,
+            )
+            for first in range(0, num, batch)
+        ]
+        return Samples.joined(parts)
 
-    def decode(self, tokens: Tensor, given: int = 1) -> list[str]:
-        """Token rows [N, T] as texts, each up to its first EOS behind the `given` leading tokens."""
+    def decode(self, samples: Samples) -> list[str]:
+        """The texts of token rows, each up to its end; special tokens are left out."""
         tokenizer = self._require_tokenizer()
-        return [tokenizer.decode(truncate_at_eos(row, tokenizer.eos_id, given).tolist()) for row in tokens]
+        rows = zip(samples.tokens.tolist(), samples.lengths.tolist(), strict=True)
+        return [tokenizer.decode(row[:length]) for row, length in rows]
 
-    def prompt_ids(self, prompt: str | Ids | None) -> Tensor:
-        """Given ids [1 or num, P] of a prompt as `sample` takes it; BOS alone for None."""
-        if prompt is None or isinstance(prompt, str):
+    def prompt_ids(self, prompt: Prompt = None, longest: int | None = None) -> Tensor:
+        """Given ids [1 or num, P] of a prompt as `sample` takes it; BOS alone for None.
+
+        Texts of unequal length are filled up with the mask id. `longest`: tokens that the network sees at once (None:
+        L); a longer prompt is refused.
+        """
+        if prompt is None or isinstance(prompt, str) or _texts(prompt):
             tokenizer = self._require_tokenizer("; or give prompt=[id, …] from the first token on")
-            prompt = [tokenizer.bos_id, *(tokenizer.encode_batch([prompt])[0] if prompt else [])]
-        ids = self._ids("prompt", prompt, one_row=True)
+            texts = list(prompt) if prompt is not None and not isinstance(prompt, str) else [prompt or ""]
+            rows = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(texts)]
+            for text, row in zip(texts, rows, strict=True):
+                if tokenizer.unk_id is not None and tokenizer.unk_id in row:
+                    raise UserError(f"prompt {text!r} has a character that the tokenizer of {self.export.path} lacks")
+            most = max(map(len, rows))
+            prompt = [row + [self.mask_id] * (most - len(row)) for row in rows]
+        ids = token_ids("prompt", prompt, self.vocab_size, None, self.device, one_row=True)
+        longest = self.run.data.length if longest is None else longest
+        if ids.shape[1] > longest:
+            raise UserError(
+                f"prompt takes {ids.shape[1]} tokens, BOS included; the model sees {longest} at once (data.length, or "
+                "window), so shorten it"
+            )
         if bool((ids[:, 0] == self.mask_id).any()):
             raise UserError("prompt begins with the mask id; position 0 is given, usually BOS")
         return ids
+
+    def _course(self, length: int, options: Options) -> Course:
+        positions = self.run.model.max_positions if self.run.model.positions == "learned" else None
+        return make_course(length, self.block_size, self.run.data.length, options, positions)
 
     def _ids(self, name: str, value: Any, one_row: bool = False) -> Tensor:
         return token_ids(name, value, self.vocab_size, self.run.data.length, self.device, one_row)
@@ -221,3 +262,7 @@ class LanguageModel:
                 f"{self.export.path} has no tokenizer and knows no texts; convert it with --tokenizer{otherwise}"
             )
         return self.tokenizer
+
+
+def _texts(prompt: Any) -> bool:
+    return isinstance(prompt, list | tuple) and len(prompt) > 0 and all(isinstance(part, str) for part in prompt)

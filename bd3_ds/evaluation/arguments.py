@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.errors import UserError, did_you_mean
+from bd3_ds.sampling.options import Options
 
 Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
 def token_ids(
-    name: str, value: Any, vocab_size: int, longest: int, device: torch.device, one_row: bool = False
+    name: str, value: Any, vocab_size: int, longest: int | None, device: torch.device, one_row: bool = False
 ) -> Tensor:
-    """`value` as ids [rows, tokens] int64 on `device`, each in 0 … vocab_size - 1, at most `longest` a row.
+    """`value` as ids [rows, tokens] int64 on `device`, each in 0 … vocab_size - 1, at most `longest` a row (None: any).
 
     With `one_row`, [tokens] stands for [1, tokens].
     """
@@ -33,7 +35,7 @@ def token_ids(
     for extreme in (int(ids.min()), int(ids.max())):
         if not 0 <= extreme < vocab_size:
             raise UserError(f"{name} holds id {extreme}; ids of this model lie in 0 … {vocab_size - 1}")
-    if ids.shape[1] > longest:
+    if longest is not None and ids.shape[1] > longest:
         raise UserError(f"{name} has {ids.shape[1]} tokens a row; the model was trained with {longest} (data.length)")
     return ids.long()
 
@@ -48,16 +50,21 @@ def noise_levels(sigma: Tensor | Sequence[float] | None, rows: int, device: torc
     return levels
 
 
-def check_sampling(num: int, length: int, longest: int, seed: int, temperature: float, nucleus: float | None) -> None:
-    """Raise UserError for the first number that sampling cannot work with."""
-    if num < 1:
-        raise UserError(f"num={num} must be at least 1")
-    if not 1 <= length <= longest:
-        raise UserError(f"length={length} must lie in 1 … {longest}, the length that the model was trained with")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature={temperature} must be 0 (the most likely token) or more, such as 1.0")
-    if nucleus is not None and not 0 < nucleus <= 1:
-        raise UserError(f"nucleus={nucleus} must lie in (0, 1], such as 0.9")
+def make_options(values: dict[str, Any]) -> Options:
+    """The sampler's options of these names; raises UserError for a name that is none."""
+    known = [field.name for field in fields(Options)]
+    for name in values:
+        if name not in known:
+            raise UserError(f"{name} is no option of the sampler; {did_you_mean(name, known)}")
+    stop = values.get("stop", ())
+    return Options(**values | {"stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+
+
+def check_rows(num: int, batch: int, seed: int) -> None:
+    """Raise UserError for numbers of texts that cannot be drawn, or a seed that no generator takes."""
+    for name, value in (("num", num), ("batch", batch)):
+        if value < 1:
+            raise UserError(f"{name}={value} must be at least 1")
     check_seed(seed)
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = ("cpu", "cuda")
+PRECISIONS = ("fp32", "bf16")
 
 
 def number_of_chunks(text: str) -> int:

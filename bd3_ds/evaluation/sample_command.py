@@ -2,82 +2,126 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bd3_ds.evaluation.options import DEVICES, open_device
+from bd3_ds.config.schema import AR
+from bd3_ds.evaluation.arguments import make_options
+from bd3_ds.evaluation.options import DEVICES, PRECISIONS, open_device
 from bd3_ds.runtime.cli import Parser, at_least_one
+from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import require_writable, write_json
+from bd3_ds.sampling.options import EOS, Options
+
+if TYPE_CHECKING:
+    from bd3_ds.evaluation.api import LanguageModel
+    from bd3_ds.sampling.sampler import Samples
 
 RULE = "-" * 80
 
 
 def main(argv: list[str]) -> int:
     """Sample, print, and write JSON where asked."""
-    options = _parser().parse(argv)
-    if options.json is not None:
-        require_writable(options.json.resolve().parent)
+    asked = _parser().parse(argv)
+    if asked.json is not None:
+        require_writable(asked.json.resolve().parent)
+    how = {name: getattr(asked, name) for name in vars(Options()) if name != "stop"}
+    options = make_options(how | {"stop": _stops(asked.stop)})
+    prompt = asked.prompt if asked.prompts is None else _read_prompts(asked)
 
     from bd3_ds.checkpoint.export import find_export
 
-    export = find_export(options.export)
+    export = find_export(asked.export)
+    options.check(export.run.objective.name)
 
     from bd3_ds.evaluation.api import LanguageModel
 
-    model = LanguageModel(export, open_device(options.device))
-    length = options.length or model.run.data.length
-    given = model.prompt_ids(options.prompt).shape[1]
-    with _Bar(options.num * max(0, length - given)) as bar:
+    model = LanguageModel(export, open_device(asked.device), asked.precision)
+    num = len(prompt) if isinstance(prompt, list) else asked.num
+    length = asked.length or model.run.data.length
+    given = (model.prompt_ids(prompt, asked.window) != model.mask_id).sum(1).expand(num)  # [N]
+    with _Bar(num * length - int(given.sum())) as bar:
         start = time.perf_counter()
-        samples = model.sample(
-            options.num,
-            length,
-            options.prompt,
-            options.seed,
-            options.temperature,
-            options.nucleus,
-            progress=bar.update,
-        )
+        samples = model.sample(num, length, prompt, asked.seed, progress=bar.update, batch=asked.batch, **vars(options))
         seconds = time.perf_counter() - start
-    texts = model.decode(samples.tokens, given)
-    written = options.num * (length - given)
-    counts = {
-        "tokens": written,
-        "nfe": int(samples.nfe.sum()),
-        "cache_forwards": options.num * samples.cache_forwards,
-        "seconds": seconds,
-        "tokens_per_second": written / seconds,
-    }
-    for text in texts:
+    record = _record(model, samples, given.tolist(), seconds)
+    for text, ended in zip(record["texts"], record["ended"], strict=True):
         print(RULE)
-        print(text)
+        print(text if ended == "length" else f"{text}\n[ended: {ended}]")
     print(RULE)
-    print(
-        f"{written} tokens, {counts['nfe']} denoiser evaluations, {counts['cache_forwards']} cache-writing forwards, "
-        f"{seconds:.2f} s, {written / seconds:.1f} tokens/s"
-    )
-    if options.json is not None:
-        write_json(options.json, _record(options, model, samples, texts, length) | counts)
+    print(_summary(record, model.run.objective.name == AR))
+    if asked.json is not None:
+        words = {"prompt": prompt, "seed": asked.seed, "batch": asked.batch, "precision": asked.precision}
+        write_json(asked.json, record | words | {"length": length, "options": options.as_record()})
     return 0
 
 
-def _record(options: Any, model: Any, samples: Any, texts: list[str], length: int) -> dict[str, Any]:
+def _record(model: LanguageModel, samples: Samples, given: list[int], seconds: float) -> dict[str, Any]:
+    """What came out, row by row, and its cost; see docs/sampling.md for the fields."""
+    from bd3_ds.sampling.sampler import ENDED
     from bd3_ds.sampling.stopping import low_entropy
 
+    lengths = samples.lengths.tolist()
+
+    def rows(values: Any) -> list[list[Any]]:
+        return [row[:length] for row, length in zip(values.tolist(), lengths, strict=True)]
+
+    ids = rows(samples.tokens)
+    written = sum(lengths) - sum(given)
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
     return {
         "export": model.export.name,
+        "run": str(model.export.path.parent.parent),
+        "objective": model.run.objective.name,
+        "block_size": model.block_size,
         "step": model.export.step,
-        "length": length,
-        "prompt": options.prompt,
-        "seed": options.seed,
-        "temperature": options.temperature,
-        "nucleus": options.nucleus,
-        "texts": texts,
-        "token_ids": samples.tokens.tolist(),
-        "low_entropy": low_entropy(samples.tokens).tolist(),
+        "given": given,
+        "texts": model.decode(samples),
+        "token_ids": ids,
+        "pieces": [[tokenizer.piece(token) for token in row] for row in ids],
+        "ended": [ENDED[why] for why in samples.ended.tolist()],
+        "low_entropy": [bool(low_entropy(samples.tokens[i, :n][None])) for i, n in enumerate(lengths)],
+        "nfe": samples.nfe.tolist(),
+        "cache_forwards": samples.cache_forwards.tolist(),
+        "order": rows(samples.order),
+        "probability": [[None if math.isnan(p) else p for p in row] for row in rows(samples.probability)],
+        "tokens": written,
+        "seconds": seconds,
+        "tokens_per_second": written / seconds,
+        "tokens_per_forward": written / max(1, sum(samples.nfe.tolist())),
     }
+
+
+def _summary(record: dict[str, Any], causal: bool) -> str:
+    nfe, writes = sum(record["nfe"]), sum(record["cache_forwards"])
+    beside = "" if causal else f" and {writes} forwards that only wrote the cache"
+    return (
+        f"{record['tokens']} tokens, {nfe} denoiser evaluations{beside}, {record['tokens_per_forward']:.2f} tokens an "
+        f"evaluation, {record['seconds']:.2f} s, {record['tokens_per_second']:.1f} tokens/s"
+    )
+
+
+def _stops(words: str) -> tuple[str, ...]:
+    return () if words == "none" else tuple(words.split(","))
+
+
+def _read_prompts(asked: Any) -> list[str]:
+    """One prompt a line."""
+    if asked.prompt is not None:
+        raise UserError("--prompt and --prompts cannot both be given")
+    try:
+        lines = asked.prompts.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--prompts {asked.prompts} cannot be read ({error}); give a text file, one prompt a line"
+        ) from None
+    if not lines:
+        raise UserError(f"--prompts {asked.prompts} is empty; give one prompt a line")
+    return list(lines)
 
 
 class _Bar:
@@ -101,21 +145,30 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("export", metavar="EXPORT", help="directory under RUN_DIR/exports, or RUN_DIR for its newest")
     add("--num", type=at_least_one, default=4, metavar="N", help="texts (default 4)")
-    add(
-        "--length",
-        type=at_least_one,
-        metavar="L",
-        help="tokens of a text, prompt and BOS included (default: data.length)",
-    )
+    add("--length", type=at_least_one, metavar="T", help="tokens of a text, prompt and BOS included (default: L)")
     add("--prompt", metavar="TEXT", help="what every text begins with")
+    add("--prompts", type=Path, metavar="FILE", help="a text for each line of FILE, which it begins with")
     add("--seed", type=int, default=0, metavar="S", help="the same seed gives the same texts (default 0)")
+    add("--batch", type=at_least_one, default=64, metavar="N", help="texts drawn side by side (default 64)")
+    add("--stop", default=EOS, metavar="eos,entropy|none", help="what ends a text before its length (default eos)")
+    add("--window", type=at_least_one, metavar="W", help="tokens that the network sees at most (default: L)")
+    add("--overlap", type=at_least_one, metavar="O", help="tokens that stay in sight when the window moves (half)")
+    tokens = parser.add_argument_group("which token")
+    add = tokens.add_argument
     add("--temperature", type=float, default=1.0, metavar="T", help="0 takes the most likely token (default 1)")
-    add(
-        "--nucleus",
-        type=float,
-        metavar="P",
-        help="draw from the most likely tokens that together reach P (default: all)",
-    )
+    add("--top-k", type=at_least_one, metavar="K", help="draw from the K most likely tokens")
+    add("--nucleus", type=float, metavar="P", help="draw from the most likely tokens that together reach P")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="divides chances of recent tokens (1: none)")
+    order = parser.add_argument_group("which order", "default: first hitting, one token an evaluation, random order")
+    add = order.add_argument
+    add("--steps", type=at_least_one, metavar="T", help="ancestral, T steps a block (MDLM, SEDD: a window)")
+    add("--analytic", action="store_true", help="SEDD's own sampler, with --steps")
+    add("--threshold", type=float, metavar="P", help="all places whose likeliest token reaches P")
+    add("--entropy-bound", type=float, metavar="H", help="the surest places, up to H nats of entropy together")
+    add("--tokens-per-step", type=at_least_one, metavar="K", help="the K surest places")
+    machine = parser.add_argument_group("machine and output")
+    add = machine.add_argument
     add("--device", choices=DEVICES, help="default: cuda where there is a GPU")
-    add("--json", type=Path, metavar="FILE", help="write texts, token ids and counts there")
+    add("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of the weights (default fp32)")
+    add("--json", type=Path, metavar="FILE", help="write texts, token ids, their order and counts there")
     return parser

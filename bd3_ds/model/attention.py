@@ -17,13 +17,15 @@ from bd3_ds.model.masks import AttentionMask
 from bd3_ds.model.stripe_attention import attend_in_stripes
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, backend: str) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, backend: str) -> Tensor:
     """Attention output [B, H, Q, d] for queries [B, H, Q, d] and keys and values [B, H, K, d].
 
-    Queries come scaled: divided by the square root of d. `auto` takes sdpa where nothing or all of the future is
-    hidden, elsewhere flex on a GPU and stripes on a CPU (flex has no backward pass there). An export of a run with
-    stripes may come to a GPU: it is auto there.
+    Without a mask nothing is hidden. Queries come scaled: divided by the square root of d. `auto` takes sdpa where
+    nothing or all of the future is hidden, elsewhere flex on a GPU and stripes on a CPU (flex has no backward pass
+    there). An export of a run with stripes may come to a GPU: it is auto there.
     """
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
     if backend == "auto" or (backend == "stripes" and q.is_cuda):
         backend = "sdpa" if mask.is_full or mask.is_causal else "flex" if q.is_cuda else "stripes"
     if backend == "stripes" and mask.layout is not None:

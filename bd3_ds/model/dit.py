@@ -158,7 +158,12 @@ class DiT(nn.Module):
             x = x + self.positions(position)
         for layer in list(self.layers)[:-1]:
             x = layer(x, cond, cos, sin, mask, cache, grow)
-        x = self.layers[-1](x, cond, cos, sin, final, cache, grow)  # [B, Q, D], noisy tokens alone where there are any
+        asked = None
+        if at is not None and noisy_count and views == 1 and not torch.is_grad_enabled() and final.is_full:
+            asked = _in_rows(at, len(x), noisy_count)
+        x = self.layers[-1](x, cond, cos, sin, final, cache, grow, asked)  # [B, Q, D], noisy tokens alone if any
+        if asked is not None:
+            at = torch.arange(len(x) * x.shape[1], device=x.device)
         if noisy_count == 0 and not self.network.causal:
             return x
         if views > 1:
@@ -170,3 +175,11 @@ class DiT(nn.Module):
             return None
         sigma = torch.zeros(1, device=device) if sigma is None else sigma
         return torch.nn.functional.silu(self.time(sigma))  # [B or 1, C]
+
+
+def _in_rows(at: Tensor, rows: int, length: int) -> Tensor | None:
+    """Places [N] of flattened rows [B, T] by row, [B, N / B]; None where not every row has as many, in order."""
+    if len(at) == 0 or len(at) % rows:
+        return None
+    by_row = at.view(rows, -1) - length * torch.arange(rows, device=at.device)[:, None]
+    return by_row if bool(((by_row >= 0) & (by_row < length)).all()) else None

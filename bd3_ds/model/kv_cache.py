@@ -5,17 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SPARE = 64  # tokens; what a full buffer grows by at least
+
 
 class KVCache:
-    """Per layer, rotated keys and values [B, H, P, d] of the P clean tokens seen so far."""
+    """Per layer, rotated keys and values [B, H, P, d] of the P clean tokens seen so far.
+
+    They lie in buffers with room behind them, where the keys of a pass are written: an evaluation then reads the cache
+    and copies nothing of it. No gradient flows through a cache.
+    """
 
     def __init__(self, layers: int):
-        self._keys: list[Tensor | None] = [None] * layers
+        self._keys: list[Tensor | None] = [None] * layers  # [B, H, room, d]
         self._values: list[Tensor | None] = [None] * layers
+        self._tokens = [0] * layers
 
     def __len__(self) -> int:
-        first = self._keys[0]
-        return 0 if first is None else first.shape[2]
+        return self._tokens[0]
 
     @property
     def rows(self) -> int:
@@ -23,13 +29,39 @@ class KVCache:
         assert self._keys[0] is not None
         return len(self._keys[0])
 
-    def joined(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's cached keys and values with fresh ones behind them; the cache stays as it is."""
-        past_k, past_v = self._keys[layer], self._values[layer]
-        if past_k is None or past_v is None:
-            return k, v
-        return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+    def extended(self, layer: int, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+        """The layer's cached keys and values with fresh ones [B, H, T, d] behind them; with `keep`, they stay there.
 
-    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Replace the layer's keys and values (as `joined` returned them)."""
-        self._keys[layer], self._values[layer] = k, v
+        What is returned holds until the next call for this layer.
+        """
+        past, fresh = self._tokens[layer], k.shape[2]
+        old_k, old_v = self._keys[layer], self._values[layer]
+        if not keep and fresh > max(past, SPARE):  # many noisy views: room for them would dwarf the cache
+            if old_k is None or old_v is None:
+                return k, v
+            return torch.cat([old_k[:, :, :past], k], dim=2), torch.cat([old_v[:, :, :past], v], dim=2)
+        keys, values = (self._with_room(old, past, part) for old, part in ((old_k, k), (old_v, v)))
+        for buffer, part in ((keys, k), (values, v)):
+            buffer[:, :, past : past + fresh] = part.detach()
+        self._keys[layer], self._values[layer] = keys, values
+        if keep:
+            self._tokens[layer] += fresh
+        return keys[:, :, : past + fresh], values[:, :, : past + fresh]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows [R] of the B texts, in this order."""
+        for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
+            if keys is not None and values is not None:
+                self._keys[layer], self._values[layer] = keys[rows], values[rows]
+
+    @staticmethod
+    def _with_room(buffer: Tensor | None, past: int, fresh: Tensor) -> Tensor:
+        """A buffer for `past` tokens and the fresh ones, the old one where it suffices."""
+        batch, heads, count, width = fresh.shape
+        if buffer is not None and buffer.shape[2] >= past + count:
+            return buffer
+        room = past + count if buffer is None else max(past + count, past + past // 2, past + SPARE)
+        larger = fresh.new_empty((batch, heads, room, width))
+        if buffer is not None:
+            larger[:, :, :past] = buffer[:, :, :past]
+        return larger

@@ -76,39 +76,50 @@ class Layer(nn.Module):
         mask: AttentionMask,
         cache: KVCache | None = None,
         grow: bool = False,
+        asked: Tensor | None = None,
     ) -> Tensor:
         """x [B, T, D] -> [B, Q, D], where Q = queries of the mask, the first Q of the T tokens.
 
-        With a `cache`, the tokens also see what it holds; with `grow`, it then holds them too.
+        With a `cache`, the tokens also see what it holds; with `grow`, it then holds them too. `asked` [B, Q] are the
+        only places whose output is wanted, under a mask that hides nothing.
         """
         if self.modulation is None or cond is None:
-            attended = self._attention(self.norm_attention(x), cos, sin, mask, cache, grow)
-            x = x[:, : attended.shape[1]] + self.drop(attended, self.dropout, self.training)
+            attended = self._attention(self.norm_attention(x), cos, sin, mask, cache, grow, asked)
+            x = _queries(x, asked, attended.shape[1]) + self.drop(attended, self.dropout, self.training)
             return x + self.drop(self.mix(self.norm_mlp(x)), self.dropout, self.training)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond).chunk(6, dim=-1)  # [1 or B, D]
-        attended = self._attention(self.norm_attention(x, scale_a, shift_a), cos, sin, mask, cache, grow)
+        attended = self._attention(self.norm_attention(x, scale_a, shift_a), cos, sin, mask, cache, grow, asked)
         attended = self.drop(attended, self.dropout, self.training)
-        x = torch.addcmul(x[:, : attended.shape[1]], attended, gate_a[:, None])
+        x = torch.addcmul(_queries(x, asked, attended.shape[1]), attended, gate_a[:, None])
         mixed = self.drop(self.mix(self.norm_mlp(x, scale_m, shift_m)), self.dropout, self.training)
         return torch.addcmul(x, mixed, gate_m[:, None])
 
     def _attention(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, cache: KVCache | None, grow: bool
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: AttentionMask,
+        cache: KVCache | None,
+        grow: bool,
+        asked: Tensor | None,
     ) -> Tensor:
         batch, tokens, width = x.shape
-        queries = len(mask.queries)
+        queries = len(mask.queries) if asked is None else asked.shape[1]
         qkv = self.qkv(x).view(batch, tokens, -1, width // self.heads).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.key_heads, self.key_heads], dim=1)  # [B, H, T, d], k and v of fewer heads
         scale = (width // self.heads) ** -0.5
-        q = rotate(q[:, :, :queries], cos[:queries] * scale, sin[:queries] * scale)
+        if asked is None:
+            q = rotate(q[:, :, :queries], cos[:queries] * scale, sin[:queries] * scale)
+        else:
+            q = q.gather(2, asked[:, None, :, None].expand(-1, self.heads, -1, q.shape[-1]))  # [B, H, Q, d]
+            q = rotate(q, cos[asked][:, None] * scale, sin[asked][:, None] * scale)
         k = rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.joined(self.index, k, v)
-            if grow:
-                cache.store(self.index, k, v)
+            k, v = cache.extended(self.index, k, v, keep=grow)
         if self.key_heads < self.heads:
             k, v = (part.repeat_interleave(self.heads // self.key_heads, dim=1) for part in (k, v))
-        mixed = self.attend(q, k, v, mask, self.backend)  # [B, H, Q, d]
+        mixed = self.attend(q, k, v, mask if asked is None else None, self.backend)  # [B, H, Q, d]
         return self.out(mixed.transpose(1, 2).reshape(batch, queries, width))
 
     def mix(self, x: Tensor) -> Tensor:
@@ -116,6 +127,13 @@ class Layer(nn.Module):
         if self.gate is not None:
             return self.down(F.silu(self.gate(x)) * self.up(x))
         return self.down(F.gelu(self.up(x), approximate=_ACTIVATION[self.mlp]))
+
+
+def _queries(x: Tensor, asked: Tensor | None, count: int) -> Tensor:
+    """The tokens of x [B, T, D] whose output is wanted: [B, Q, D]."""
+    if asked is None:
+        return x[:, :count]
+    return x.gather(1, asked[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class Head(nn.Module):

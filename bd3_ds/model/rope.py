@@ -20,6 +20,8 @@ def rotary_angles(position: Tensor, head_width: int, base: float) -> tuple[Tenso
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x [B, H, T, d] by the angles of its positions; pairs are (i, i + d/2)."""
+    if not torch.is_grad_enabled():
+        return _turn(x, cos, sin)
     turned: Tensor = _Rotate.apply(x, cos, sin)
     return turned
 

@@ -1,38 +1,89 @@
-"""One token from the network's logits: temperature, nucleus, then inversion of the distribution function."""
+"""Tokens from the network's logits: temperature, truncation, a guard against repetition, inversion of the distribution.
+
+A token takes one uniform number in fp64, and weights are summed up in fp64. The 24 bits of an fp32 number, or of fp32
+Gumbel noise, would never choose rare tokens of a large vocabulary and so sharpen the distribution (Zheng et al. 2024).
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from bd3_ds.sampling.options import Options
 
-def token_probabilities(logits: Tensor, mask_id: int, temperature: float = 1.0, nucleus: float | None = None) -> Tensor:
-    """The distribution [N, V] in fp64 from which a token is drawn; logits [N, V] as the network gives them.
 
-    [MASK] has probability 0. `temperature` divides the logits (0: all on the most likely token); `nucleus` in (0, 1]
-    keeps the smallest set of most likely tokens that reaches this probability, the token that crosses it included.
+@dataclass(frozen=True)
+class Drawn:
+    """What came of N places, each [N].
+
+    tokens, and the model's own probability of each, fp64. surest: the probability of the likeliest token. entropy of
+    the model's distribution in nats, 0 where it was not asked for. log_mass: logarithm of the summed exponentials of
+    all logits but [MASK]'s. The last four know nothing of temperature, truncation and guard.
     """
-    excluded = torch.arange(logits.shape[-1], device=logits.device) == mask_id
-    scores = logits.double().masked_fill(excluded, -torch.inf)
-    if temperature == 0:
-        best = scores.argmax(-1, keepdim=True)
-        return torch.zeros_like(scores).scatter_(-1, best, 1.0)
-    probabilities = (scores / temperature).softmax(-1)
-    if nucleus is None:
-        return probabilities
-    ordered, order = probabilities.sort(dim=-1, descending=True)
-    before = ordered.cumsum(-1) - ordered  # probability of all tokens more likely than this one
-    kept = torch.zeros_like(probabilities).scatter_(-1, order, ordered.where(before < nucleus, 0.0))
-    return kept / kept.sum(-1, keepdim=True)
+
+    tokens: Tensor
+    probability: Tensor
+    surest: Tensor
+    entropy: Tensor
+    log_mass: Tensor
+
+    @staticmethod
+    def joined(parts: Sequence[Drawn]) -> Drawn:
+        """One after the other."""
+        return Drawn(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Drawn)))
 
 
-def draw_tokens(probabilities: Tensor, u: Tensor) -> Tensor:
-    """Token ids [N] from distributions [N, V] fp64 by uniform numbers u [N] fp64 in [0, 1).
+def draw(
+    logits: Tensor, u: Tensor, mask_id: int, options: Options, seen: Tensor | None = None, with_entropy: bool = True
+) -> Drawn:
+    """Tokens for logits [N, V] as the network gives them, by uniform numbers u [N] fp64 in [0, 1).
 
-    One number a token, in fp64: the 24 bits of an fp32 number would never choose rare tokens of a large vocabulary
-    and so sharpen the distribution.
+    [MASK] has probability 0. `seen` [N, R] are the ids that the guard against repetition is about.
     """
-    cumulative = probabilities.cumsum(-1)
-    # The first token whose cumulative probability exceeds the target; tokens of probability 0 exceed nothing new.
-    target = u[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=probabilities.shape[-1] - 1)
+    scores = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    scores[:, mask_id] = -torch.inf
+    top = scores.max(-1, keepdim=True).values
+    below = scores - top  # [N, V], at most 0
+    odds = below.exp()
+    mass = odds.cumsum(-1, dtype=torch.float64)  # in proportion to the distribution function
+    total = mass[:, -1:]
+    log_total = total.log()
+    if options.shapes_tokens:
+        tokens = draw_tokens(token_weights(below.double() - log_total, options, seen).cumsum(-1), u)
+    else:
+        tokens = draw_tokens(mass, u)
+    chosen = odds.gather(-1, tokens[:, None]).double() / total
+    entropy = torch.zeros_like(u)
+    if with_entropy:
+        expected = torch.where(odds > 0, odds * below, 0).sum(-1, dtype=torch.float64)
+        entropy = log_total[:, 0] - expected / total[:, 0]
+    return Drawn(tokens, chosen[:, 0], 1 / total[:, 0], entropy, (log_total + top)[:, 0])
+
+
+def draw_tokens(mass: Tensor, u: Tensor) -> Tensor:
+    """Token ids [N] by uniform numbers u [N] fp64 in [0, 1); mass [N, V] fp64 are the tokens' weights, summed up."""
+    # The first token whose cumulative weight exceeds the target; tokens of weight 0 exceed nothing new.
+    target = u[:, None] * mass[:, -1:]
+    return torch.searchsorted(mass, target, right=True)[:, 0].clamp(max=mass.shape[-1] - 1)
+
+
+def token_weights(log_p: Tensor, options: Options, seen: Tensor | None = None) -> Tensor:
+    """What tokens are drawn from, [N, V] in proportion to their chances, for the model's log p [N, V] fp64."""
+    if options.repetition_penalty > 1 and seen is not None:
+        again = torch.zeros_like(log_p).scatter_(-1, seen, math.log(options.repetition_penalty))
+        log_p = log_p - again
+    if options.temperature == 0:
+        return torch.zeros_like(log_p).scatter_(-1, log_p.argmax(-1, keepdim=True), 1.0)
+    p = log_p.exp() if options.temperature == 1 else (log_p / options.temperature).softmax(-1)
+    if options.top_k is not None and options.top_k < p.shape[-1]:
+        best, places = p.topk(options.top_k, dim=-1)
+        p = torch.zeros_like(p).scatter_(-1, places, best)
+    if options.nucleus is not None:
+        ordered, order = p.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # weight of all tokens more likely than this one
+        p = torch.zeros_like(p).scatter_(-1, order, ordered.where(before < options.nucleus * p.sum(-1, True), 0.0))
+    return p

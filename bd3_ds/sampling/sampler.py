@@ -1,21 +1,19 @@
-"""Texts from a network: block diffusion by first hitting (Zheng et al. 2024), and token by token for AR.
+"""Texts from a denoiser, block after block: every objective, every order of unmasking, rows that end by themselves.
 
-First hitting simulates the reverse process without discretising time. Of n masked tokens each has its own unmasking
-time, uniform below the current time t (log-linear schedule); the next of them is at t * u^(1/n), it is any of the n
-with equal chance, and its token comes from the network's prediction of x0 at that moment. So a token costs one
-evaluation of the network. SUBS networks do not look at t, only SEDD's does.
+Block diffusion writes blocks of L' tokens behind clean ones, AR blocks of one, MDLM and SEDD one block that is the
+whole window. Past the window, all go on with the tokens that stay in sight (semi-autoregressive).
 
 SEDD: its network gives log p_t(y) / p_t([MASK]). With the absorbing process this ratio is the posterior p(x0 = y | x_t)
 times a factor that depends on time alone, so the scores over all tokens but [MASK], normalised, are that posterior, and
-the same sampler applies.
+the same orders of unmasking apply.
 
 Every random number is a function of (seed, row, place in the row): a text does not depend on its neighbours in a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -23,121 +21,199 @@ from torch import Tensor
 
 from bd3_ds.diffusion.score_entropy import sigma_of
 from bd3_ds.model.dit import DiT
-from bd3_ds.model.kv_cache import KVCache
 from bd3_ds.runtime.rng import Purpose, generator
-from bd3_ds.sampling.draw import draw_tokens, token_probabilities
+from bd3_ds.sampling.denoiser import Cached, Causal, Denoiser
+from bd3_ds.sampling.draw import Drawn, draw
+from bd3_ds.sampling.options import Course, Options
+from bd3_ds.sampling.stopping import WINDOW, find_ends
+from bd3_ds.sampling.unmasking import Outlook, make_rule
 
-TIME, PLACE, TOKEN = range(3)  # what the three uniform numbers of a step are for
+TIME, TOKEN = range(2)  # what the two uniform numbers of a place are for
+ENDED = ("length", "eos", "entropy")  # why a row ended, as numbered in `Samples.ended`
 
 Progress = Callable[[int], None]  # told how many tokens have just been written
 
 
 @dataclass(frozen=True)
 class Samples:
-    """tokens [N, T]; nfe [N], evaluations of the network that wrote each text; cache_forwards, passes over a block of
-    text that only filled its cache (AR's evaluations fill it themselves)."""
+    """N texts of T tokens and what they cost.
+
+    tokens [N, T]: behind a row's end, the filler. lengths [N] up to the end, EOS included; ended [N] indexes ENDED.
+    nfe [N]: evaluations of the network in which a mask of the row could fall. cache_forwards [N]: passes that only
+    filled the cache with clean tokens (AR's evaluations fill it themselves). order [N, T]: the number, from 1, of the
+    row's evaluation that wrote the token, 0 for given ones and filler. probability [N, T] fp64: the model's own, of the
+    token when it was written, nan for given ones and filler.
+    """
 
     tokens: Tensor
+    lengths: Tensor
+    ended: Tensor
     nfe: Tensor
-    cache_forwards: int
+    cache_forwards: Tensor
+    order: Tensor
+    probability: Tensor
+
+    @staticmethod
+    def joined(parts: Sequence[Samples]) -> Samples:
+        """Rows of several batches, one after the other."""
+        return Samples(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Samples)))
 
 
 @torch.no_grad()  # not inference_mode: masks made here are kept and may serve a training pass later
-def sample_blocks(
-    model: DiT,
+def sample(
+    denoiser: Denoiser,
+    course: Course,
+    prompt: Tensor,
     *,
     num: int,
-    length: int,
-    block_size: int,
     mask_id: int,
-    prompt: Tensor,
+    options: Options = Options(),  # noqa: B008 (frozen)
+    eos_id: int | None = None,
+    timed: bool = False,
     seed: int = 0,
-    temperature: float = 1.0,
-    nucleus: float | None = None,
-    sigma_from_rate: bool = False,
     first_row: int = 0,
     progress: Progress | None = None,
 ) -> Samples:
-    """`num` texts of `length` tokens, block after block; one block (block_size >= length) is MDLM, or SEDD with
-    `sigma_from_rate`.
+    """`num` texts along `course`.
 
     prompt [P] or [num, P] holds the given tokens from position 0 (BOS) on, with mask_id where one is to be written. A
-    length that ends inside a block is cut out of the whole block. `first_row` numbers the rows when they come in parts.
+    length that ends inside a block is cut out of the whole block. `timed`: the network is conditioned on the noise
+    level. eos_id ends texts (with options.stop) and fills what is behind; without it [MASK] does. `first_row` numbers
+    the rows when they come in parts.
     """
-    text = blank_text(model, num, -(-length // block_size) * block_size, mask_id, prompt)
-    draws = uniform_draws(seed, first_row, text)
-    cache = KVCache(model.network.layers)
-    nfe = torch.zeros(num, dtype=torch.long, device=text.device)
-    cache_forwards = 0
-    for start in range(0, text.shape[1], block_size):
-        block = text[:, start : start + block_size]  # a view: writing to it writes the text
-        missing = (block == mask_id).sum(1)  # [N]
-        if not missing.any():
-            continue
-        if len(cache) < start:
-            model.encode(text[:, len(cache) : start], cache, block_size=block_size)
-            cache_forwards += 1
-        t = torch.ones(num, dtype=torch.float64, device=text.device)
-        for step in range(int(missing.max())):
-            left = (missing - step).clamp(min=0)  # [N]; rows with none left wait
-            u = draws[:, start + step]  # [N, 3]
-            t = t * u[:, TIME] ** (1 / left.clamp(min=1))
-            at = _choose_masked(block == mask_id, left, u[:, PLACE])
-            sigma = sigma_of(t) if sigma_from_rate else None
-            places = at.flatten().nonzero()[:, 0]
-            logits = model.decode(block, cache, start=start, block_size=block_size, sigma=sigma, at=places)
-            block[at] = draw_tokens(token_probabilities(logits, mask_id, temperature, nucleus), u[left > 0, TOKEN])
-            if progress:
-                progress(int(at.sum()))
-        nfe += missing
-    return Samples(text[:, :length], nfe, cache_forwards)
+    size = course.block
+    total = course.length if course.whole else -(-course.length // size) * size
+    state = _blank(num, total, mask_id, prompt, denoiser.device)
+    draws = uniform_draws(seed, first_row, state.tokens)
+    # EOS ends a text only behind all that is given.
+    place = torch.arange(total, device=denoiser.device)
+    given = (place + 1).where(state.tokens != mask_id, 0).max(1).values  # [N]
+    alive = torch.arange(num, device=denoiser.device)  # rows that have not ended
+    denoiser.restart()
+    origin = position = 0  # where the window begins, and where its next tokens stand
+    while position < total and len(alive):
+        if position + size - origin > course.window:
+            origin = position - course.overlap
+            denoiser.restart()
+        begin = origin if course.whole else position
+        end = min(begin + size, total)
+        if bool((state.tokens[alive, begin:end] == mask_id).any()):
+            known = origin + len(denoiser)
+            if known < begin:
+                denoiser.extend(state.tokens[alive, known:begin])
+                state.cache_forwards[alive] += denoiser.cache_forwards
+            _denoise(denoiser, state, alive, begin, end, draws, mask_id, options, timed, progress)
+        position = end
+        if options.stop:
+            stands = _end_rows(state, alive, begin, end, given, options, eos_id, mask_id)
+            if not bool(stands.all()):
+                alive = alive[stands]
+                denoiser.select(stands.nonzero()[:, 0])
+    cut = slice(0, course.length)
+    return Samples(
+        state.tokens[:, cut],
+        state.lengths.clamp(max=course.length),
+        state.ended,
+        state.nfe,
+        state.cache_forwards,
+        state.order[:, cut],
+        state.probability[:, cut],
+    )
 
 
-@torch.no_grad()
-def sample_autoregressive(
-    model: DiT,
-    *,
-    num: int,
-    length: int,
-    mask_id: int,
-    prompt: Tensor,
-    seed: int = 0,
-    temperature: float = 1.0,
-    nucleus: float | None = None,
-    first_row: int = 0,
-    progress: Progress | None = None,
-) -> Samples:
-    """`num` texts of `length` tokens from a causal network, each token from all before it; arguments as above."""
-    text = blank_text(model, num, length, mask_id, prompt)
-    draws = uniform_draws(seed, first_row, text)
-    missing = text == mask_id  # [N, T]
-    cache = KVCache(model.network.layers)
-    for position in missing.any(0).nonzero()[:, 0].tolist():
-        fresh = text[:, len(cache) : position]
-        last = torch.arange(1, num + 1, device=text.device) * fresh.shape[1] - 1
-        logits = model.decode(fresh, cache, start=len(cache), block_size=1, at=last)  # [N, V]
-        drawn = draw_tokens(token_probabilities(logits, mask_id, temperature, nucleus), draws[:, position, TOKEN])
-        text[:, position] = torch.where(missing[:, position], drawn, text[:, position])
-        if progress:
-            progress(int(missing[:, position].sum()))
-    return Samples(text, missing.sum(1), 0)
-
-
-def blank_text(model: DiT, num: int, length: int, mask_id: int, prompt: Tensor) -> Tensor:
-    """[num, length] on the model's device: the prompt, then masks."""
-    text = torch.full((num, length), mask_id, device=next(model.parameters()).device)
-    text[:, : prompt.shape[-1]] = prompt
-    return text
+def denoiser_of(model: DiT, block_size: int) -> Cached:
+    """The network behind a cache, as `sample` wants it."""
+    return Causal(model) if model.network.causal else Cached(model, block_size)
 
 
 def uniform_draws(seed: int, first_row: int, text: Tensor) -> Tensor:
-    """Uniform numbers [N, T, 3] fp64 for the steps of each row; a longer text only adds to a shorter one's."""
+    """Uniform numbers [N, T, 2] fp64 for the places of each row; a longer text only adds to a shorter one's."""
     num, length = text.shape
-    rows = [generator(seed, Purpose.SAMPLING, first_row + row).random((length, 3)) for row in range(num)]
+    rows = [generator(seed, Purpose.SAMPLING, first_row + row).random((length, 2)) for row in range(num)]
     return torch.from_numpy(np.stack(rows)).to(text.device)
 
 
-def _choose_masked(masked: Tensor, left: Tensor, u: Tensor) -> Tensor:
-    """One true place, uniformly, in each row of masked [N, T] that has any: boolean [N, T]; left [N] counts them."""
-    rank = (u * left).long()  # 0 … left - 1
-    return masked & (masked.cumsum(1) == rank[:, None] + 1)
+def _blank(num: int, total: int, mask_id: int, prompt: Tensor, device: torch.device) -> Samples:
+    """The prompt, then masks; all else is written to as the texts come."""
+    tokens = torch.full((num, total), mask_id, device=device)
+    tokens[:, : prompt.shape[-1]] = prompt
+    lengths = torch.full((num,), total, device=device)
+    ended, nfe, cache_forwards = (torch.zeros_like(lengths) for _ in range(3))
+    order = torch.zeros((num, total), dtype=torch.long, device=device)
+    unknown = torch.full((num, total), torch.nan, dtype=torch.float64, device=device)
+    return Samples(tokens, lengths, ended, nfe, cache_forwards, order, unknown)
+
+
+def _denoise(
+    denoiser: Denoiser,
+    state: Samples,
+    alive: Tensor,
+    begin: int,
+    end: int,
+    draws: Tensor,
+    mask_id: int,
+    options: Options,
+    timed: bool,
+    progress: Progress | None,
+) -> None:
+    """Write all masks of the block [begin, end) in the rows `alive` [A]."""
+    block = state.tokens[alive, begin:end]  # [A, S]
+    order, probability, nfe = state.order[alive, begin:end], state.probability[alive, begin:end], state.nfe[alive]
+    chances = draws[alive, begin:end]  # [A, S, 2]
+    uniform = chances[..., TOKEN].flatten()
+    rule = make_rule(options, chances[..., TIME], denoiser.vocab_size)
+    masked = block == mask_id
+    while bool(masked.any()):
+        asked, t = rule.ask(masked)
+        places = asked.flatten().nonzero()[:, 0]  # [M]
+        u = uniform[places]
+        seen = None
+        if options.repetition_penalty > 1:
+            recent = torch.cat([state.tokens[alive, max(0, begin - WINDOW) : begin], block], dim=1)
+            seen = recent[places // (end - begin)]  # [M, R]
+
+        def read(logits: Tensor, first: int, u: Tensor = u, seen: Tensor | None = seen) -> Drawn:
+            rows = slice(first, first + len(logits))
+            return draw(logits, u[rows], mask_id, options, None if seen is None else seen[rows], rule.looks)
+
+        drawn = denoiser.predict(block, places, sigma_of(t) if timed else None, read)
+        nfe += asked.any(1)
+        falls = rule.fall(asked, _outlook(asked, drawn)) if rule.looks else asked
+        now = falls.flatten()[places]  # [M]
+        written = places[now]
+        block.view(-1)[written], probability.view(-1)[written] = drawn.tokens[now], drawn.probability[now]
+        order.view(-1)[written] = nfe[written // (end - begin)]
+        masked &= ~falls
+        if progress:
+            progress(int(falls.sum()))
+    state.tokens[alive, begin:end], state.nfe[alive] = block, nfe
+    state.order[alive, begin:end], state.probability[alive, begin:end] = order, probability
+
+
+def _outlook(asked: Tensor, drawn: Drawn) -> Outlook:
+    """What was said of the asked places, in their places."""
+    blank = torch.zeros(asked.shape, dtype=torch.float64, device=asked.device)
+    return Outlook(*(blank.masked_scatter(asked, part) for part in (drawn.surest, drawn.entropy, drawn.log_mass)))
+
+
+def _end_rows(
+    state: Samples,
+    alive: Tensor,
+    begin: int,
+    end: int,
+    given: Tensor,
+    options: Options,
+    eos_id: int | None,
+    mask_id: int,
+) -> Tensor:
+    """Which of the rows `alive` go on behind the block [begin, end), boolean [A]; the others are cut and filled up."""
+    first = max(0, min(begin, end - WINDOW))  # what lies before was looked at when it was written
+    length, why = find_ends(state.tokens[alive, first:end], given[alive] - first, options.stop, eos_id)  # [A], [A]
+    over = why > 0
+    rows = alive[over]
+    state.lengths[rows], state.ended[rows] = length[over] + first, why[over]
+    behind = torch.arange(state.tokens.shape[1], device=alive.device) >= state.lengths[rows, None]  # [R, T]
+    state.tokens[rows] = state.tokens[rows].masked_fill(behind, mask_id if eos_id is None else eos_id)
+    state.order[rows] = state.order[rows].masked_fill(behind, 0)
+    state.probability[rows] = state.probability[rows].masked_fill(behind, torch.nan)
+    return ~over

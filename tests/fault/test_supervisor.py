@@ -59,7 +59,7 @@ def test_a_killed_rank_and_a_signal(tmp_path):
         family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == EXIT_STOPPED, log.read_text()
-        assert not any(child.is_running() for child in family)
+        assert not psutil.wait_procs(family, timeout=PATIENCE)[1]  # what was killed last may still be on its way out
     assert log.read_text().count("restart 1 of 2 in 0.1 s") == 1
     assert complete_checkpoints(hurt / "checkpoints")[-1].state["step"] >= 60
     assert not (hurt / FINISHED).exists()

@@ -146,20 +146,48 @@ def test_generate(models, case):
 
 
 @pytest.mark.parametrize("case, writes", [(AR, 0), (BD3, 3), (MDLM, 0), (SEDD, 0)])
-def test_sample_counts(models, monkeypatch, case, writes):
-    monkeypatch.setattr(api, "ROWS_AT_ONCE", 2)
-    samples = models[case].sample(num=5)
+def test_sample_counts(models, case, writes):
+    samples = models[case].sample(num=5, batch=2)
     assert samples.tokens.shape == (5, LENGTH) and samples.tokens[:, 0].tolist() == [EOS] * 5
-    assert samples.nfe.tolist() == [LENGTH - 1] * 5 and samples.cache_forwards == writes
-    monkeypatch.undo()
+    assert samples.nfe.tolist() == [LENGTH - 1] * 5 and samples.cache_forwards.tolist() == [writes] * 5
     assert torch.equal(samples.tokens, models[case].sample(num=5).tokens)
     assert models[case].sample(num=2, length=1).tokens.tolist() == [[EOS], [EOS]]
 
 
-def test_texts_end_at_their_first_eos(models):
-    tokens = torch.tensor([[EOS, 3, 4, EOS, 5, 6], [EOS, EOS, 1, 2, 3, 4]])
-    assert models[BD3].decode(tokens) == ["3 4", ""]
-    assert models[BD3].decode(tokens, given=4) == ["3 4 5 6", "1 2 3 4"]
+@pytest.mark.parametrize("case", OBJECTIVES)
+def test_texts_end_at_their_first_eos(models, case):
+    whole = models[case].sample(num=40, length=21, temperature=3.0)
+    cut = models[case].sample(num=40, length=21, temperature=3.0, stop="eos")
+    ends = [([*row[1:], EOS].index(EOS) + 2) for row in whole.tokens.tolist()]
+    assert cut.lengths.tolist() == [min(end, 21) for end in ends] and len(set(ends)) > 5
+    for row, end in enumerate(ends):
+        assert torch.equal(cut.tokens[row, :end], whole.tokens[row, :end])
+        assert (cut.tokens[row, end:] == EOS).all() and not cut.order[row, end:].any()
+    assert [why == 1 for why in cut.ended] == [end <= 21 for end in ends]
+    # Rows that have ended cost nothing, but for what the last block (MDLM, SEDD: the last window) had to write.
+    assert (cut.nfe <= whole.nfe).all() and cut.nfe.sum() < whole.nfe.sum()
+    assert models[case].decode(cut) == models[case].generate(num=40, length=21, temperature=3.0)
+
+
+@pytest.mark.parametrize("case", OBJECTIVES)
+def test_prompts_of_unequal_length(models, case):
+    prompts = ["3 1 4 1 5", "2", ""]
+    texts = models[case].generate(3, 12, prompts, stop=())
+    assert all(text.startswith(prompt) for text, prompt in zip(texts, prompts, strict=True))
+    ids = [EOS, 3, 1, 4, 1, 5]
+    alone = models[case].sample(1, 12, ids)
+    assert torch.equal(models[case].sample(3, 12, prompts).tokens[:1], alone.tokens)
+    assert alone.nfe.tolist() == [6 if case in (AR, BD3) else alone.nfe.item()]
+
+
+@pytest.mark.parametrize("case", OBJECTIVES)
+def test_texts_longer_than_the_context(models, case):
+    """Past L the window slides: what comes next depends on the last tokens alone."""
+    long = models[case].sample(num=2, length=5 * LENGTH + 1, batch=1)
+    assert long.tokens.shape == (2, 5 * LENGTH + 1) and not (long.tokens == MASK).any()
+    assert torch.equal(long.tokens[:, :LENGTH], models[case].sample(num=2).tokens)
+    wide = models[case].sample(num=2, length=16, window=16)
+    assert not (wide.tokens == MASK).any()
 
 
 def test_without_tokenizer(models):
@@ -192,7 +220,25 @@ def test_without_tokenizer(models):
         (BD3, lambda m, x: m.score(x, "mc", views=0), "views=0"),
         (BD3, lambda m, x: m.score(x, "mc", seed=-1), "seed=-1"),
         (AR, lambda m, x: m.score(x[:, :1]), "nothing to score"),
-        (AR, lambda m, x: m.generate(length=9), "length=9 must lie in 1 … 8"),
+        (AR, lambda m, x: m.generate(length=0), "length=0 must be at least 1"),
+        (AR, lambda m, x: m.sample(batch=0), "batch=0"),
+        (AR, lambda m, x: m.sample(prompt=" ".join("1" * 8)), "takes 9 tokens, BOS included; the model sees 8"),
+        (AR, lambda m, x: m.sample(num=2, prompt=["1", "2", "3"]), "3 rows for num=2"),
+        (AR, lambda m, x: m.sample(steps=4), "steps is for diffusion"),
+        (AR, lambda m, x: m.sample(tresholt=0.9), "tresholt is no option of the sampler; did you mean 'threshold'"),
+        (BD3, lambda m, x: m.sample(threshold=0.9, steps=4), "two orders of unmasking"),
+        (BD3, lambda m, x: m.sample(steps=4, analytic=True), "SEDD's sampler"),
+        (SEDD, lambda m, x: m.sample(analytic=True), "goes with steps"),
+        (BD3, lambda m, x: m.sample(steps=0), "steps=0"),
+        (BD3, lambda m, x: m.sample(threshold=1.5), "threshold=1.5"),
+        (BD3, lambda m, x: m.sample(entropy_bound=-1.0), "entropy_bound=-1.0"),
+        (BD3, lambda m, x: m.sample(tokens_per_step=0), "tokens_per_step=0"),
+        (BD3, lambda m, x: m.sample(top_k=0), "top_k=0"),
+        (BD3, lambda m, x: m.sample(repetition_penalty=0.5), "repetition_penalty=0.5"),
+        (BD3, lambda m, x: m.sample(stop="eso"), "stop=eso is unknown; did you mean 'eos'"),
+        (BD3, lambda m, x: m.sample(window=7), "window=7 must be a multiple of the block size 2"),
+        (BD3, lambda m, x: m.sample(overlap=3), "overlap=3 must be a multiple of the block size 2 in 2 … 6"),
+        (MDLM, lambda m, x: m.sample(overlap=8), "overlap=8 must lie in 1 … 7"),
         (AR, lambda m, x: m.generate(num=0), "num=0"),
         (AR, lambda m, x: m.generate(temperature=-1), "temperature=-1"),
         (AR, lambda m, x: m.generate(nucleus=0), "nucleus=0"),
@@ -217,14 +263,20 @@ def test_places_and_devices_that_are_not_there(place):
 
 def test_sample_command(place, tmp_path, capsys):
     file = tmp_path / "out" / "samples.json"
-    words = [str(place / BD3), "--num", "2", "--length", "7", "--prompt", "3 1", "--seed", "9", "--device", "cpu"]
+    words = [str(place / BD3), "--num", "2", "--length", "7", "--prompt", "3 1", "--seed", "9", "--stop", "none"]
     assert sample_command.main([*words, "--json", str(file)]) == 0
     out = capsys.readouterr().out
     record = json.loads(file.read_text())
     assert all(text in out for text in record["texts"]) and out.count(sample_command.RULE) == 3
-    assert "8 tokens, 10 denoiser evaluations, 6 cache-writing forwards" in out
-    assert record["tokens"] == 8 and record["nfe"] == 10 and record["cache_forwards"] == 6
-    assert record["texts"] == bd3_ds.load(str(place / BD3)).generate(2, 7, "3 1", seed=9)
-    for wrong in (["--num", "0"], ["--nucleus", "2"], ["--lenght", "3"], ["--temperature", "warm"]):
+    assert "8 tokens, 10 denoiser evaluations and 6 forwards that only wrote the cache" in out
+    assert record["tokens"] == 8 and record["nfe"] == [5, 5] and record["cache_forwards"] == [3, 3]
+    assert record["given"] == [3, 3] and record["ended"] == ["length"] * 2
+    for row in range(2):
+        assert record["pieces"][row][:3] == ["[EOS]", "3", "1"] and len(record["token_ids"][row]) == 7
+        assert record["order"][row][:3] == [0] * 3 and record["probability"][row][:3] == [None] * 3
+        assert sorted(record["order"][row][3:5]) == [2, 3] or record["order"][row][3] == 1
+    assert record["texts"] == bd3_ds.load(str(place / BD3)).generate(2, 7, "3 1", seed=9, stop=())
+    wrongs = (["--num", "0"], ["--nucleus", "2"], ["--lenght", "3"], ["--temperature", "warm"], ["--stop", "end"])
+    for wrong in (*wrongs, ["--prompts", "nowhere"], ["--prompts", str(file), "--prompt", "1"]):
         with pytest.raises(UserError):
             sample_command.main([*words[:1], *wrong])

@@ -16,6 +16,9 @@ from bd3_ds.model.dit import DiT, Network, as_denoiser
 from bd3_ds.model.kv_cache import KVCache
 from bd3_ds.model.masks import CLEAN, may_attend, places
 from bd3_ds.model.rope import rotary_angles, rotate
+from bd3_ds.sampling.denoiser import Cached, Recomputing
+from bd3_ds.sampling.draw import draw
+from bd3_ds.sampling.options import Options
 
 MASK = 100
 CPU = torch.device("cpu")
@@ -125,6 +128,31 @@ def test_sampling_logits_with_and_without_cache(golden):
         cached = model.decode(x[:, last:], cache, start=last, block_size=4)
         close(cached, data[f"nb{blocks}.logits_kv"], 1e-5)
         close(cached, data[f"nb{blocks}.logits"][:, last:], 1e-5)
+
+
+def test_a_step_of_the_sampler(golden):
+    """What our sampler draws from at the masked places of upstream's blocks, and the probabilities that it notes."""
+    data = golden("bd3lm_sample_b4")
+    model = network(golden, False)
+    for blocks in (1, 3, 8):
+        x, log_p = data[f"nb{blocks}.x"], data[f"nb{blocks}.log_p"]
+        for denoiser in (Cached(model, 4), Recomputing(model, 4)):
+            block = x[:, -4:]
+            if blocks > 1:
+                denoiser.extend(x[:, :-4])
+            at = (block == MASK).flatten().nonzero()[:, 0]
+            assert len(at)
+
+            def read(logits, _first):
+                return draw(logits, torch.linspace(0, 0.99, len(logits), dtype=torch.float64), MASK, Options())
+
+            with torch.no_grad():
+                drawn = denoiser.predict(block, at, None, read)
+            theirs = log_p[:, -4:].flatten(0, 1)[at]
+            close(drawn.probability.log().float(), theirs.gather(1, drawn.tokens[:, None])[:, 0], 1e-5)
+            close(drawn.surest.log().float(), theirs[:, :MASK].max(-1).values, 1e-5)
+            entropy = torch.special.entr(theirs[:, :MASK].double().exp()).sum(-1)
+            close(drawn.entropy.float(), entropy.float(), 1e-5)
 
 
 @pytest.mark.parametrize("length, block", [(8, 2), (8, 4), (12, 4), (8, 8), (6, 1)])

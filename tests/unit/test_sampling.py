@@ -9,9 +9,12 @@ import torch
 from bd3_ds.diffusion.score_entropy import sigma_of
 from bd3_ds.diffusion.subs import subs_log_probs
 from bd3_ds.model.dit import DiT, Network
-from bd3_ds.sampling.draw import draw_tokens, token_probabilities
-from bd3_ds.sampling.sampler import sample_autoregressive, sample_blocks
-from bd3_ds.sampling.stopping import low_entropy, truncate_at_eos, unigram_entropy
+from bd3_ds.sampling.denoiser import Recomputing
+from bd3_ds.sampling.draw import draw as token_draw
+from bd3_ds.sampling.draw import draw_tokens, token_weights
+from bd3_ds.sampling.options import Course, Options
+from bd3_ds.sampling.sampler import denoiser_of, sample
+from bd3_ds.sampling.stopping import find_ends, low_entropy, unigram_entropy
 
 VOCAB, MASK, BOS = 5, 4, 0
 LENGTH = 4
@@ -29,12 +32,24 @@ def network(causal=False, vocab=VOCAB, kind=DiT, seed=3, scales=(3.0, 0.4, 0.3))
     return model
 
 
-def draw(model, num=3, length=12, block_size=4, prompt=(BOS,), seed=7, **options):
-    mask = model.network.vocab_size - 1
-    common = {"num": num, "length": length, "mask_id": mask, "prompt": torch.as_tensor(prompt), "seed": seed}
-    if model.network.causal:
-        return sample_autoregressive(model, **common, **options)
-    return sample_blocks(model, block_size=block_size, **common, **options)
+def draw(model, num=3, length=12, block_size=4, prompt=(BOS,), seed=7, window=None, overlap=None, denoiser=None, **how):
+    """Samples of a network with [MASK] as its last token; a window (default: whole blocks) of one block is MDLM's."""
+    block_size = 1 if model.network.causal else block_size
+    window = window or -(-length // block_size) * block_size
+    whole = block_size == window
+    step = 1 if whole else block_size
+    course = Course(length, block_size, window, overlap or window // 2 // step * step, whole)
+    more = {name: how.pop(name) for name in ("first_row", "timed", "eos_id", "progress") if name in how}
+    return sample(
+        denoiser or denoiser_of(model, block_size),
+        course,
+        torch.as_tensor(prompt),
+        num=num,
+        mask_id=model.network.vocab_size - 1,
+        options=Options(**how),
+        seed=seed,
+        **more,
+    )
 
 
 def assert_drawn_from(tokens, expected):
@@ -104,7 +119,7 @@ def test_sedd_is_conditioned_on_the_time_of_each_step():
         forward = probability([2, 3], 2, early) * probability([3], 3, late)
         backward = probability([2, 3], 3, early) * probability([2], 2, late)
         expected[MASK**2 + MASK * a + b] = ((forward + backward) / 2).mean()
-    tokens = draw(model, 4000, LENGTH, LENGTH, prompt, sigma_from_rate=True).tokens
+    tokens = draw(model, 4000, LENGTH, LENGTH, prompt, timed=True).tokens
     counts = torch.bincount((tokens[:, 1:] * torch.tensor([16, 4, 1])).sum(1), minlength=64).double()
     wanted = 4000 * expected
     cells = wanted > 5
@@ -122,29 +137,61 @@ def test_autoregressive_is_the_chain_rule():
     assert_drawn_from(draw(model, 4000, LENGTH).tokens, expected)
 
 
-class Uncached(DiT):
-    """Remembers the clean text and runs all of it beside the noisy block, instead of using what the cache holds."""
+class TrainingPasses(Recomputing):
+    """No cache: each evaluation is a training pass over the text so far, the noisy stream beside the clean one."""
 
-    def encode(self, x0, cache, *, block_size):
-        self.text = x0 if len(cache) == 0 else torch.cat([self.text, x0], dim=1)
-        return super().encode(x0, cache, block_size=block_size)
-
-    def decode(self, tokens, cache, *, start, block_size, sigma=None, at=None):
-        if self.network.causal:
-            self.text = tokens if len(cache) == 0 else torch.cat([self.text, tokens], dim=1)
-            super().decode(tokens, cache, start=start, block_size=1)  # the sampler reads the cache's length
-            return self.forward(self.text, block_size=1)[:, start:].flatten(0, 1)[at]
-        text = tokens if start == 0 else torch.cat([self.text, tokens], dim=1)
-        return self.forward(text, text, block_size=block_size, sigma=sigma)[:, start:].flatten(0, 1)[at]
+    def predict(self, block, at, sigma, read):
+        text = block if self.clean is None else torch.cat([self.clean, block], dim=1)
+        if self.model.network.causal:
+            logits = self.model(text, block_size=1)[:, len(self) - 1 : -1]
+        else:
+            logits = self.model(text, text, block_size=self.block_size, sigma=sigma)[:, len(self) :]
+        self.logits.append(logits.flatten(0, 1)[at])
+        return read(self.logits[-1], 0)
 
 
-@pytest.mark.parametrize("causal, block_size", [(False, 1), (False, 2), (False, 4), (False, 12), (True, 1)])
-@pytest.mark.parametrize("prompt", [(BOS,), (BOS, 3, 5, 2, 8, 1)])
-def test_the_cache_changes_nothing(causal, block_size, prompt):
-    cached = draw(network(causal, 11), block_size=block_size, prompt=prompt)
-    uncached = draw(network(causal, 11, kind=Uncached), block_size=block_size, prompt=prompt)
-    assert torch.equal(cached.tokens, uncached.tokens)
-    assert not (cached.tokens == 10).any()
+class Heard:
+    """A denoiser that keeps the logits that it read."""
+
+    def __init__(self, denoiser):
+        self.denoiser, self.logits = denoiser, []
+
+    def __getattr__(self, name):
+        return getattr(self.denoiser, name)
+
+    def __len__(self):
+        return len(self.denoiser)
+
+    def predict(self, block, at, sigma, read):
+        def hear(logits, first):
+            self.logits.append(logits)
+            return read(logits, first)
+
+        return self.denoiser.predict(block, at, sigma, hear)
+
+
+ORDERS = [{}, {"steps": 3}, {"threshold": 0.2}, {"entropy_bound": 1.5}, {"tokens_per_step": 2}]
+
+
+@pytest.mark.parametrize("how", ORDERS, ids=str)
+@pytest.mark.parametrize("block_size, window", [(1, 6), (2, 12), (4, 8), (12, 12), (6, 6), (0, 12), (0, 5)])
+def test_the_cache_changes_nothing(block_size, window, how):
+    """Logits of every evaluation, where rows have prompts of odd lengths and end at different times; windows slide."""
+    causal, size = block_size == 0, max(1, block_size)
+    if causal and how:
+        pytest.skip("a causal network has one order")
+    model = network(causal, 11, seed=5)
+    heard = [Heard(denoiser_of(model, size)), Heard(Recomputing(model, size)), TrainingPasses(model, size)]
+    heard[2].logits = []
+    prompt = torch.tensor([[BOS, 3, 5, 2, 8], [BOS, 3, 10, 10, 10], [BOS, 10, 10, 10, 10]]).repeat(3, 1)
+    cached, recomputed, trained = (
+        draw(model, 9, 15, size, prompt, window=window, denoiser=one, eos_id=1, stop=("eos",), **how) for one in heard
+    )
+    assert (cached.tokens == 10).sum() == 0 and len(set(cached.lengths.tolist())) > 2
+    for one, samples in ((1, recomputed), (2, trained)):
+        assert torch.equal(cached.tokens, samples.tokens) and torch.equal(cached.nfe, samples.nfe)
+        for ours, theirs in zip(heard[0].logits, heard[one].logits, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("causal, block_size", [(False, 1), (False, 4), (False, 12), (True, 1)])
@@ -180,7 +227,11 @@ def test_counts(block_size, length, nfe, writes):
     samples = draw(network(), length=length, block_size=block_size, progress=told.append)
     assert samples.tokens.shape == (3, length)
     assert samples.nfe.tolist() == [nfe] * 3 and sum(told) == 3 * nfe
-    assert samples.cache_forwards == writes
+    assert samples.cache_forwards.tolist() == [writes] * 3
+    assert samples.order[:, 0].tolist() == [0] * 3
+    for row in samples.order[:, 1:].tolist():
+        assert len(set(row)) == length - 1 and set(row) <= set(range(1, nfe + 1))
+    assert samples.probability[:, 0].isnan().all() and (samples.probability[:, 1:] > 0).all()
 
 
 def test_a_length_inside_a_block_is_cut_from_the_whole():
@@ -189,41 +240,64 @@ def test_a_length_inside_a_block_is_cut_from_the_whole():
 
 
 def test_a_long_prompt_is_cached_in_one_pass():
-    assert draw(network(), prompt=[0] * 9, block_size=2).cache_forwards == 2  # 8 given tokens at once, then one block
+    # 8 given tokens at once, then one block
+    assert draw(network(), prompt=[0] * 9, block_size=2).cache_forwards.tolist() == [2] * 3
 
 
-def test_temperature_and_nucleus():
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05, 9.0]]).log()
+LOG_P = torch.tensor([[0.5, 0.3, 0.15, 0.05, 0.0]], dtype=torch.float64).log()
 
-    def kept(nucleus):
-        return token_probabilities(logits, MASK, nucleus=nucleus)[0].tolist()
 
-    assert kept(None) == pytest.approx([0.5, 0.3, 0.15, 0.05, 0])
-    assert kept(0.5) == pytest.approx([1, 0, 0, 0, 0])
-    assert kept(0.6) == pytest.approx([0.625, 0.375, 0, 0, 0])  # the token that crosses 0.6 is in
-    assert kept(1e-6) == pytest.approx([1, 0, 0, 0, 0])
-    assert kept(1.0) == pytest.approx([0.5, 0.3, 0.15, 0.05, 0])
-    assert token_probabilities(logits, MASK, temperature=0)[0].tolist() == [1, 0, 0, 0, 0]
-    squared = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0]) ** 2
-    assert token_probabilities(logits, MASK, temperature=0.5)[0].tolist() == pytest.approx(
-        (squared / squared.sum()).tolist()
-    )
+@pytest.mark.parametrize(
+    "how, wanted",
+    [
+        ({}, [0.5, 0.3, 0.15, 0.05, 0]),
+        ({"nucleus": 0.5}, [1, 0, 0, 0, 0]),
+        ({"nucleus": 0.6}, [0.625, 0.375, 0, 0, 0]),  # the token that crosses 0.6 is in
+        ({"nucleus": 1e-6}, [1, 0, 0, 0, 0]),
+        ({"nucleus": 1.0}, [0.5, 0.3, 0.15, 0.05, 0]),
+        ({"top_k": 2}, [0.625, 0.375, 0, 0, 0]),
+        ({"top_k": 99}, [0.5, 0.3, 0.15, 0.05, 0]),
+        ({"nucleus": 0.52}, [0.625, 0.375, 0, 0, 0]),
+        ({"top_k": 3, "nucleus": 0.52}, [1, 0, 0, 0, 0]),  # 0.52 of the 0.95 that top_k leaves
+        ({"temperature": 0}, [1, 0, 0, 0, 0]),
+        ({"temperature": 0.5}, [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365, 0]),
+        ({"repetition_penalty": 2.0}, [0.25 / 0.675, 0.3 / 0.675, 0.075 / 0.675, 0.05 / 0.675, 0]),
+        ({"repetition_penalty": 2.0, "temperature": 0}, [0, 1, 0, 0, 0]),
+    ],
+)
+def test_what_tokens_are_drawn_from(how, wanted):
+    weights = token_weights(LOG_P, Options(**how), seen=torch.tensor([[0, 2, 0, MASK]]))
+    assert (weights / weights.sum())[0].tolist() == pytest.approx(wanted)
 
 
 def test_extreme_numbers_never_draw_what_has_no_probability():
     probabilities = torch.tensor([[0.0, 0.7, 0.0, 0.3, 0.0]], dtype=torch.float64).expand(3, -1)
-    assert draw_tokens(probabilities, torch.tensor([0.0, 0.7 + 1e-12, 1 - 2**-53], dtype=torch.float64)).tolist() == [
+    assert draw_tokens(
+        probabilities.cumsum(-1), torch.tensor([0.0, 0.7 + 1e-12, 1 - 2**-53], dtype=torch.float64)
+    ).tolist() == [
         1,
         3,
         3,
     ]
 
 
+def test_rare_tokens_are_drawn():
+    """A token of probability 2e-9 has its share of the uniform numbers, which fp32 numbers could not give it."""
+    logits = torch.tensor([[0.0, math.log(2e-9), 5.0]]).repeat(3, 1)
+    drawn = token_draw(logits, torch.tensor([0.5, 1 - 1e-9, 1 - 3e-9], dtype=torch.float64), 2, Options())
+    assert drawn.tokens.tolist() == [0, 1, 0]
+    assert drawn.probability.tolist() == pytest.approx([1, 2e-9, 1]) and drawn.surest.tolist() == pytest.approx([1] * 3)
+
+
 def test_where_a_text_ends():
-    tokens = torch.tensor([0, 5, 6, 0, 7, 0])
-    assert truncate_at_eos(tokens, 0).tolist() == [0, 5, 6, 0]
-    assert truncate_at_eos(tokens, 0, given=4).tolist() == tokens.tolist()
-    assert truncate_at_eos(tokens, 9).tolist() == tokens.tolist()
+    tokens = torch.tensor([[0, 5, 6, 0, 7, 0]]).expand(3, -1)
+    lengths, why = find_ends(tokens, torch.tensor([1, 4, 6]), ("eos",), 0)
+    assert lengths.tolist() == [4, 6, 6] and why.tolist() == [1, 1, 0]
+    assert find_ends(tokens, torch.tensor([1, 4, 6]), ("eos",), 9)[1].tolist() == [0, 0, 0]
+    dull = torch.cat([torch.arange(300), torch.arange(256) % 2])[None]
+    lengths, why = find_ends(dull, torch.tensor([5]), ("entropy", "eos"), 999)
+    assert (lengths.item(), why.item()) == (300, 2)
+    assert find_ends(dull, torch.tensor([310]), ("entropy",), None)[0].tolist() == [310]
 
 
 def test_entropy_of_repetition():

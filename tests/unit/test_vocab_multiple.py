@@ -24,7 +24,8 @@ from bd3_ds.model.build import initialise, network_of
 from bd3_ds.model.dit import DiT, Network, as_denoiser
 from bd3_ds.model.flops import training_flops_per_sequence
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.sampling.sampler import sample_autoregressive, sample_blocks
+from bd3_ds.sampling.options import Course
+from bd3_ds.sampling.sampler import denoiser_of, sample
 from bd3_ds.train.check_command import plan
 from bd3_ds.train.preflight import preflight
 from tests.helpers.schedules import schedule_config
@@ -136,12 +137,13 @@ def test_bounds_of_an_export(tmp_path: Path, objective: str, size: int) -> None:
 @pytest.mark.parametrize(("objective", "size"), OBJECTIVES)
 def test_samples_are_tokens(objective: str, size: int) -> None:
     plain, wide = networks(objective)
-    common: dict[str, Any] = {"num": 4, "length": LENGTH, "mask_id": MASK, "prompt": torch.tensor([[0]])}
-    if objective == AR:
-        drawn = [sample_autoregressive(model, **common).tokens for model in (plain, wide)]
-    else:
-        common |= {"block_size": size, "sigma_from_rate": objective == SEDD}
-        drawn = [sample_blocks(model, **common).tokens for model in (plain, wide)]
+    course = Course(LENGTH, size, LENGTH, LENGTH // 2, whole=size == LENGTH)
+    drawn = [
+        sample(
+            denoiser_of(model, size), course, torch.tensor([[0]]), num=4, mask_id=MASK, timed=objective == SEDD
+        ).tokens
+        for model in (plain, wide)
+    ]
     assert drawn[1].max() < VOCAB and torch.equal(*drawn)
 
 
