@@ -10,11 +10,11 @@ python=.venv/bin/python
 out=runs/gen
 export OMP_NUM_THREADS=1
 
-train() { # name, then what differs from the recipe: 1,200 steps of 16 x 256 tokens, 4 layers of width 256
+train() { # name, steps of 16 x 256 tokens, then what differs from the recipe: 4 layers of width 256
   "$python" run.py train configs/recipes/docs_pretrain.yaml run_dir="$out/$1" data.train=$out/data/train \
     data.length=256 "eval.sets={valid: $out/data/valid}" model.layers=4 train.micro_batch=16 \
-    train.activation_checkpointing=none train.total_steps=1200 train.export_every=300 train.checkpoint_every=300 \
-    optim.ema_decay=0.995 "${@:2}" </dev/null
+    train.activation_checkpointing=none train.total_steps="$2" train.export_every=300 train.checkpoint_every=300 \
+    optim.ema_decay=0.995 "${@:3}" </dev/null
 }
 
 draw() { # a file of texts: name, model, options
@@ -22,18 +22,18 @@ draw() { # a file of texts: name, model, options
     --precision bf16 "${@:3}" >/dev/null
 }
 
-texts() { # a model at L and 2 L, as long as the length goes, and until it ends by itself
-  local how=(--nucleus 0.9) many=300
-  case "$1" in # T steps a window of 256 tokens; each runs the whole window, so fewer texts where there are many windows
-    mdlm) how+=(--steps 128) many=100 ;;
-    sedd) how=(--nucleus 0.99 --steps 128 --analytic) many=100 ;;
+texts() { # 300 of a model at L; 100 at 2 L, and 100 until they end by themselves
+  local how=(--nucleus 0.9)
+  case "$1" in # T steps a window of 256 tokens
+    mdlm) how+=(--steps 64) ;;
+    sedd) how=(--nucleus 0.99 --steps 64 --analytic) ;;
   esac
   draw "$1-256" "$1" --num 300 --length 256 --stop none "${how[@]}"
-  if [ "$1" = sedd ]; then
-    draw "$1-long" "$1" --num $many --length 256 --stop eos,entropy --seed 1 "${how[@]}"
+  if [ "$1" = sedd ]; then # as in the report, one window
+    draw "$1-long" "$1" --num 100 --length 256 --stop eos,entropy --seed 1 "${how[@]}"
   else
-    draw "$1-512" "$1" --num $many --length 512 --stop none "${how[@]}"
-    draw "$1-long" "$1" --num $many --length 4096 --stop eos,entropy --seed 1 "${how[@]}"
+    draw "$1-512" "$1" --num 100 --length 512 --stop none "${how[@]}"
+    draw "$1-long" "$1" --num 100 --length 4096 --stop eos,entropy --seed 1 "${how[@]}"
   fi
 }
 
@@ -49,15 +49,15 @@ case "${1:-}" in
     done
     ;;
   diffusion) # as the paper does: block sizes start from full diffusion, here for the last 300 of 1,200 steps
-    train mdlm objective.name=mdlm
+    train mdlm 1200 objective.name=mdlm
     for size in 16 8 4; do
-      train bd3-$size objective.block_size=$size train.total_steps=300 train.init_from=$out/mdlm/exports/step-00000900
+      train bd3-$size 300 objective.block_size=$size train.init_from=$out/mdlm/exports/step-00000900
     done
     ;;
   causal) # the judge has other seeds and another order; SEDD is here to fill the second core
-    train ar objective.name=ar
-    train judge objective.name=ar seed=2 data.shuffle_seed=1
-    train sedd objective.name=sedd eval.estimator=mc
+    train ar 1200 objective.name=ar
+    train judge 600 objective.name=ar seed=2 data.shuffle_seed=1
+    train sedd 1200 objective.name=sedd eval.estimator=mc
     ;;
   texts)
     for model in "${@:2}"; do texts "$model"; done

@@ -83,6 +83,53 @@ class CheckpointFile:
             raise UserError(f"{self.path} is damaged: {name} cannot be read ({error})") from None
 
 
+@dataclass(frozen=True)
+class LightningModel:
+    """The model in a Lightning file under new names: `tensors`, which are averages (EMA) where `averaged`."""
+
+    file: CheckpointFile
+    tensors: dict[str, StoredTensor]
+    averaged: bool
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor."""
+        return {name: stored.shape for name, stored in self.tensors.items()}
+
+    def read(self) -> dict[str, Tensor]:
+        """The tensors themselves, on the CPU; raises UserError where the file is damaged."""
+        return {name: self.file.tensor(stored) for name, stored in self.tensors.items()}
+
+
+def read_lightning(path: Path, rename: Callable[[str], str | None]) -> LightningModel:
+    """The model in upstream's Lightning file; `rename` gives our name for a key of its state_dict, or None.
+
+    Its configuration is code and is not read. Raises UserError where the file is no such checkpoint.
+    """
+    file = CheckpointFile(path)
+    content = file.content if isinstance(file.content, dict) else {}
+    state = content.get("state_dict")
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise UserError(f"{path} has no state_dict; is this a Lightning checkpoint of bd3lms?")
+    tensors = {name: value for key, value in state.items() if (name := rename(key)) is not None}
+    if not tensors or not all(isinstance(value, StoredTensor) for value in tensors.values()):
+        raise UserError(f"{path} has no weights in its state_dict; is this a Lightning checkpoint of bd3lms?")
+    average = _average(content, path, tensors)
+    return LightningModel(file, average or tensors, average is not None)
+
+
+def _average(content: dict[Any, Any], path: Path, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor] | None:
+    """Upstream's averaged weights, kept in the order of the parameters without their names; None where it has none."""
+    average = content.get("ema")
+    if average is None:
+        return None
+    shadow = average.get("shadow_params") if isinstance(average, dict) else None
+    shapes = [stored.shape for stored in tensors.values()]
+    if not isinstance(shadow, list) or [getattr(stored, "shape", None) for stored in shadow] != shapes:
+        raise UserError(f"the averaged weights in {path} are not those of its state_dict; is it a bd3lms checkpoint?")
+    return dict(zip(tensors, shadow, strict=True))
+
+
 def _reader(file: Any) -> pickle.Unpickler:
     """Everything that a pickle can reach is made anew for this file, so that nothing it does outlives it."""
 

@@ -1,7 +1,8 @@
-"""Tensors of other programs: safetensors, whole or in shards with an index, and checkpoint files without their code."""
+"""Tensors of other programs: safetensors, whole or in shards with an index."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,3 +45,14 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is damaged or no safetensors file ({error}); fetch it again") from None
     return tensors
+
+
+def require_finite(weights: Mapping[str, Tensor], origin: str) -> None:
+    """Raise UserError for the first of the `weights` (from `origin`) that holds a number which is not finite."""
+    import torch
+
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"{origin} holds weights that are not finite ({name}); take another checkpoint of the model"
+            )

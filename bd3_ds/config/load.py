@@ -56,6 +56,23 @@ def load_defaults(values: dict[str, Any], origin: str) -> RunConfig:
     return _freeze(tree)
 
 
+def from_values(values: dict[str, Any], origin: str) -> RunConfig:
+    """The configuration of nested plain values (from `origin`), as `dataclasses.asdict` and then JSON make of one.
+
+    JSON's keys are words; where the schema wants numbers they are turned back. Keys that are missing have their
+    defaults; raises UserError for all else that is wrong.
+    """
+    if "${" in str(values):
+        raise UserError(f"{origin} holds ${{…}}, which a resolved configuration does not")
+    tree = _empty(RunConfig)
+    content = OmegaConf.create(_with_numbers(values, RunConfig, origin))
+    problems = [*_merge_file(tree, CONFIGS / "base.yaml"), *_merge_tree(tree, content, origin)]
+    problems = problems or [f"{origin} lacks {key}" for key in sorted(OmegaConf.missing_keys(tree))]
+    if problems:
+        raise UserError(*problems)
+    return _freeze(tree)
+
+
 def override(run: RunConfig, words: list[str], allowed: tuple[str, ...]) -> RunConfig:
     """`run` with key=value words over it, of keys that begin with one of `allowed`; raises UserError."""
     merged = _empty(RunConfig)
@@ -96,6 +113,24 @@ def _freeze(tree: DictConfig) -> RunConfig:
     run = OmegaConf.to_object(tree)
     assert isinstance(run, RunConfig)
     return run
+
+
+def _with_numbers(values: dict[str, Any], cls: Any, origin: str) -> dict[str, Any]:
+    """`values` with the keys of mappings as the schema has them; raises UserError for a section that is none."""
+    hints = typing.get_type_hints(cls)
+    done: dict[str, Any] = {}
+    for key, value in values.items():
+        annotation = hints.get(key)
+        if dataclasses.is_dataclass(annotation):
+            if not isinstance(value, dict):
+                raise UserError(f"{key} in {origin} must be a section, not {value}")
+            value = _with_numbers(value, annotation, origin)
+        elif (
+            typing.get_origin(annotation) is dict and typing.get_args(annotation)[0] is int and isinstance(value, dict)
+        ):
+            value = {int(word) if str(word).isdecimal() else word: number for word, number in value.items()}
+        done[key] = value
+    return done
 
 
 def _merge_file(tree: DictConfig, path: Path, what: str = "recipe", above: tuple[Path, ...] = ()) -> list[str]:

@@ -1,4 +1,4 @@
-"""Weights of upstream bd3lms (config.json and model.safetensors) under our names."""
+"""Weights and config.json of upstream bd3lms, and of its forerunner MDLM, under our names and back under theirs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD
 from bd3_ds.model.network import Network
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.runtime.files import read_json
 
 T = TypeVar("T")
 
@@ -30,6 +29,17 @@ _LAYER = {
     "mlp.0": "up",
     "mlp.2": "down",
     "adaLN_modulation": "modulation",
+}
+_TOP_BACK = {ours: theirs for theirs, ours in _TOP.items()}
+_LAYER_BACK = {ours: theirs for theirs, ours in _LAYER.items()}
+_THEIRS = {  # of our network's choices, those of upstream's
+    "tie_embeddings": False,
+    "norm": "layernorm",
+    "norm_eps": 1e-5,
+    "biases": ("mlp", "head"),
+    "mlp": "gelu",
+    "positions": "rotary",
+    "rope_base": 10_000.0,
 }
 _BUFFERS = ("rotary_emb.inv_freq", "sampling_eps_min", "sampling_eps_max", "block_diff_mask")
 
@@ -55,8 +65,30 @@ def rename_upstream(weights: Mapping[str, T]) -> dict[str, T]:
     return {name: value for key, value in weights.items() if (name := our_name(key)) is not None}
 
 
+def values_of_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Any]:
+    """What the shapes of upstream's weights, under our names, tell of `model.*`; cond_size is None for AR.
+
+    They do not tell the heads. Raises UserError for weights (of `path`) that are not all there.
+    """
+    try:
+        vocab_size, hidden_size = shapes["embed.weight"]
+        return {
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "layers": len({name.split(".")[1] for name in shapes if name.startswith("layers.")}),
+            "mlp_size": shapes["layers.0.up.weight"][0],
+            "cond_size": shapes.get("time.expand.weight", (None,))[0],
+        }
+    except (KeyError, ValueError):
+        raise UserError(f"{path} lacks weights that upstream's models have; is it whole?") from None
+
+
 def upstream_objective(config: Mapping[str, Any]) -> str:
-    """Which objective a config.json stands for."""
+    """Which objective a config.json stands for; `model_type` mdlm is a release of MDLM, before bd3lms."""
+    if config.get("model_type") == "mdlm":
+        if config.get("time_conditioning"):
+            raise UserError("a release of MDLM with time_conditioning=true is not known here: our MDLM has no time")
+        return MDLM
     if config.get("causal"):
         return AR
     if config.get("cross_attn"):
@@ -82,10 +114,53 @@ def upstream_network(config: Mapping[str, Any], path: Path) -> Network:
     )
 
 
-def read_upstream(directory: Path) -> tuple[dict[str, Any], Path]:
-    """Upstream's config.json and the path of its model.safetensors; raises UserError where one is not there."""
-    config = read_json(directory / "config.json", "upstream config.json")
-    weights = directory / "model.safetensors"
-    if not weights.is_file():
-        raise UserError(f"{weights} not found; export the weights as safetensors first (pickles are not read)")
-    return config, weights
+def their_name(name: str) -> str:
+    """Upstream's key for one of our parameters, behind `backbone.`; raises KeyError for one that it does not have."""
+    stem, _, leaf = name.rpartition(".")
+    if name in _TOP_BACK:
+        return f"backbone.{_TOP_BACK[name]}"
+    if stem in _TOP_BACK:
+        return f"backbone.{_TOP_BACK[stem]}.{leaf}"
+    _, number, part = stem.split(".")
+    return f"backbone.blocks.{number}.{_LAYER_BACK[part]}.{leaf}"
+
+
+def upstream_config(network: Network, objective: str, block_size: int, length: int, mask_id: int) -> dict[str, Any]:
+    """The config.json of upstream for a network of ours; raises UserError for what upstream's network does not have."""
+    for key, value in _THEIRS.items():
+        ours = getattr(network, key)
+        if ours != value:
+            raise UserError(
+                f"model.{key}={list(ours) if isinstance(ours, tuple) else ours} is not in upstream's network, which "
+                f"has {list(value) if isinstance(value, tuple) else value}; convert it --to hf"
+            )
+    if network.key_heads != network.heads or network.vocab_rows != network.vocab_size:
+        raise UserError(
+            "upstream's network has as many heads of keys as of queries, and no rows beyond its vocabulary; convert it "
+            "--to hf"
+        )
+    if network.mlp_width != 4 * network.hidden_size:
+        raise UserError(
+            f"an MLP of width {network.mlp_width} is not upstream's, 4 x {network.hidden_size}; convert it --to hf"
+        )
+    return {
+        "model_type": "bd3lm",
+        "architectures": ["BD3LM"],
+        "block_size": length if objective == AR else block_size,
+        "vocab_size": network.vocab_size,
+        "mask_index": mask_id,
+        "model_length": length,
+        "causal": network.causal,
+        "cross_attn": objective == BD3,
+        "adaln": not network.causal,
+        "time_conditioning": objective == SEDD,
+        "var_min": objective == BD3,
+        "attn_backend": "sdpa",
+        "hidden_dim": network.hidden_size,
+        "cond_dim": network.cond_size,
+        "n_blocks": network.layers,
+        "n_heads": network.heads,
+        "dropout": network.dropout,
+        "sampling_eps_min": 1e-3,
+        "sampling_eps_max": 0.999,
+    }

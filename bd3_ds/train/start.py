@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bd3_ds.checkpoint.export import Export, find_export, load_weights
-from bd3_ds.checkpoint.lightning import CheckpointFile, StoredTensor
+from bd3_ds.checkpoint.lightning import read_lightning
 from bd3_ds.checkpoint.tensors import read_tensors, tensor_files
 from bd3_ds.config.schema import AR, ModelConfig, RunConfig
 from bd3_ds.model.causal import MODEL_TYPES, causal_values, rename_causal, vocabulary_problem, with_mask
-from bd3_ds.model.convert import our_name, rename_upstream, upstream_network, upstream_objective
+from bd3_ds.model.convert import our_name, rename_upstream, upstream_network, upstream_objective, values_of_shapes
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json
 
@@ -116,6 +116,8 @@ def find_start(run: RunConfig) -> Start:
         raise UserError(f"{config} must hold one JSON object")
     if content.get("model_type") in MODEL_TYPES:
         return _causal(path, content, run)
+    if content.get("model_type") == "bd3-ds":
+        raise UserError(f"{config} is in Hugging Face's form; make an export of it first: run.py convert --from hf")
     if "n_blocks" not in content and "model_type" in content:
         raise UserError(
             f"{config} has model_type={content['model_type']}; known are bd3lms' own and {', '.join(MODEL_TYPES)}"
@@ -161,47 +163,15 @@ def _upstream(path: Path, config: dict[str, Any]) -> Start:
 
 def _lightning(path: Path) -> Start:
     """A Lightning file of upstream. Its configuration is code and is not read: shapes tell all but the heads."""
-    file = CheckpointFile(path)
-    content = file.content if isinstance(file.content, dict) else {}
-    state = content.get("state_dict")
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise UserError(f"{path} has no state_dict; is this a Lightning checkpoint of bd3lms?")
-    tensors = {name: value for key, value in state.items() if (name := our_name(key)) is not None}
-    if not tensors or not all(isinstance(value, StoredTensor) for value in tensors.values()):
-        raise UserError(f"{path} has no weights in its state_dict; is this a Lightning checkpoint of bd3lms?")
-    average = _average(content, path, tensors)
-    shapes = {name: stored.shape for name, stored in tensors.items()}
-    try:
-        vocab_size, hidden_size = shapes["embed.weight"]
-        values = {
-            "vocab_size": vocab_size,
-            "hidden_size": hidden_size,
-            "layers": len({name.split(".")[1] for name in shapes if name.startswith("layers.")}),
-            "mlp_size": shapes["layers.0.up.weight"][0],
-            "cond_size": shapes.get("time.expand.weight", (None,))[0],
-        }
-    except (KeyError, ValueError):
-        raise UserError(f"{path} lacks weights that upstream's models have; is it whole?") from None
+    model = read_lightning(path, our_name)
+    values = values_of_shapes(model.shapes, path)
     known = {key: value for key, value in _UPSTREAM.items() if key != "kv_heads"}
-    which = "averaged weights (EMA)" if average else "weights, there being no average,"
+    which = "averaged weights (EMA)" if model.averaged else "weights, there being no average,"
 
     def read(_: DiT) -> tuple[dict[str, Tensor], str]:
-        weights = {name: file.tensor(stored) for name, stored in (average or tensors).items()}
-        return weights, f"starting from upstream's {which} in {path}"
+        return model.read(), f"starting from upstream's {which} in {path}"
 
     return Start(path, AR if values["cond_size"] is None else "diffusion", known | values, read)
-
-
-def _average(content: dict[str, Any], path: Path, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor] | None:
-    """Upstream's averaged weights, kept in the order of the parameters without their names; None where it has none."""
-    average = content.get("ema")
-    if average is None:
-        return None
-    shadow = average.get("shadow_params") if isinstance(average, dict) else None
-    shapes = [stored.shape for stored in tensors.values()]
-    if not isinstance(shadow, list) or [getattr(stored, "shape", None) for stored in shadow] != shapes:
-        raise UserError(f"the averaged weights in {path} are not those of its state_dict; is it a bd3lms checkpoint?")
-    return dict(zip(tensors, shadow, strict=True))
 
 
 def _causal(path: Path, config: dict[str, Any], run: RunConfig) -> Start:

@@ -1,12 +1,13 @@
 """Upstream's folders become exports whose logits are upstream's."""
 
 import json
+import pickle
 import re
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import bd3_ds
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD
@@ -14,6 +15,8 @@ from bd3_ds.data.tokenizer import number_tokenizer
 from bd3_ds.evaluation import convert_command
 from bd3_ds.model.dit import DiT, Network
 from bd3_ds.runtime.errors import UserError
+from tests.helpers.hub_stand_in import hub_stand_in
+from tests.helpers.tiny import tiny_export, tiny_run
 
 OURS_TO_THEIRS = [  # the inverse of the table in bd3_ds/model/convert.py, written out for its own sake
     (r"^embed\.weight$", "vocab_embed.embedding"),
@@ -190,7 +193,7 @@ def test_files_that_are_missing_or_damaged(source, tmp_path):
     with pytest.raises(UserError, match="damaged"):
         convert(src, dst)
     weights.rename(src / "pytorch_model.bin")
-    with pytest.raises(UserError, match="pickles are not read"):
+    with pytest.raises(UserError, match=r"pickles \(.bin\) are not read"):
         convert(src, dst)
     (src / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
@@ -200,6 +203,188 @@ def test_files_that_are_missing_or_damaged(source, tmp_path):
         convert(src, dst)
 
 
+@pytest.mark.parametrize("objective, block_size", [(AR, 1), (BD3, 4), (MDLM, 8), (SEDD, 8)])
+def test_upstream_and_back(source, tmp_path, objective, block_size):
+    """The same tensors under the same names, and a config.json that makes the same export once more."""
+    src, _ = source(objective, mask_index=3)
+    convert(src, tmp_path / "ours")
+    words = ["--from", "export", "--to", "upstream", str(tmp_path / "ours"), str(tmp_path / "theirs")]
+    assert convert_command.main(words) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (src, tmp_path / "theirs"))
+    assert before.keys() == after.keys()
+    # The buffers are upstream's own values; those of the source are made up.
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        "backbone.rotary_emb.inv_freq",
+        "sampling_eps_max",
+    }
+    torch.testing.assert_close(after["backbone.rotary_emb.inv_freq"], 1e4 ** (-torch.arange(0, 8, 2) / 8))
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert config["block_size"] == (8 if objective == AR else block_size) and config["mask_index"] == 3
+    again = convert(tmp_path / "theirs", tmp_path / "ours", "--overwrite")
+    assert (again.run.objective.name, again.block_size, again.mask_id) == (objective, block_size, 3)
+
+
+def test_networks_that_upstream_does_not_have(tmp_path):
+    for words, sentence in (
+        (("model.tie_embeddings=true",), "tie_embeddings=True is not in upstream's network, which has False"),
+        (("model.biases=[qkv]",), r"biases=\['qkv'\] is not"),
+        (("model.vocab_multiple=8",), "no rows beyond its vocabulary"),
+        (("model.mlp_size=48",), "an MLP of width 48"),
+    ):
+        export = tiny_export(tiny_run(tmp_path, *words))
+        with pytest.raises(UserError, match=sentence):
+            convert_command.main(["--from", "export", "--to", "upstream", str(export), str(tmp_path / "dst")])
+        assert not (tmp_path / "dst").exists()
+
+
+MDLM_RELEASE = {  # as the releases of MDLM say it, before bd3lms
+    "model_type": "mdlm",
+    "architectures": ["MDLM"],
+    "auto_map": {"AutoModelForMaskedLM": "modeling_mdlm.MDLM"},
+    "time_conditioning": False,
+    "return_dict": False,
+    "dropout": 0.1,
+}
+
+
+def test_releases_of_mdlm(source, tmp_path):
+    src, network = source(MDLM)
+    config = {key: config_of(MDLM)[key] for key in ("model_length", "vocab_size", "hidden_dim", "n_blocks", "n_heads")}
+    config |= MDLM_RELEASE | {"cond_dim": 8}
+    (src / "config.json").write_text(json.dumps(config))
+    (src / "modeling_mdlm.py").write_text("raise SystemExit('remote code was run')")
+    model = convert(src, tmp_path / "dst")
+    assert (model.run.objective.name, model.block_size, model.mask_id) == (MDLM, 8, 12)
+    text = torch.randint(0, 13, (2, 8), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = network(text, block_size=8)
+    torch.testing.assert_close(model.logits(text), expected, atol=1e-6, rtol=1e-5)
+    (src / "config.json").write_text(json.dumps(config | {"time_conditioning": True}))
+    with pytest.raises(UserError, match="time_conditioning=true"):
+        convert(src, tmp_path / "other")
+    with pytest.raises(UserError, match="use --from upstream"):
+        convert_command.main(["--from", "hf", str(src), str(tmp_path / "other")])
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with hub_stand_in() as running:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", running.url)
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield running
+
+
+def test_names_on_the_hub(source, tmp_path, hub):
+    src, network = source(BD3)
+    (src / "modeling_bd3lm.py").write_text("raise SystemExit('remote code was run')")
+    (src / "pytorch_model.bin").write_bytes(b"a pickle")
+    hub.put("kuleshov-group/bd3lm-owt-block_size4", src)
+    model = convert("kuleshov-group/bd3lm-owt-block_size4", tmp_path / "dst")
+    assert torch.equal(model.network.embed.weight, network.embed.weight) and model.block_size == 4
+    fetched = {request.rpartition("/")[2] for request in hub.requests if "/resolve/" in request}
+    assert fetched == {"config.json", "model.safetensors"}
+
+    (src / "model.safetensors").unlink()
+    hub.put("someone/pickled", src)
+    (src / "config.json").unlink()
+    hub.put("someone/empty", src)
+    for name, sentence in (
+        ("someone/nothing", "cannot be fetched from the hub: there is no such model"),
+        ("someone/pickled", r"has no safetensors, and pickles \(.bin\) are not read"),
+        ("someone/empty", "has no config.json"),
+        ("a/b/c", "a/b/c is not a directory"),
+    ):
+        with pytest.raises(UserError, match=sentence) as caught:
+            convert(name, tmp_path / "other")
+        assert "\n" not in str(caught.value) and not (tmp_path / "other").exists()
+
+
+class Foreign:
+    """Stands for OmegaConf's objects in upstream's hyper-parameters."""
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.fixture
+def lightning(tmp_path):
+    """Makes a Lightning file of random averaged weights; returns it and the network that they belong to."""
+
+    def make(causal=False, **more):
+        torch.manual_seed(0)
+        model = DiT(Network(13, 16, 2, 2, 4, 8, causal)).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, 0, 0.3)
+        names = [name for name, _ in model.named_parameters()]
+        state = {f"backbone.{their_name(name)}": torch.zeros_like(model.get_parameter(name)) for name in names}
+        average = {"decay": 0.999, "shadow_params": [p.detach().clone() for p in model.parameters()]}
+        content = {"state_dict": state, "ema": average, "hyper_parameters": {"config": Foreign()}}
+        torch.save(content | more, tmp_path / "last.ckpt")
+        return tmp_path / "last.ckpt", model
+
+    return make
+
+
+def test_lightning_files(lightning, tmp_path):
+    src, network = lightning(hyper_parameters=Hostile(str(tmp_path / "touched")))
+    words = ["--set", "objective.name=bd3", "--set", "objective.block_size=4", "--set", "model.heads=2"]
+    model = convert(src, tmp_path / "dst", *words, "--set", "data.length=8", "--set", "model.mask_id=5")
+    assert not (tmp_path / "touched").exists()
+    assert (model.block_size, model.mask_id, model.run.data.length, model.run.model.mlp_ratio) == (4, 5, 8, 4)
+    text = torch.randint(0, 13, (2, 8), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(text, text), network(text, text, block_size=4), atol=1e-6, rtol=1e-5)
+    for given, sentence in (
+        ([], "--set objective.name=bd3 --set objective.block_size=16$"),
+        (["--set", "objective.name=ar"], "objective.name=ar does not fit .*time conditioning"),
+        (["--set", "objective.name=bd3", "--set", "objective.block_size=3"], "block_size=3 must divide"),
+        (["--set", "objective.name=mdlm", "--set", "model.layers=3"], "model.layers cannot be changed here"),
+        (["--set", "objective.name=mdlm", "--set", "model.mask_id=13"], "model.mask_id=13 is not an id"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            convert(src, tmp_path / "other", "--set", "model.heads=2", "--set", "data.length=8", *given)
+    with pytest.raises(UserError, match=r"--set model.heads=12 --set data.length=1024"):
+        convert(src, tmp_path / "other")
+    src, network = lightning(causal=True)
+    model = convert(src, tmp_path / "causal", "--set", "model.heads=2", "--set", "data.length=8")
+    assert model.run.objective.name == AR
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(text), network(text, block_size=1), atol=1e-6, rtol=1e-5)
+    assert not (tmp_path / "other").exists()
+
+
+def test_hostile_pickles_do_nothing(lightning, tmp_path):
+    touched = tmp_path / "touched"
+    src, _ = lightning(state_dict={"backbone.vocab_embed.embedding": Hostile(str(touched))}, ema=None)
+    with pytest.raises(UserError, match="no weights in its state_dict"):
+        convert(src, tmp_path / "dst", "--set", "model.heads=2")
+    src.write_bytes(src.read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged"):
+        convert(src, tmp_path / "dst")
+    assert not touched.exists() and not (tmp_path / "dst").exists()
+    pickle.loads(pickle.dumps(Hostile(str(touched)))).close()
+    assert touched.exists()  # it would have, had it been run
+
+
+def test_weights_that_are_not_finite(source, tmp_path):
+    src, _ = source(BD3)
+    weights = load_file(src / "model.safetensors")
+    name = "backbone.blocks.1.attn_qkv.weight"
+    save_file(weights | {name: weights[name].clone().fill_(torch.nan)}, src / "model.safetensors")
+    with pytest.raises(UserError, match=r"not finite \(layers.1.qkv.weight\)"):
+        convert(src, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+    with pytest.raises(UserError, match=r"--set model.heads=2 is for Lightning files"):
+        convert(src, tmp_path / "dst", "--set", "model.heads=2")
+
+
 def test_foreign_weights_and_words(source, tmp_path):
     src, _ = source(BD3)
     save_file({"transformer.wte.weight": torch.zeros(2, 2)}, src / "model.safetensors")
@@ -207,7 +392,9 @@ def test_foreign_weights_and_words(source, tmp_path):
         convert(src, tmp_path / "dst")
     for words, sentence in (
         (["--from", "jax", "a", "b"], "--from jax is unknown"),
-        (["--from", "upstream", "--to", "hf", "a", "b"], "--to hf is unknown"),
+        (["--from", "upstream", "--to", "hub", "a", "b"], "--to hub is unknown"),
+        (["--from", "export", "--to", "upstrem", "a", "b"], "did you mean 'upstream'"),
+        (["--from", "export", "a", "b"], "changes nothing"),
         (["a", "b"], "--from"),
         (["--from", "upstream", "a"], "DST"),
     ):

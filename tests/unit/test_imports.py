@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "parallel": _BASE | {"model"},
     "sampling": _BASE | {"diffusion", "model"},
     "train": _BASE | {"data", "diffusion", "model", "checkpoint", "parallel"},
-    "evaluation": _BASE | {"data", "diffusion", "model", "checkpoint", "sampling"},
+    "hub": _BASE | {"data", "model", "checkpoint"},
+    "evaluation": _BASE | {"data", "diffusion", "model", "checkpoint", "sampling", "hub"},
     "report": {"runtime"},
     "launch": _BASE,
     "data_prep": _BASE | {"data"},
@@ -33,7 +34,12 @@ HOMES = {
     "deepspeed": ("bd3_ds/train/engine.py", "bd3_ds/train/hardware.py", "bd3_ds/runtime/world.py", "bd3_ds/parallel/"),
     "omegaconf": ("bd3_ds/config/load.py",),
     "streaming": ("bd3_ds/data/", "data_prep/"),
-    "transformers": ("bd3_ds/data/tokenizer.py", "bd3_ds/model/convert.py", "bd3_ds/evaluation/gen_ppl.py"),
+    "transformers": (
+        "bd3_ds/data/tokenizer.py",
+        "bd3_ds/evaluation/gen_ppl.py",
+        "bd3_ds/hub/",
+        "bd3_ds/model/convert.py",
+    ),
 }
 
 # Imported before a configuration is found to be good, so torch must not come with them.
