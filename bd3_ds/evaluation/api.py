@@ -79,6 +79,12 @@ class LanguageModel:
         assert export.run.model.mask_id is not None and export.run.model.vocab_size is not None
         self.mask_id: int = export.run.model.mask_id
         self.vocab_size: int = export.run.model.vocab_size
+        if self.tokenizer and (self.tokenizer.vocab_size, self.tokenizer.mask_id) != (self.vocab_size, self.mask_id):
+            raise UserError(
+                f"{export.tokenizer} is not the tokenizer that the model was trained with: it has "
+                f"{self.tokenizer.vocab_size} tokens and [MASK] at {self.tokenizer.mask_id}, the model "
+                f"{self.vocab_size} and {self.mask_id}; put the right one there"
+            )
 
     # no_grad, not inference_mode: attention masks made here are kept and may serve a training pass of the same process.
     @torch.no_grad()

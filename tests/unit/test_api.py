@@ -1,9 +1,11 @@
 """The Python API and `run.py sample` on small exports of every objective."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import bd3_ds
 from bd3_ds.checkpoint.export import write_export
@@ -251,6 +253,64 @@ def test_without_tokenizer(models):
 def test_mistakes_are_the_users(models, text, case, call, sentence):
     with pytest.raises(UserError, match=sentence):
         call(models[case], text)
+
+
+def damaged(place, tmp_path, how):
+    """A copy of an export with one thing wrong."""
+    copy = tmp_path / "copy"
+    shutil.copytree(place / BD3, copy)
+    weights = copy / "model.safetensors"
+    if how == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-40])
+    elif how == "no weights":
+        weights.write_bytes(b"not safetensors")
+    elif how == "not finite":
+        tensors = load_file(weights)
+        tensors["embed.weight"][3, 1] = torch.nan
+        save_file(tensors, weights)
+    elif how == "another network":
+        tensors = load_file(weights)
+        save_file({name: tensor for name, tensor in tensors.items() if "layers.1" not in name}, weights)
+    elif how == "another tokenizer":
+        number_tokenizer(SYMBOLS + 5).save(copy / "tokenizer")
+    return str(copy)
+
+
+@pytest.mark.parametrize(
+    "how, sentence",
+    [
+        ("cut short", "is damaged or missing"),
+        ("no weights", "is damaged or missing"),
+        ("not finite", r"weights that are not finite \(embed.weight\)"),
+        ("another network", "do not fit the model: layers.1"),
+        ("another tokenizer", "not the tokenizer that the model was trained with: it has 27 tokens and .MASK. at 26"),
+    ],
+)
+def test_damaged_exports_are_told_in_a_sentence(place, tmp_path, how, sentence):
+    with pytest.raises(UserError, match=sentence) as told:
+        sample_command.main([damaged(place, tmp_path, how)])
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--prompt", "1 " * 8], "takes 9 tokens, BOS included; the model sees 8 at once"),
+        (["--prompt", "1 " * 8, "--window", "8", "--length", "40"], "takes 9 tokens"),
+        (["--prompt", "1 2 3", "--length", "2"], "but length=2"),
+        (["--threshold", "2"], "threshold=2.0 must lie in"),
+        (["--window", "5"], "window=5 must be a multiple of the block size 2"),
+    ],
+)
+def test_commands_with_mistakes_are_told_in_a_sentence(place, words, sentence):
+    with pytest.raises(UserError, match=sentence):
+        sample_command.main([str(place / BD3), *words])
+
+
+def test_text_that_the_tokenizer_cannot_write(models, monkeypatch):
+    monkeypatch.setattr(models[BD3].tokenizer, "unk_id", 7)
+    with pytest.raises(UserError, match="prompt '1 7' has a character that the tokenizer of .* lacks"):
+        models[BD3].generate(prompt="1 7")
 
 
 def test_places_and_devices_that_are_not_there(place):
