@@ -309,7 +309,7 @@ def test_commands_with_mistakes_are_told_in_a_sentence(place, words, sentence):
 
 def test_text_that_the_tokenizer_cannot_write(models, monkeypatch):
     monkeypatch.setattr(models[BD3].tokenizer, "unk_id", 7)
-    with pytest.raises(UserError, match="prompt '1 7' has a character that the tokenizer of .* lacks"):
+    with pytest.raises(UserError, match=r"prompt '1 7' has a character that the tokenizer of .* lacks"):
         models[BD3].generate(prompt="1 7")
 
 
