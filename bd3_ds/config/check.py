@@ -53,23 +53,26 @@ def ranks_at_work(run: RunConfig, world_size: int) -> str:
     return f"{world_size} ranks" + (f" / train.sequence_parallel={share}" if share > 1 else "")
 
 
-def estimator_used(run: RunConfig, asked: str, option: str, tokens: int | None = None) -> str:
+def estimator_used(
+    run: RunConfig, asked: str, option: str, tokens: int | None = None, together: int | None = None
+) -> str:
     """What scores `tokens` tokens of this run when `option` asks for `asked`; raises UserError.
 
-    AR is exact whatever is asked. Exact values of larger blocks are given for few tokens alone; None: any number.
+    AR is exact whatever is asked. Exact values of larger blocks are given for few tokens alone; None: any number. No
+    block holds more than `together` of them; None: its size.
     """
-    problems = _estimator(run, asked, option, tokens)
+    problems = _estimator(run, asked, option, tokens, together)
     if problems:
         raise UserError(*problems)
     return "exact" if run.objective.name == AR else asked
 
 
-def _estimator(run: RunConfig, asked: str, option: str, tokens: int | None) -> list[str]:
+def _estimator(run: RunConfig, asked: str, option: str, tokens: int | None, together: int | None = None) -> list[str]:
     if asked not in ESTIMATORS:
         return [f"{option}={asked} is unknown; {did_you_mean(asked, ESTIMATORS)}"]
     if run.objective.name == SEDD and asked != "mc":
         return [f"{option}={asked} cannot score objective.name=sedd, whose bound is an integral over time; use mc"]
-    size = block_size(run)
+    size = block_size(run) if together is None else together
     if run.objective.name == AR or asked != "exact" or size <= EXACT_ALWAYS:
         return []
     if size > EXACT_LIMIT:

@@ -7,6 +7,14 @@ For one block of n maskable tokens, with c_i(M) = -log p(x_i | block with M mask
 
 Position 0 is given and padding is nobody's: a block has so many maskable tokens less. Every estimator takes the places'
 documents [b, L], below 0 at padding; None where there is none. All values are nats.
+
+A part of a text, given the rest. Every estimator takes `scored` [b, L] too: the places that are masked and scored,
+None for all. Any other place is given, that is shown as it is, or hidden: x0 itself holds the mask id there, and so do
+all views. With n counting scored places alone, the value bounds -log p(scored | given) of the process that writes block
+after block and in a block, beside its given tokens, the scored ones one at a time in an order drawn uniformly: the sum
+above is the expectation over that order of the nats paid, and -log of an expectation is at most the expectation of
+-log. Hidden places are written after the scored ones of their block, if ever. They are for the rest of a block behind
+the end of a text: later blocks would read them in the clean text, so that none of those may be scored.
 """
 
 from __future__ import annotations
@@ -42,8 +50,8 @@ class Bound:
     nelbo: [b, L] nats by token; a block's bound is spread over its tokens, so only sums over whole blocks have meaning.
     variance: [b] variance of a sequence's summed NELBO that the estimator itself adds (0 when exact).
     forwards: passes of the network over a sequence, noisy views and clean passes together.
-    tokens: scored ones, all but each sequence's first and padding. The value and its standard error follow: `total`,
-    `stderr`.
+    tokens: scored ones; where nothing else is said, all but each sequence's first and padding. The value and its
+    standard error follow: `total`, `stderr`.
     """
 
     nelbo: Tensor
@@ -62,9 +70,15 @@ class Bound:
         return self.variance.sqrt()
 
 
-def autoregressive(network: CausalNetwork, x0: Tensor, mask_id: int, documents: Tensor | None = None) -> Bound:
-    """The exact NLL of tokens 1 … L-1 of x0 [b, L]."""
-    at, of = next_tokens(x0, documents)
+def autoregressive(
+    network: CausalNetwork,
+    x0: Tensor,
+    mask_id: int,
+    documents: Tensor | None = None,
+    scored: Tensor | None = None,
+) -> Bound:
+    """The exact NLL of tokens 1 … L-1 of x0 [b, L], or of the scored ones, each given all tokens before it."""
+    at, of = next_tokens(x0, documents, scored)
     _, nats = network(x0, at, SubsNats(x0.flatten()[of], mask_id))
     nelbo = torch.zeros(x0.numel(), device=x0.device).index_copy_(0, of, nats.float()).view(x0.shape)
     return Bound(nelbo, torch.zeros(len(x0), device=x0.device), len(x0), len(of))
@@ -77,28 +91,33 @@ def exact(
     mask_id: int,
     at_once: int = 64,
     documents: Tensor | None = None,
+    scored: Tensor | None = None,
 ) -> Bound:
-    """The NELBO without sampling: all 2^L' - 1 masks of a block, `at_once` noisy sequences a pass.
+    """The NELBO without sampling: all 2^n - 1 masks of a block of n scored tokens, `at_once` noisy sequences a pass.
 
-    A block with fewer maskable tokens has fewer masks: those that hold another place weigh nothing there.
+    n is that of the block with most; of the masks, those that hold more tokens than another block has weigh nothing
+    there.
     """
     batch = len(x0)
-    subsets = torch.arange(1, 2**block_size)
-    pattern = ((subsets[:, None] >> torch.arange(block_size)) & 1).bool()  # [M, L']
+    scored = scored_places(x0, documents, scored).cpu()  # where masks are made
+    by_block = scored.view(batch, -1, block_size)  # [b, B, L']
+    maskable = by_block.sum(-1)  # [b, B]
+    most = int(maskable.max())
+    subsets = torch.arange(1, 2**most)  # bit j: the block's j-th scored token is masked
+    pattern = ((subsets[:, None] >> torch.arange(most)) & 1).bool()  # [M, n]
     size = pattern.sum(1)
-    scored = scored_places(x0, documents).cpu()  # where masks are made
-    by_block = scored.view(batch, 1, -1, block_size)  # [b, 1, B, L']
-    maskable = by_block.sum(-1)  # [b, 1, B]
+    rank = (by_block.cumsum(-1) - 1).clamp(min=0)  # [b, B, L'], j of a scored place
     # n over m; 1 where it would be 0, of masks that do not fit.
-    choose = torch.tensor([[max(1, comb(n, m)) for m in range(block_size + 1)] for n in range(block_size + 1)]).double()
+    choose = torch.tensor([[max(1, comb(n, m)) for m in range(most + 1)] for n in range(most + 1)]).double()
     denoise = condition(x0)
     nelbo = torch.zeros(x0.shape, dtype=torch.float64, device=x0.device)
     views = max(1, at_once // batch)
     for start in range(0, len(subsets), views):
-        chosen, count = pattern[start : start + views, None], size[start : start + views, None]  # [K, 1, L'], [K, 1]
-        fits = (by_block | ~chosen).all(-1)  # [b, K, B]
-        weight = (fits / (count * choose[maskable, count])).repeat_interleave(block_size, dim=2)  # [b, K, L]
-        masked = (by_block & chosen).flatten(2)  # [b, K, L]
+        part = slice(start, start + views)
+        chosen = pattern[part][:, rank].transpose(0, 1)  # [b, K, B, L']
+        masked = (by_block[:, None] & chosen).flatten(2)  # [b, K, L]
+        count, fits = size[part, None], subsets[part, None] < 2 ** maskable[:, None]  # [K, 1], [b, K, B]
+        weight = (fits / (count * choose[maskable[:, None], count])).repeat_interleave(block_size, dim=2)  # [b, K, L]
         nats = _view_nats(denoise, x0, masked.to(x0.device), mask_id)
         nelbo += (nats * weight.to(x0.device)).sum(1)
     forwards = batch * len(subsets) + _clean(x0, block_size)
@@ -114,6 +133,7 @@ def stratified(
     seed: int,
     first_sequence: int = 0,
     documents: Tensor | None = None,
+    scored: Tensor | None = None,
 ) -> Bound:
     """An unbiased estimate by drawing the number of masked tokens m from strata of 1 … n, then which ones uniformly.
 
@@ -122,20 +142,20 @@ def stratified(
     """
     batch, length = x0.shape
     blocks = length // block_size
-    scored = scored_places(x0, documents).cpu().numpy().reshape(batch, blocks, block_size)
+    can_be = scored_places(x0, documents, scored).cpu().numpy().reshape(batch, blocks, block_size)
     masked = np.zeros((batch, views, blocks, block_size), dtype=bool)
     weight = np.zeros((batch, views, blocks))
     for row in range(batch):
         rng = generator(seed, Purpose.EVALUATION, first_sequence + row)
         u = (np.arange(views)[:, None] + rng.random(blocks)) / views  # [K, B]
-        maskable = scored[row].sum(-1)  # [B]
+        maskable = can_be[row].sum(-1)  # [B]
         count = np.minimum(1 + np.floor(u * maskable), maskable)  # [K, B]
         keys = rng.random((views, blocks, block_size))
-        keys[:, ~scored[row]] = np.inf
+        keys[:, ~can_be[row]] = np.inf
         rank = keys.argsort(-1).argsort(-1)
         masked[row] = rank < count[:, :, None]
         weight[row] = np.divide(maskable, count, out=np.zeros_like(count), where=count > 0)
-    return _sampled(condition, x0, masked & scored[:, None], weight, block_size, mask_id, int(scored.sum()))
+    return _sampled(condition, x0, masked & can_be[:, None], weight, block_size, mask_id, int(can_be.sum()))
 
 
 def paper_rates(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,6 +174,7 @@ def monte_carlo(
     first_sequence: int = 0,
     draw: RateDraw = paper_rates,
     documents: Tensor | None = None,
+    scored: Tensor | None = None,
 ) -> Bound:
     """The paper's protocol: a rate per block, evenly spread over a sequence's blocks, Bernoulli masks.
 
@@ -169,8 +190,8 @@ def monte_carlo(
         rate, weights = draw(torch.from_numpy((order + rng.random((views, blocks))) / blocks))  # each [K, B]
         masked[row] = rng.random((views, blocks, block_size)) < rate.numpy()[:, :, None]
         weight[row] = weights.numpy()
-    scored = scored_places(x0, documents).cpu().numpy().reshape(batch, 1, blocks, block_size)
-    return _sampled(condition, x0, masked & scored, weight, block_size, mask_id, int(scored.sum()))
+    can_be = scored_places(x0, documents, scored).cpu().numpy().reshape(batch, 1, blocks, block_size)
+    return _sampled(condition, x0, masked & can_be, weight, block_size, mask_id, int(can_be.sum()))
 
 
 def _sampled(

@@ -78,26 +78,26 @@ def choose_block_size(seed: int, step: int, sizes: Sequence[int]) -> int:
     return int(sizes[generator(seed, Purpose.BLOCK_SIZE, step).integers(len(sizes))])
 
 
-def scored_places(x0: Tensor, documents: Tensor | None = None) -> Tensor:
+def scored_places(x0: Tensor, documents: Tensor | None = None, among: Tensor | None = None) -> Tensor:
     """Where texts x0 [b, L] are masked and scored, boolean: all but position 0, which is given, and padding.
 
-    Padding is where documents [b, L] are below 0; without `documents` there is none.
+    Padding is where documents [b, L] are below 0; without `documents` there is none. `among` [b, L], boolean, leaves no
+    others than these.
     """
     scored = torch.ones_like(x0, dtype=torch.bool) if documents is None else documents >= 0
     scored[:, 0] = False
-    return scored
+    return scored if among is None else scored & among
 
 
-def next_tokens(x0: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+def next_tokens(x0: Tensor, documents: Tensor | None, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What a causal network is asked about texts [b, L]: places `at` [N] of the flattened texts, and of their targets.
 
     Each scored token is asked of the last text before it, so that padding in between does not count.
     """
     place = torch.arange(x0.numel(), device=x0.device).view(x0.shape)
-    if documents is None:
-        return place[:, :-1].flatten(), place[:, 1:].flatten()
-    scored = scored_places(x0, documents)[:, 1:]
-    last_text = torch.where(documents < 0, -1, place).cummax(1).values[:, :-1]
+    scored = scored_places(x0, documents, among)[:, 1:]
+    text = place if documents is None else torch.where(documents < 0, -1, place)
+    last_text = text.cummax(1).values[:, :-1]
     return last_text[scored], place[:, 1:][scored]
 
 

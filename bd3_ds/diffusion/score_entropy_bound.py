@@ -25,11 +25,14 @@ def score_entropy_bound(
     seed: int,
     first_sequence: int = 0,
     documents: Tensor | None = None,
+    scored: Tensor | None = None,
 ) -> Bound:
     """The NELBO of clean tokens x0 [b, L], in nats, from `views` noisy versions of each sequence in one pass.
 
     View k takes one time t from the k-th of `views` equal strata of [1e-3, 1] and has weight 1/t. Draws depend on
     (seed, number of the sequence), not on batching. Position 0 is given, padding left out (documents [b, L] below 0).
+    `scored` [b, L] are the places to score, None for all; the others are given, or hidden where x0 holds the mask id
+    (`likelihood.py`). Only scored tokens are noised, so that the bound is that of the reverse process of these alone.
     """
     batch, length = x0.shape
     t = np.zeros((batch, views))
@@ -38,14 +41,14 @@ def score_entropy_bound(
         rng = generator(seed, Purpose.EVALUATION, first_sequence + row)
         t[row] = T_MIN + (1 - T_MIN) * (np.arange(views) + rng.random(views)) / views
         masked[row] = rng.random((views, length)) < t[row, :, None]
-    scored = scored_places(x0, documents).cpu()
+    scored = scored_places(x0, documents, scored).cpu()
 
     time = torch.from_numpy(t).flatten()  # [b K]
     sigma = sigma_of(time).float().to(x0.device)
-    hidden = (torch.from_numpy(masked) & scored[:, None]).flatten(0, 1)  # [b K, L]
-    at = hidden.flatten().nonzero()[:, 0].to(x0.device)  # [N]
+    noised = (torch.from_numpy(masked) & scored[:, None]).flatten(0, 1)  # [b K, L]
+    at = noised.flatten().nonzero()[:, 0].to(x0.device)  # [N]
     clean = x0.repeat_interleave(views, dim=0)
-    x_t = torch.where(hidden.to(x0.device), mask_id, clean)
+    x_t = torch.where(noised.to(x0.device), mask_id, clean)
     _, nats = network(x_t, sigma, at, ScoreNats(clean.flatten()[at], mask_id, sigma=sigma[at // length]))
 
     weighted = nats.double() / time.to(x0.device)[at // length]

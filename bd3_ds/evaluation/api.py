@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from bd3_ds.checkpoint.export import Export, find_export
 from bd3_ds.config.check import estimator_used
@@ -20,6 +21,7 @@ from bd3_ds.evaluation.arguments import (
     check_seed,
     make_options,
     noise_levels,
+    places_to_score,
     token_ids,
     usable_device,
 )
@@ -41,9 +43,9 @@ Prompt = str | Sequence[str] | Ids | None
 class Score:
     """The one bound, in nats.
 
-    nelbo [B, L] fp64 by token: position 0 is given and 0; a block's bound is spread over its tokens, so only sums over
-    whole blocks have meaning. stderr [B]: what the estimator adds to each row's sum, 0 when exact. forwards: passes of
-    the network over a sequence. tokens: scored ones, all but each row's first.
+    nelbo [B, L] fp64 by token, 0 where it is not scored (position 0 is given); a block's bound is spread over its
+    scored tokens, so only sums over whole blocks have meaning. stderr [B]: what the estimator adds to each row's sum, 0
+    when exact. forwards: passes of the network over a sequence. tokens: scored ones.
     """
 
     nelbo: Tensor
@@ -112,37 +114,58 @@ class LanguageModel:
         return logits
 
     @torch.no_grad()
-    def score(self, tokens: Ids, estimator: str | None = None, views: int = 8, seed: int = 0) -> Score:
-        """The bound of clean tokens [B, L]; the likelihood itself for AR and for block size 1.
+    def score(
+        self,
+        tokens: Ids,
+        estimator: str | None = None,
+        views: int = 8,
+        seed: int = 0,
+        scored: Any = None,
+        first_row: int = 0,
+    ) -> Score:
+        """The bound of clean tokens [B, L], or of some given the others; the likelihood for AR and block size 1.
 
-        estimator: exact (block sizes up to 8, up to 16 for few tokens; AR is always exact), stratified or mc, both with
-        `views` noisy views a sequence, drawn by (seed, row). SEDD takes mc alone. None: exact, for SEDD mc. BD3 takes
-        whole blocks.
+        estimator: exact (where no block has more than 8 tokens to score, 16 for few tokens; AR is always exact),
+        stratified or mc, both with `views` noisy views a sequence, drawn by (seed, row); the first row has number
+        `first_row`. SEDD takes mc alone. None: exact, for SEDD mc.
+
+        scored: boolean [B, L], the tokens to score; None: all but position 0, which is never scored. The mask id stands
+        for a token that is neither scored nor known: no view shows it. It may stand in a row's last scored block and
+        behind, and a last block that is not whole is filled with it. A block's bound is that of writing its scored
+        tokens before its unknown ones, beside its given ones (`diffusion/likelihood.py`).
         """
         x0 = self._ids("tokens", tokens)
-        length = x0.shape[1]
-        if length < 2:
-            raise UserError("tokens of length 1 have nothing to score: position 0 is given")
-        if self.run.objective.name == BD3 and length % self.block_size:
-            raise UserError(f"tokens of length {length} are not whole blocks of {self.block_size}; cut or extend them")
-        if bool((x0 == self.mask_id).any()):
-            raise UserError(f"tokens hold the mask id {self.mask_id}; only clean text has a score")
+        count, length = x0.shape
+        run = self._run_at(length)
+        size = block_size(run)
+        places = places_to_score(scored, x0, self.mask_id, size)
         if views < 1:
             raise UserError(f"views={views} must be at least 1")
         check_seed(seed)
-        run = self._run_at(length)
+        missing = -length % size
+        x0, places = pad(x0, (0, missing), value=self.mask_id), pad(places, (0, missing), value=False)
+        together = int(places.view(count, -1, size).sum(-1).max())
         asked = estimator or ("mc" if run.objective.name == SEDD else "exact")
-        used = estimator_used(run, asked, "estimator", x0.shape[0] * (length - 1))
+        used = estimator_used(run, asked, "estimator", int(places.sum()), together)
         if used == "report":
             raise UserError("estimator=report is no bound; `run.py evaluate --estimator report` prints it beside one")
-        at_once = max(1, min(VIEWS_AT_ONCE, TOKENS_AT_ONCE // length))
+        at_once = max(1, min(VIEWS_AT_ONCE, TOKENS_AT_ONCE // x0.shape[1]))
         rows = max(1, at_once // (1 if used == "exact" else views))
+        common: dict[str, Any] = {"views": views, "seed": seed, "at_once": at_once}
         bounds = [
-            bound_of(self.network, run, part, used, views=views, seed=seed, first_sequence=i * rows, at_once=at_once)
-            for i, part in enumerate(x0.split(rows))
+            bound_of(
+                self.network,
+                run,
+                x0[first : first + rows],
+                used,
+                scored=places[first : first + rows],
+                first_sequence=first_row + first,
+                **common,
+            )
+            for first in range(0, count, rows)
         ]
         return Score(
-            torch.cat([bound.nelbo.double() for bound in bounds]),
+            torch.cat([bound.nelbo.double() for bound in bounds])[:, :length],
             torch.cat([bound.stderr.double() for bound in bounds]),
             sum(bound.forwards for bound in bounds),
             sum(bound.tokens for bound in bounds),

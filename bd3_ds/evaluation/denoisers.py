@@ -13,7 +13,8 @@ from bd3_ds.model.layers import Read
 def conditioned(model: DiT, block_size: int, documents: Tensor | None = None) -> Condition:
     """A Condition on `model`: views of one text share its clean keys and values.
 
-    `documents` [b, L] number each token's document in the texts that the Condition will be given.
+    `documents` [b, L] number each token's document in the texts that the Condition will be given. Of noisy tokens, only
+    the blocks from the first to the last that holds a place of `at` go through the network: no other can matter.
     """
 
     def condition(x0: Tensor) -> ViewDenoiser:
@@ -22,8 +23,14 @@ def conditioned(model: DiT, block_size: int, documents: Tensor | None = None) ->
             model.encode(x0, cache, block_size=block_size, documents=documents)
 
         def denoise(x_t: Tensor, at: Tensor, read: Read) -> tuple[Tensor, Tensor]:
+            length = x_t.shape[-1]
+            place = at % length
+            start = int(place.min()) // block_size * block_size if len(at) else 0
+            stop = (int(place.max()) // block_size + 1) * block_size if len(at) else block_size
+            noisy = x_t[..., start:stop].flatten(0, 1)  # [b K, T]
+            at = at // length * noisy.shape[1] + place - start
             answer: tuple[Tensor, Tensor] = model.decode(
-                x_t.flatten(0, 1), cache, start=0, block_size=block_size, at=at, read=read, documents=documents
+                noisy, cache, start=start, block_size=block_size, at=at, read=read, documents=documents
             )
             return answer
 

@@ -134,17 +134,18 @@ def bound_of(
     first_sequence: int = 0,
     at_once: int = 64,
     documents: Tensor | None = None,
+    scored: Tensor | None = None,
 ) -> Bound:
     """The Bound of tokens x0 [b, L] under the run's objective, by a name that `estimator_used` returned.
 
     Sampled estimators draw by (seed, first_sequence + row), so batching does not matter; `exact` puts `at_once` noisy
     sequences into a pass. With `documents` [b, L], each token's document, tokens see their own document alone; padding,
-    where they are below 0, is not scored.
+    where they are below 0, is not scored. `scored` [b, L] are the places to score, None for all (`likelihood.py`).
     """
     mask_id, size = run.model.mask_id, block_size(run)
     assert mask_id is not None
     if run.objective.name == AR:
-        return likelihood.autoregressive(causal(model, documents), x0, mask_id, documents)
+        return likelihood.autoregressive(causal(model, documents), x0, mask_id, documents, scored)
     if run.objective.name == SEDD:
 
         def score(x_t: Tensor, sigma: Tensor, at: Tensor, read: Read) -> tuple[Tensor, Tensor]:
@@ -153,12 +154,12 @@ def bound_of(
             )
             return answer
 
-        return score_entropy_bound(score, x0, mask_id, views, seed, first_sequence, documents)
+        return score_entropy_bound(score, x0, mask_id, views, seed, first_sequence, documents, scored)
     condition = conditioned(model, size, documents)
     if estimator == "exact":
-        return likelihood.exact(condition, x0, size, mask_id, at_once, documents)
+        return likelihood.exact(condition, x0, size, mask_id, at_once, documents, scored)
     sampled = likelihood.monte_carlo if estimator == "mc" else likelihood.stratified
-    return sampled(condition, x0, size, mask_id, views, seed, first_sequence, documents=documents)
+    return sampled(condition, x0, size, mask_id, views, seed, first_sequence, documents=documents, scored=scored)
 
 
 @torch.no_grad()

@@ -128,6 +128,42 @@ def test_scores_do_not_depend_on_how_rows_are_split(models, text, monkeypatch, c
     assert parts.forwards == whole.forwards
 
 
+def test_a_last_block_that_is_not_whole_ends_in_unknown_tokens(models, text):
+    """Tokens 0 and 1 and 2 in blocks of two: what stands at position 3 is masked and nobody's."""
+    score = models[BD3].score(text[:, :3])
+    clean = text[:, :4].clone()
+    clean[:, 3] = MASK
+    nll = 0
+    for place in (1, 2):
+        x_t = clean.clone()
+        x_t[:, place] = MASK
+        nll = nll + subs_nll(models[BD3].logits(x_t, clean)[:, place], text[:, place], MASK)
+    torch.testing.assert_close(score.nelbo.sum(1), nll.double(), rtol=1e-5, atol=1e-5)
+    assert score.nelbo.shape == (3, 3) and score.tokens == 6
+    hidden = models[BD3].score(clean, scored=(clean != MASK) & (torch.arange(4) > 0))
+    torch.testing.assert_close(hidden.nelbo[:, :3], score.nelbo)
+    assert hidden.nelbo[:, 3].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("case", [AR, "bd3-1", BD3, MDLM])
+def test_a_text_pays_for_its_beginning_and_for_the_rest_given_that(models, text, case):
+    """A difference of two scores where each is a likelihood; elsewhere where the beginning is whole blocks."""
+    behind = torch.arange(LENGTH).expand(3, -1) >= 4
+    rest = models[case].score(text, scored=behind)
+    assert rest.tokens == 12 and rest.nelbo[:, :4].abs().max() == 0
+    if case != MDLM:
+        expected = models[case].score(text).nelbo.sum(1) - models[case].score(text[:, :4]).nelbo.sum(1)
+        torch.testing.assert_close(rest.nelbo.sum(1), expected, rtol=1e-5, atol=1e-5)
+    sampled = models[case].score(text, "stratified", views=300, scored=behind)
+    assert ((sampled.nelbo - rest.nelbo).sum(1).abs() < 4 * sampled.stderr + 1e-5).all()
+
+
+def test_rows_keep_their_numbers_in_parts(models, text):
+    whole = models[MDLM].score(text, "stratified", views=3).nelbo
+    torch.testing.assert_close(models[MDLM].score(text[1:], "stratified", views=3, first_row=1).nelbo, whole[1:])
+    assert not torch.allclose(models[MDLM].score(text[1:], "stratified", views=3).nelbo, whole[1:])
+
+
 def test_shorter_texts_are_scored(models, text):
     for case in OBJECTIVES:
         estimator = "mc" if case == SEDD else "exact"
@@ -215,8 +251,14 @@ def test_without_tokenizer(models):
         (MDLM, lambda m, x: m.logits(x - SYMBOLS), "holds id -"),
         (MDLM, lambda m, x: m.logits([[1, 2], [3]]), "cannot be read"),
         (MDLM, lambda m, x: m.logits(torch.cat([x, x], 1)), "trained with 8"),
-        (BD3, lambda m, x: m.score(x[:, :3]), "whole blocks of 2"),
-        (BD3, lambda m, x: m.score(torch.full_like(x, MASK)), "mask id 21"),
+        (BD3, lambda m, x: m.score(torch.full_like(x, MASK)), "mask id 21 where they are to be scored"),
+        (BD3, lambda m, x: m.score([[1, MASK, 2, 3]], scored=[[False, False, True, True]]), "in a block of 2 before"),
+        (AR, lambda m, x: m.score([[1, MASK, 2]], scored=[[False, False, True]]), "in a block of 1 before"),
+        (AR, lambda m, x: m.score(x, scored=torch.ones_like(x)), "int64 of shape"),
+        (AR, lambda m, x: m.score(x, scored=torch.ones(3, 2) > 0), "must be boolean, one for each of tokens"),
+        (AR, lambda m, x: m.score(x, scored=[[True], [True, False]]), "cannot be read"),
+        (AR, lambda m, x: m.score(x, scored=x < VOCAB), "true at position 0"),
+        (AR, lambda m, x: m.score(x, scored=x > VOCAB), "false everywhere"),
         (BD3, lambda m, x: m.score(x, "exakt"), "did you mean 'exact'"),
         (SEDD, lambda m, x: m.score(x, "stratified"), "estimator=stratified cannot score objective.name=sedd"),
         (BD3, lambda m, x: m.score(x, "mc", views=0), "views=0"),

@@ -12,6 +12,7 @@ from bd3_ds.diffusion import likelihood
 from bd3_ds.diffusion.noise import make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
+from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
 from bd3_ds.evaluation.denoisers import causal, conditioned
 from bd3_ds.model.build import initialise
 from bd3_ds.model.dit import DiT, Network, as_denoiser
@@ -156,3 +157,135 @@ def test_autoregressive_is_the_chain_rule(text):
         logits[:, MASK] = -torch.inf
         expected = -logits.log_softmax(-1).gather(-1, text[:, i : i + 1])[:, 0]
         torch.testing.assert_close(bound.nelbo[:, i], expected, rtol=1e-4, atol=1e-5)
+
+
+# A part of a text of 8 tokens: which are scored (s), given (g) and hidden (h).
+PARTS = ["ggggggss", "gggssshh", "gsgsgggg", "gggggshs", "gggsgssh", "ggssgghh"]
+
+
+def part_of(text, part):
+    """Two rows of 8 tokens with hidden ones masked, and where they are scored."""
+    x0 = text[:2, :8].clone()
+    x0[:, [place == "h" for place in part]] = MASK
+    return x0, torch.tensor([place == "s" for place in part]).expand(2, -1)
+
+
+def by_order(model, x0, part, size):
+    """What each order of writing a block's scored tokens pays in nats [b, orders], by one network pass a token."""
+    blocks = []
+    for block in range(len(part) // size):
+        places = [i for i in range(block * size, (block + 1) * size) if part[i] == "s"]
+        orders = []
+        for order in itertools.permutations(places):
+            paid, x_t = torch.zeros(len(x0), dtype=torch.float64), x0.clone()
+            x_t[:, places] = MASK
+            for place in order:
+                logits = model(x_t, x0, block_size=size)[:, place]
+                logits[:, MASK] = -torch.inf
+                paid += -logits.log_softmax(-1).gather(-1, x0[:, place, None])[:, 0]
+                x_t[:, place] = x0[:, place]
+            orders.append(paid)
+        blocks.append(torch.stack(orders, 1))
+    return blocks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["dense", "stripes"])
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_pays_the_mean_over_all_orders(model, text, backend, size, part):
+    net = DiT(Network(VOCAB, 16, 2, 2, 2, 8, False, attention=backend)).double().eval()
+    net.load_state_dict(model.state_dict())
+    x0, scored = part_of(text, part)
+    bound = likelihood.exact(conditioned(net, size), x0, size, MASK, at_once=5, scored=scored)
+    expected = sum(orders.mean(1) for orders in by_order(net, x0, part, size))
+    torch.testing.assert_close(bound.nelbo.sum(1), expected, rtol=1e-5, atol=1e-5)
+    assert bound.tokens == 2 * part.count("s") and bound.nelbo[~scored].abs().max() == 0
+    most = max(part[i : i + size].count("s") for i in range(0, 8, size))
+    assert bound.forwards == 2 * (2**most - 1) + 2 * (size < 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_bounds_of_all_continuations_add_up_to_one_at_most(model, text, size):
+    """At block size 1 exactly; in larger blocks exp(-bound) is at most the probability, which itself adds up to 1."""
+    x0 = text[:1, :8].repeat(100, 1)
+    x0[:, 5], x0[:, 6], x0[:, 7] = torch.arange(100) // 10, torch.arange(100) % 10, MASK
+    part = "gggggssh"
+    scored = torch.tensor([place == "s" for place in part]).expand(100, -1)
+    bound = likelihood.exact(conditioned(model, size), x0, size, MASK, scored=scored).nelbo.sum(1)
+    probability = math.prod((-orders).exp().mean(1) for orders in by_order(model, x0, part, size))
+    assert probability.sum().item() == pytest.approx(1, abs=1e-6)
+    assert bool(((-bound).exp() <= probability * (1 + 1e-5)).all())
+    if size <= 2:  # one token a block
+        torch.testing.assert_close((-bound).exp(), probability, rtol=1e-5, atol=1e-9)
+    else:
+        assert 0.3 < (-bound).exp().sum() < 0.999
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("estimator", [likelihood.stratified, likelihood.monte_carlo])
+@pytest.mark.parametrize("part", PARTS)
+def test_sampled_estimators_score_parts(model, text, estimator, part):
+    x0, scored = part_of(text, part)
+    truth = likelihood.exact(conditioned(model, 8), x0, 8, MASK, scored=scored).nelbo.sum(1)
+    bound = estimator(conditioned(model, 8), x0, 8, MASK, views=400, seed=3, scored=scored)
+    assert bool(((bound.nelbo.sum(1) - truth).abs() < 4 * bound.stderr + 3e-3 * truth).all())
+    assert bound.nelbo[~scored].abs().max() == 0 and bound.tokens == int(scored.sum())
+
+
+@torch.no_grad()
+def test_scoring_all_places_is_scoring_none_in_particular(model, text):
+    everywhere = torch.ones_like(text, dtype=torch.bool)  # position 0 is left out all the same
+    for size in (1, 4):
+        plain = likelihood.exact(conditioned(model, size), text, size, MASK)
+        assert torch.equal(
+            plain.nelbo, likelihood.exact(conditioned(model, size), text, size, MASK, scored=everywhere).nelbo
+        )
+    for estimator in (likelihood.stratified, likelihood.monte_carlo):
+        plain = estimator(conditioned(model, 8), text, 8, MASK, views=3, seed=5)
+        assert torch.equal(plain.nelbo, estimator(conditioned(model, 8), text, 8, MASK, 3, 5, scored=everywhere).nelbo)
+
+
+def score_network(seed=0):
+    """A SEDD network with random weights, as `score_entropy_bound` wants it."""
+    net = DiT(Network(VOCAB, 16, 2, 2, 2, 8, False, attention="dense")).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+    return lambda x_t, sigma, at, read: net(x_t, block_size=x_t.shape[1], sigma=sigma, at=at, read=read)
+
+
+@torch.no_grad()
+def test_sedd_scores_parts(text):
+    network = score_network()
+    plain = score_entropy_bound(network, text, MASK, views=4, seed=1)
+    everywhere = torch.ones_like(text, dtype=torch.bool)
+    assert torch.equal(plain.nelbo, score_entropy_bound(network, text, MASK, 4, 1, scored=everywhere).nelbo)
+    # All continuations of one token, the last known one: their probabilities are at least exp(-bound).
+    x0 = text[:1, :8].repeat(10, 1)
+    x0[:, 5], x0[:, 6:] = torch.arange(10), MASK
+    scored = torch.zeros_like(x0, dtype=torch.bool)
+    scored[:, 5] = True
+    bound = score_entropy_bound(network, x0, MASK, views=2000, seed=1, scored=scored)
+    total = (-bound.nelbo.sum(1)).exp()
+    error = (total * bound.stderr).square().sum().sqrt()
+    assert total.sum() < 1 + 3 * error + 0.02 and error < 0.05
+    assert bound.nelbo[~scored].abs().max() == 0 and bound.tokens == 10
+
+
+@torch.no_grad()
+def test_autoregressive_scores_parts(text):
+    net = DiT(Network(VOCAB, 16, 2, 2, 2, 8, True, attention="sdpa")).eval()
+    initialise(net, 0)
+    torch.nn.init.normal_(net.head.linear.weight)
+    whole = likelihood.autoregressive(causal(net), text, MASK).nelbo
+    scored = torch.rand(text.shape, generator=torch.Generator().manual_seed(4)) < 0.4
+    bound = likelihood.autoregressive(causal(net), text, MASK, scored=scored)
+    scored[:, 0] = False
+    torch.testing.assert_close(bound.nelbo, whole * scored)
+    assert bound.tokens == int(scored.sum())
+    documents = torch.where(torch.arange(16) < 12, 0, -1).expand(3, -1)
+    padded = likelihood.autoregressive(causal(net, documents), text, MASK, documents, scored)
+    torch.testing.assert_close(padded.nelbo[:, :12], bound.nelbo[:, :12], rtol=1e-5, atol=1e-5)
