@@ -36,9 +36,10 @@ class KVCache:
         """
         past, fresh = self._tokens[layer], k.shape[2]
         old_k, old_v = self._keys[layer], self._values[layer]
+        if not keep and past == 0:  # nothing to stand behind; the next pass may come with another number of rows
+            return k, v
         if not keep and fresh > max(past, SPARE):  # many noisy views: room for them would dwarf the cache
-            if old_k is None or old_v is None:
-                return k, v
+            assert old_k is not None and old_v is not None
             return torch.cat([old_k[:, :, :past], k], dim=2), torch.cat([old_v[:, :, :past], v], dim=2)
         keys, values = (self._with_room(old, past, part) for old, part in ((old_k, k), (old_v, v)))
         for buffer, part in ((keys, k), (values, v)):
