@@ -1,0 +1,245 @@
+"""Log-likelihoods of texts given others, and texts that go on from others: what benchmarks ask of a language model.
+
+A text is BOS and its tokens. A diffusion model's log-likelihood is minus its bound (`diffusion/likelihood.py`); AR's,
+and that of block size 1, is the likelihood itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bd3_ds.config.check import EXACT_ALWAYS
+from bd3_ds.config.schema import AR, SEDD
+from bd3_ds.evaluation.api import LanguageModel
+from bd3_ds.evaluation.arguments import check_seed, make_options
+from bd3_ds.evaluation.greedy import is_greedy
+from bd3_ds.runtime.errors import UserError
+from bd3_ds.sampling.options import EOS, RULES
+
+ROWS_AT_ONCE = 64  # texts between two steps of a progress bar
+FILL = 32  # tokens; texts of nearly one length go together where what follows a text does not matter
+NEW_TOKENS = 256  # of a text that is gone on with, where nothing is said
+
+# The names that benchmarks give to the sampler's options.
+NAMES = {"top_p": "nucleus", "max_new_tokens": "max_gen_toks", "max_tokens": "max_gen_toks"}
+
+Progress = Callable[[int], None]  # told how many texts have just been dealt with
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens that a network sees at once, of which all but the first `given` are scored for text number `text`."""
+
+    tokens: list[int]
+    given: int
+    text: int
+
+
+class Continuations:
+    """A model with a tokenizer, as benchmarks use it; what it answers depends on the seed and not on batching.
+
+    estimator, views: as for `LanguageModel.score`; None: exact where no block has more masks than `views` (a few
+    tokens to score), else stratified, for SEDD mc. `how` are options of the sampler (`sampling/options.py`) for texts
+    that are gone on with, where the request says nothing. Raises UserError for values that cannot be.
+    """
+
+    def __init__(self, model: LanguageModel, estimator: str | None = None, views: int = 32, seed: int = 0, **how: Any):
+        if model.tokenizer is None:
+            raise UserError(f"{model.export.path} has no tokenizer and knows no texts; convert it with --tokenizer")
+        if not isinstance(views, int) or views < 1:
+            raise UserError(f"views={views} must be a whole number above 0")
+        check_seed(seed)
+        make_options(how).check(model.run.objective.name)
+        self.model = model
+        self.tokenizer = model.tokenizer
+        self.estimator = estimator
+        self.views = views
+        self.seed = seed
+        self.how = how
+        self.length: int = model.run.data.length
+        self.one_block = model.block_size == self.length  # as long as the text itself, or all L of it
+        self.grid = 1 if self.one_block else model.block_size
+
+    def loglikelihood(
+        self, pairs: Sequence[tuple[str, str]], progress: Progress | None = None
+    ) -> list[tuple[float, bool]]:
+        """For each (context, continuation): log p(continuation | context) in nats, and whether greedy writing gives it.
+
+        Of what exceeds the model's length the left is cut, by whole blocks.
+        """
+        encoded = [self.encode_pair(*pair) for pair in pairs]
+        pieces = [piece for i, (tokens, given) in enumerate(encoded) for piece in self.pieces(tokens, given, i)]
+        values, greedy = self._scored(pieces, len(pairs), progress, with_greedy=True)
+        return list(zip(values, greedy, strict=True))
+
+    def loglikelihood_rolling(self, texts: Sequence[str], progress: Progress | None = None) -> list[float]:
+        """log p of each text in nats, every token scored once, in windows of the model's length."""
+        encoded = [[self.tokenizer.bos_id, *ids] for ids in self.tokenizer.encode_batch(list(texts))]
+        pieces = [piece for i, tokens in enumerate(encoded) for piece in self.pieces(tokens, 1, i)]
+        return self._scored(pieces, len(texts), progress)[0]
+
+    def generate_until(
+        self, requests: Sequence[tuple[str, dict[str, Any]]], progress: Progress | None = None
+    ) -> list[str]:
+        """What the model writes behind each context, up to the first text of the request's `until`, or its end.
+
+        A request's options are `until`, `max_gen_toks` (256), `do_sample`, `temperature` and those of the sampler. At
+        temperature 0, which is where nothing else is said, a diffusion model writes its surest token first. A context
+        keeps at most L - max_gen_toks tokens, and at least L / 2, by whole blocks; the window slides past L.
+        """
+        texts = [""] * len(requests)
+        groups: dict[tuple[str, int], list[tuple[int, list[int]]]] = defaultdict(list)
+        contexts = self.tokenizer.encode_batch([context for context, _ in requests])
+        for index, (ids, (_, options)) in enumerate(zip(contexts, requests, strict=True)):
+            count = _request(options)[1]
+            room = max(self.length - count, self.length // 2)
+            tokens = [self.tokenizer.bos_id, *ids]
+            tokens = tokens[self._on_grid(len(tokens) - room) :]
+            groups[json.dumps(options, sort_keys=True), self._width(len(tokens))].append((index, tokens))
+        for (wish, _), rows in groups.items():
+            until, count, how = _request(json.loads(wish))
+            prompts = _filled([tokens for _, tokens in rows], self.model.mask_id)
+            samples = self.model.sample(len(rows), prompts.shape[1] + count, prompts, self.seed, **self._sampler(how))
+            for (index, tokens), row, length in zip(
+                rows, samples.tokens.tolist(), samples.lengths.tolist(), strict=True
+            ):
+                texts[index] = _cut(self._behind(tokens, row[: min(length, len(tokens) + count)]), until)
+            if progress:
+                progress(len(rows))
+        return texts
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
+        """The tokens of the two together, from BOS on, and how many of them are given, BOS included.
+
+        White space between them belongs to the continuation. Where a token spans both, what is left of it behind the
+        context's own tokens is the continuation; where nothing is left, the two are encoded apart.
+        """
+        head = context.rstrip()
+        tail = context[len(head) :] + continuation
+        whole, given, alone = self.tokenizer.encode_batch([head + tail, head, tail])
+        rest = whole[len(given) :] or alone
+        return [self.tokenizer.bos_id, *given, *rest], 1 + len(given)
+
+    def pieces(self, tokens: list[int], given: int, text: int = 0) -> Iterator[Piece]:
+        """Windows of the model's length over `tokens`, in which each token behind the `given` first is scored once.
+
+        Windows begin at a multiple of the block size, so that a text's blocks are the same in all of them, with at
+        least one token before the first that is scored, and otherwise as late as that they are as few as can be; the
+        last has as much context as it holds.
+        """
+        done = given
+        while done < len(tokens):
+            latest = (done - 1) // self.grid * self.grid
+            start = min(latest, self._on_grid(len(tokens) - self.length))
+            stop = min(len(tokens), start + self.length)
+            yield Piece(tokens[start:stop], done - start, text)
+            done = stop
+
+    def _scored(
+        self, pieces: list[Piece], texts: int, progress: Progress | None, with_greedy: bool = False
+    ) -> tuple[list[float], list[bool]]:
+        """Sums over the pieces of each text: log-likelihoods, and whether all that is scored would be written."""
+        values, greedy = [0.0] * texts, [True] * texts
+        left = [0] * texts
+        groups: dict[tuple[int, str], list[Piece]] = defaultdict(list)
+        for piece in pieces:
+            left[piece.text] += 1
+            groups[self._width(len(piece.tokens)), self._estimator(piece)].append(piece)
+        number = 0  # of the first piece of a pass: each has its own random numbers
+        for (width, estimator), group in sorted(groups.items()):
+            for first in range(0, len(group), ROWS_AT_ONCE):
+                part = group[first : first + ROWS_AT_ONCE]
+                x0 = _filled([piece.tokens for piece in part], self.model.mask_id, width)
+                place = torch.arange(width)
+                begin, end = (torch.tensor(ends)[:, None] for ends in ([p.given for p in part], _lengths(part)))
+                scored = (place >= begin) & (place < end)
+                score = self.model.score(x0, estimator, self.views, self.seed, scored, first_row=number)
+                number += len(part)
+                written = self._greedy(x0, scored) if with_greedy else [True] * len(part)
+                for piece, nats, right in zip(part, score.nelbo.sum(1).tolist(), written, strict=True):
+                    values[piece.text] -= nats
+                    greedy[piece.text] &= right
+                    left[piece.text] -= 1
+                if progress:
+                    progress(len({piece.text for piece in part if left[piece.text] == 0}))
+        return values, greedy
+
+    def _greedy(self, x0: Tensor, scored: Tensor) -> list[bool]:
+        size = x0.shape[1] if self.one_block else self.grid
+        x0, scored = x0.to(self.model.device), scored.to(self.model.device)
+        objective = self.model.run.objective.name
+        right: list[bool] = is_greedy(self.model.network, objective, x0, scored, size, self.model.mask_id).tolist()
+        return right
+
+    def _estimator(self, piece: Piece) -> str:
+        """What scores the piece, by its own tokens alone."""
+        objective = self.model.run.objective.name
+        if self.estimator is not None or objective in (AR, SEDD):
+            return self.estimator or ("exact" if objective == AR else "mc")
+        size = len(piece.tokens) if self.one_block else self.grid
+        block = [0] * -(-len(piece.tokens) // size)
+        for place in range(piece.given, len(piece.tokens)):
+            block[place // size] += 1
+        most = max(block)
+        return "exact" if most <= EXACT_ALWAYS and 2**most - 1 <= self.views else "stratified"
+
+    def _width(self, tokens: int) -> int:
+        """What a text of so many tokens is filled up to: nobody sees what comes after, but in a single block."""
+        step = 1 if self.one_block else self.grid * max(1, FILL // self.grid)
+        return tokens if tokens > self.length else min(self.length, -(-tokens // step) * step)
+
+    def _on_grid(self, tokens: int) -> int:
+        """The least multiple of the block size that is not below `tokens`; 0 for less."""
+        return max(0, -(-tokens // self.grid) * self.grid)
+
+    def _sampler(self, how: dict[str, Any]) -> dict[str, Any]:
+        """The sampler's options for a request's own."""
+        how = {"temperature": 0.0, "stop": (EOS,)} | self.how | how
+        diffusion = self.model.run.objective.name != AR
+        if diffusion and how["temperature"] == 0 and not any(how.get(rule) is not None for rule in RULES):
+            how["tokens_per_step"] = 1
+        return how
+
+    def _behind(self, given: list[int], tokens: list[int]) -> str:
+        """The text of tokens behind the given ones, with the space that may stand before it."""
+        before, all_of_it = self.tokenizer.decode(given), self.tokenizer.decode(tokens)
+        return all_of_it[len(before) :] if all_of_it.startswith(before) else self.tokenizer.decode(tokens[len(given) :])
+
+
+def _request(options: dict[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
+    """A request's options apart: `until`, `max_gen_toks` and the sampler's; raises UserError for what cannot be."""
+    named = {NAMES.get(name, name): value for name, value in options.items()}
+    until = named.pop("until", None) or []
+    count = named.pop("max_gen_toks", NEW_TOKENS)
+    sampled = named.pop("do_sample", None)
+    if named.pop("num_beams", 1) != 1:
+        raise UserError(f"num_beams={options['num_beams']}: there is no search by beams; leave it out")
+    if not isinstance(count, int) or count < 1:
+        raise UserError(f"max_gen_toks={count} must be a whole number above 0")
+    if sampled is False:
+        named["temperature"] = 0.0
+    elif sampled:
+        named.setdefault("temperature", 1.0)
+    return [until] if isinstance(until, str) else list(until), count, named
+
+
+def _filled(rows: list[list[int]], mask_id: int, width: int | None = None) -> Tensor:
+    """Rows of tokens as [N, width], filled up with the mask id; None: the longest row's length."""
+    width = max(map(len, rows)) if width is None else width
+    return torch.tensor([row + [mask_id] * (width - len(row)) for row in rows])
+
+
+def _lengths(pieces: list[Piece]) -> list[int]:
+    return [len(piece.tokens) for piece in pieces]
+
+
+def _cut(text: str, until: list[str]) -> str:
+    """The text up to the first of these in it."""
+    return text[: min((found for stop in until if stop and (found := text.find(stop)) >= 0), default=len(text))]

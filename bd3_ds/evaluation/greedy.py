@@ -1,0 +1,64 @@
+"""Would greedy writing come to just this text? Without drawing it: the first token that differs settles it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bd3_ds.config.schema import AR, SEDD
+from bd3_ds.diffusion.noise import next_tokens
+from bd3_ds.diffusion.score_entropy import sigma_of
+from bd3_ds.model.dit import DiT
+from bd3_ds.sampling.denoiser import in_parts
+from bd3_ds.sampling.draw import Drawn, draw
+from bd3_ds.sampling.options import Options
+
+GREEDY = Options(temperature=0.0)
+
+
+@torch.no_grad()
+def is_greedy(network: DiT, objective: str, x0: Tensor, scored: Tensor, block_size: int, mask_id: int) -> Tensor:
+    """For which rows [b] of x0 [b, L], whole blocks, the scored tokens [b, L] are the ones that greedy writing gives.
+
+    AR: each is the likeliest behind the tokens before it. Diffusion: as the sampler does it at temperature 0 with
+    tokens_per_step=1, a block's surest place first, each with its likeliest token, places where x0 holds the mask id
+    among them. While all that was written is right, the blocks before are those of x0, so that all blocks of a row are
+    written side by side; rows leave at their first wrong token.
+    """
+
+    def likeliest(logits: Tensor, _first: int) -> Drawn:
+        return draw(logits, torch.zeros(len(logits), dtype=torch.float64, device=logits.device), mask_id, GREEDY)
+
+    read = in_parts(likeliest, network.network.vocab_size)
+    right = torch.ones(len(x0), dtype=torch.bool, device=x0.device)
+    if objective == AR:
+        at, of = next_tokens(x0, None, scored)
+        tokens = network(x0, block_size=1, at=at, read=read).tokens
+        wrong = of[tokens != x0.flatten()[of]] // x0.shape[1]
+        return right.index_fill_(0, wrong, False)
+
+    blocks = scored.view(len(x0), -1, block_size).any(-1).repeat_interleave(block_size, dim=1)  # [b, L]
+    masked = blocks & (scored | (x0 == mask_id))
+    x_t = torch.where(masked, mask_id, x0)
+    while True:
+        rows = (right & (masked & scored).any(1)).nonzero()[:, 0]  # [R]
+        if len(rows) == 0:
+            return right
+        now, clean = masked[rows], x0[rows]
+        at = now.flatten().nonzero()[:, 0]
+        sigma = sigma_of(now.double().mean(1)) if objective == SEDD else None
+        drawn = network(x_t[rows], clean, block_size=block_size, sigma=sigma, at=at, read=read)
+        tokens = clean.masked_scatter(now, drawn.tokens)
+        falls = now & _surest(now, drawn.surest, block_size)
+        x_t[rows] = torch.where(falls, tokens, x_t[rows])
+        masked[rows] = now & ~falls
+        right[rows] = ~(falls & scored[rows] & (tokens != clean)).any(1)
+
+
+def _surest(now: Tensor, surest: Tensor, block_size: int) -> Tensor:
+    """The place of largest `surest` [N] in each block of the places `now` [R, L]: boolean [R, L]; the leftmost of
+    equals."""
+    values = torch.full(now.shape, -1.0, dtype=surest.dtype, device=now.device).masked_scatter(now, surest)
+    by_block = values.view(len(now), -1, block_size)
+    best = by_block == by_block.max(-1, keepdim=True).values
+    return (best & (best.cumsum(-1) == 1)).flatten(1)
