@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bd3_ds.config.check import EXACT_ALWAYS
 from bd3_ds.config.schema import AR, SEDD
-from bd3_ds.evaluation.api import LanguageModel
+from bd3_ds.evaluation.api import TOKENS_AT_ONCE, LanguageModel
 from bd3_ds.evaluation.arguments import check_seed, make_options
 from bd3_ds.evaluation.greedy import is_greedy
 from bd3_ds.runtime.errors import UserError
@@ -172,11 +172,12 @@ class Continuations:
         return values, greedy
 
     def _greedy(self, x0: Tensor, scored: Tensor) -> list[bool]:
-        size = x0.shape[1] if self.one_block else self.grid
-        x0, scored = x0.to(self.model.device), scored.to(self.model.device)
-        objective = self.model.run.objective.name
-        right: list[bool] = is_greedy(self.model.network, objective, x0, scored, size, self.model.mask_id).tolist()
-        return right
+        model, width = self.model, x0.shape[1]
+        size = width if self.one_block else self.grid
+        rows = max(1, TOKENS_AT_ONCE // (2 * width))  # noisy tokens beside clean ones
+        parts = zip(x0.to(model.device).split(rows), scored.to(model.device).split(rows), strict=True)
+        right = [is_greedy(model.network, model.run.objective.name, *part, size, model.mask_id) for part in parts]
+        return [bool(one) for one in torch.cat(right)]
 
     def _estimator(self, piece: Piece) -> str:
         """What scores the piece, by its own tokens alone."""

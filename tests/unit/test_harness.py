@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
 
 from bd3_ds.config.schema import AR, BD3, MDLM, OBJECTIVES, SEDD
-from bd3_ds.evaluation import api, continuations, harness
+from bd3_ds.data.streaming_import import import_streaming
+from bd3_ds.data.tokenizer import number_tokenizer
+from bd3_ds.evaluation import api, continuations, convert_command, harness
 from bd3_ds.evaluation.api import LanguageModel, load
 from bd3_ds.evaluation.continuations import Continuations
 from bd3_ds.evaluation.greedy import is_greedy
@@ -235,6 +239,60 @@ def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     assert run_command(harness.main, ["--model", "bd3"]) == 2
     assert "pip install -r requirements-extra.txt" in capsys.readouterr().err
+
+
+def test_causal_models_score_as_lm_evals_own(tmp_path: Path) -> None:
+    """A GPT-2 with random weights, once through lm_eval's class for transformers, once converted, through ours."""
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed (requirements-extra.txt)")
+    pytest.importorskip("accelerate", reason="accelerate is not installed, without which lm_eval runs no transformers")
+    import_streaming()  # which mends torchvision, that transformers imports too
+    import transformers
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    symbols, place = 40, tmp_path / "gpt2"
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=LENGTH, vocab_size=symbols + 1)
+    gpt2 = transformers.GPT2LMHeadModel(config)
+    for parameter in gpt2.parameters():
+        torch.nn.init.normal_(parameter, 0.2, 0.3)
+    gpt2.save_pretrained(place)
+    number_tokenizer(symbols).save(tmp_path / "tokenizer")
+    convert_command.convert_causal(place, tmp_path / "export", str(tmp_path / "tokenizer"))
+    settings = json.loads((tmp_path / "tokenizer/tokenizer.json").read_text())
+    end = "<end of text>"
+    single = [{"SpecialToken": {"id": end, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {end: {"id": end, "ids": [symbols], "tokens": [end]}}
+    settings["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": single,
+        "special_tokens": special,
+    }
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Backend.from_str(json.dumps(settings)), bos_token=end, eos_token=end, pad_token=end
+    )
+    # Its windows hold one token more than the positions that it is told of, ours no more than the model's.
+    theirs = HFLM(gpt2, tokenizer=tokenizer, add_bos_token=True, max_length=LENGTH - 1, device="cpu", batch_size=1)
+    ours = harness.harness_model()(export=str(tmp_path / "export"), device="cpu")
+    rng = random.Random(0)
+
+    def words(count: int) -> str:
+        return " ".join(str(rng.randrange(symbols)) for _ in range(count))
+
+    pairs = [(words(rng.randrange(1, 22)), " " + words(rng.randrange(1, 8))) for _ in range(20)]
+    pairs += [("", words(5)), (words(3) + " ", words(2))]
+    greedy = ours.continuations.generate_until([(context, {"max_gen_toks": 2}) for context, _ in pairs[:5]])
+    pairs += [(context, text) for (context, _), text in zip(pairs, greedy, strict=False)]
+    asked = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+    for (value, right), (other, other_right) in zip(
+        ours.loglikelihood(asked), theirs.loglikelihood(asked), strict=True
+    ):
+        assert value == pytest.approx(other, rel=1e-4) and right == other_right
+    texts = [Instance("loglikelihood_rolling", {}, (words(count),), 0) for count in (3, 15, 16, 40, 61)]
+    # With add_bos_token its rolling windows would begin with two of them.
+    theirs.add_bos_token = False
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts), rel=1e-4)
 
 
 def test_in_lm_eval(places: dict[str, Path], models: dict[str, LanguageModel], tmp_path: Path) -> None:
