@@ -26,6 +26,7 @@ from bd3_ds.sampling.options import EOS, RULES
 ROWS_AT_ONCE = 64  # texts between two steps of a progress bar
 FILL = 32  # tokens; texts of nearly one length go together where what follows a text does not matter
 NEW_TOKENS = 256  # of a text that is gone on with, where nothing is said
+VIEWS = 128  # more than the masks of 7 tokens: shorter continuations are exact
 
 # The names that benchmarks give to the sampler's options.
 NAMES = {"top_p": "nucleus", "max_new_tokens": "max_gen_toks", "max_tokens": "max_gen_toks"}
@@ -50,7 +51,9 @@ class Continuations:
     that are gone on with, where the request says nothing. Raises UserError for values that cannot be.
     """
 
-    def __init__(self, model: LanguageModel, estimator: str | None = None, views: int = 32, seed: int = 0, **how: Any):
+    def __init__(
+        self, model: LanguageModel, estimator: str | None = None, views: int = VIEWS, seed: int = 0, **how: Any
+    ):
         if model.tokenizer is None:
             raise UserError(f"{model.export.path} has no tokenizer and knows no texts; convert it with --tokenizer")
         if not isinstance(views, int) or views < 1:
