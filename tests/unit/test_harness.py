@@ -150,19 +150,18 @@ def test_answers_do_not_depend_on_batching(
         assert asked.loglikelihood_rolling(texts) != pytest.approx(whole[1], rel=1e-5)
 
 
-def test_few_tokens_are_exact(models: dict[str, LanguageModel]) -> None:
-    """2 tokens have 3 masks, whatever the block; 4 tokens of a block have 15."""
-    for objective, given, name in (
-        (BD3, 6, "exact"),
-        (BD3, 2, "stratified"),
-        (MDLM, 6, "exact"),
-        (MDLM, 5, "stratified"),
-    ):
-        asked = Continuations(models[objective], views=7)
-        (piece,) = asked.pieces([0] * 8 if objective == MDLM or given == 6 else [0] * 12, given)
-        if (objective, given) == (MDLM, 5):
-            asked.views = 6
-        assert asked._estimator(piece) == name
+@pytest.mark.parametrize(
+    ("objective", "total", "given", "most"),
+    [(BD3, 8, 6, 2), (BD3, 8, 5, 3), (BD3, 12, 7, 4), (MDLM, 8, 6, 2), (MDLM, 8, 1, 7), (BD3, 8, 1, 4)],
+)
+def test_few_tokens_are_exact(
+    models: dict[str, LanguageModel], objective: str, total: int, given: int, most: int
+) -> None:
+    """As long as the block with most scored tokens has no more masks than there are views."""
+    (piece,) = Continuations(models[objective]).pieces([0] * total, given)
+    for views, name in ((2**most - 1, "exact"), (2**most - 2, "stratified")):
+        assert Continuations(models[objective], views=views)._estimator(piece) == name
+    assert Continuations(models[objective], estimator="mc")._estimator(piece) == "mc"
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
