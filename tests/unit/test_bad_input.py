@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 COMMAND = [
     ("trian recipe", ["unknown mode 'trian'", "did you mean 'train'?"]),
-    ("42", ["unknown mode '42'", "known: check, convert, eval-worker"]),
+    ("42", ["unknown mode '42'", "known: check, convert, denoising, eval-worker"]),
     ("train", ["required: recipe", "run.py train --help"]),
     ("train @ --deepspeed-config x.json", ["--deepspeed-config", "did you mean '--deepspeed_config'?"]),
     ("train @ --deepspeed_config", ["--deepspeed_config", "expected one argument"]),
@@ -154,7 +154,7 @@ EXPORTS = [
     ("sample {0}/nowhere", ["export {0}/nowhere not found"]),
     ("sample {0}/damaged", ["damaged/model.safetensors is damaged or missing"]),
     ("sample {0}/other --num 0", ["--num", "'0' must be a whole number above 0"]),
-    ("sample {0}/other --length 17", ["length=17 must lie in 1 … 16"]),
+    ("sample {0}/other --window 1", ["window=1 must be at least 2"]),
     ("sample {0}/other --temperature -1", ["temperature=-1.0"]),
     ("sample {0}/other --nucleus 2", ["nucleus=2.0 must lie in (0, 1]"]),
     ("sample {0}/other --seed -1", ["seed=-1"]),
