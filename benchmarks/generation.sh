@@ -25,8 +25,7 @@ draw() { # a file of texts: name, model, options
 texts() { # 300 of a model at L; 100 at 2 L, and 100 until they end by themselves
   local how=(--nucleus 0.9)
   case "$1" in # T steps a window of 256 tokens
-    mdlm) how+=(--steps 64) ;;
-    sedd) how=(--nucleus 0.99 --steps 64 --analytic) ;;
+    mdlm | sedd) how+=(--steps 64) ;;
   esac
   draw "$1-256" "$1" --num 300 --length 256 --stop none "${how[@]}"
   if [ "$1" = sedd ]; then # as in the report, one window
