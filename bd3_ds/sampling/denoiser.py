@@ -133,17 +133,10 @@ class Causal(Cached):
         self.fresh = [part[rows] for part in self.fresh]
 
 
-class Recomputing:
+class Recomputing(Cached):
     """Any network without a cache, the reference for the others: each evaluation runs all clean tokens again."""
 
     cache_forwards = 0
-
-    def __init__(self, model: DiT, block_size: int):
-        self.model = model
-        self.block_size = block_size
-        self.vocab_size = model.network.vocab_size
-        self.device = next(model.parameters()).device
-        self.restart()
 
     def __len__(self) -> int:
         return 0 if self.clean is None else self.clean.shape[1]

@@ -178,7 +178,7 @@ def _denoise(
 
         drawn = denoiser.predict(block, places, sigma_of(t) if timed else None, read)
         nfe += asked.any(1)
-        falls = rule.fall(asked, _outlook(asked, drawn)) if rule.looks else asked
+        falls = rule.fall(asked, _outlook(asked, drawn))
         now = falls.flatten()[places]  # [M]
         written = places[now]
         block.view(-1)[written], probability.view(-1)[written] = drawn.tokens[now], drawn.probability[now]

@@ -34,15 +34,6 @@ def find_ends(tokens: Tensor, given: Tensor, stop: tuple[str, ...], eos_id: int 
     return lengths, why
 
 
-def truncate_at_eos(tokens: Tensor, eos_id: int, given: int = 1) -> Tensor:
-    """tokens [T] up to and with the first EOS behind the `given` leading ones; all of them where there is none.
-
-    Position 0 (BOS) is always given: many tokenizers use one id for both.
-    """
-    ends = (tokens[given:] == eos_id).nonzero()
-    return tokens if len(ends) == 0 else tokens[: given + int(ends[0, 0]) + 1]
-
-
 def unigram_entropy(tokens: Tensor) -> Tensor:
     """Entropy in nats [N] of the tokens' own frequencies in each row of tokens [N, T]."""
     # Each token votes for log(T / its count in the row); their mean is the entropy.
