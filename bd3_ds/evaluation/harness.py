@@ -21,9 +21,17 @@ def main(argv: list[str]) -> int:
     harness_model()
     from lm_eval.__main__ import cli_evaluate
 
-    sys.argv = ["lm_eval", *argv]  # lm_eval reads no other
+    sys.argv = ["lm_eval", *with_device(argv)]  # lm_eval reads no other
     cli_evaluate()
     return 0
+
+
+def with_device(argv: list[str]) -> list[str]:
+    """The words of a command line that runs a model, with a device that is there; lm_eval would say cuda:0 anywhere."""
+    named = {word.partition("=")[0] for word in argv}
+    if "--device" in named or "--model" not in named:
+        return argv
+    return [*argv, "--device", str(open_device(None))]
 
 
 @lru_cache(maxsize=1)

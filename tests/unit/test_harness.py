@@ -349,3 +349,10 @@ def test_in_lm_eval(places: dict[str, Path], models: dict[str, LanguageModel], t
     assert results["tiny_generate_until"]["exact_match,none"] == 0
     samples = [sample["resps"][0][0] for sample in found["samples"]["tiny_generate_until"]]
     assert samples == asked.generate_until([(line["text"], {"until": ["."], "max_gen_toks": 4}) for line in lines])
+
+
+def test_a_device_that_is_there_unless_one_is_named():
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    assert harness.with_device(["--model", "bd3"]) == ["--model", "bd3", "--device", here]
+    for words in (["--model", "bd3", "--device", "cuda:1"], ["--model=bd3", "--device=cpu"], ["ls", "tasks"]):
+        assert harness.with_device(words) == words
