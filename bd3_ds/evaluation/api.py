@@ -29,8 +29,9 @@ from bd3_ds.evaluation.network import load_model
 from bd3_ds.evaluation.options import PRECISIONS
 from bd3_ds.evaluation.perplexity import bound_of
 from bd3_ds.runtime.errors import UserError
+from bd3_ds.sampling.memory import free_memory, memory_needed, require_memory
 from bd3_ds.sampling.options import EOS, Course, Options, make_course
-from bd3_ds.sampling.sampler import Progress, Samples, denoiser_of, sample
+from bd3_ds.sampling.sampler import Progress, Samples, Stopped, denoiser_of, sample
 
 TOKENS_AT_ONCE = 2**16  # noisy tokens that one pass of `score` may take in,
 VIEWS_AT_ONCE = 256  # and noisy sequences
@@ -197,6 +198,7 @@ class LanguageModel:
         nucleus: float | None = None,
         progress: Progress | None = None,
         batch: int = ROWS_AT_ONCE,
+        stopped: Stopped | None = None,
         **how: Any,
     ) -> Samples:
         """`num` token rows of `length` (default L; beyond L the window slides), with their counts.
@@ -206,7 +208,8 @@ class LanguageModel:
         keeps the smallest set of tokens that reaches this probability; `how` are further fields of
         `sampling.options.Options`, such as steps=64, threshold=0.9, top_k=50, stop=("eos", "entropy"). Rows are drawn
         `batch` at a time; row r depends on (seed, r), not on `num` or `batch`. `progress` is told how many tokens have
-        just been written.
+        just been written. Once `stopped()` is true, no more is drawn: rows that were not begun are missing, those that
+        had not ended are cut ("interrupted"). Texts that the machine's memory cannot hold are refused.
         """
         options = make_options({"temperature": temperature, "nucleus": nucleus} | how)
         options.check(self.run.objective.name)
@@ -221,24 +224,42 @@ class LanguageModel:
         eos_id = None if self.tokenizer is None else self.tokenizer.eos_id
         if EOS in options.stop and eos_id is None:
             raise UserError(f"stop=eos needs a tokenizer, and {self.export.path} has none; convert it with --tokenizer")
+        require_memory(
+            lambda tokens: self.memory_to_sample(num, tokens, batch, course.window),
+            free_memory(self.device),
+            num,
+            length,
+        )
         denoiser = denoiser_of(self.network, course.block)
-        parts = [
-            sample(
-                denoiser,
-                course,
-                given.expand(num, -1)[first : first + batch],
-                num=min(batch, num - first),
-                mask_id=self.mask_id,
-                options=options,
-                eos_id=eos_id,
-                timed=self.run.objective.name == SEDD,
-                seed=seed,
-                first_row=first,
-                progress=progress,
+        parts: list[Samples] = []
+        for first in range(0, num, batch):
+            if parts and stopped is not None and stopped():
+                break
+            parts.append(
+                sample(
+                    denoiser,
+                    course,
+                    given.expand(num, -1)[first : first + batch],
+                    num=min(batch, num - first),
+                    mask_id=self.mask_id,
+                    options=options,
+                    eos_id=eos_id,
+                    timed=self.run.objective.name == SEDD,
+                    seed=seed,
+                    first_row=first,
+                    progress=progress,
+                    stopped=stopped,
+                )
             )
-            for first in range(0, num, batch)
-        ]
         return Samples.joined(parts)
+
+    def memory_to_sample(
+        self, num: int, length: int, batch: int = ROWS_AT_ONCE, window: int | None = None, as_json: bool = False
+    ) -> int:
+        """Bytes that `sample` takes beside the model; `as_json`: and the record of `run.py sample --json`."""
+        window = self.run.data.length if window is None else window
+        width = next(self.network.parameters()).element_size()
+        return memory_needed(self.network.network, num, length, batch, window, width, as_json)
 
     def decode(self, samples: Samples) -> list[str]:
         """The texts of token rows, each up to its end; special tokens are left out."""

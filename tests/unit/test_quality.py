@@ -265,7 +265,7 @@ def test_what_the_sampler_took():
     figures = sampling_figures(samples)
     assert figures["tokens"] == {"median": 2.5, "mean": 2.5, "max": 3}  # 5 5 6 and 5 5
     assert figures["own_entropy"] == pytest.approx(entropy([5, 5, 6]) / 2)
-    assert figures["ended"] == {"eos": 0.5, "entropy": 0, "length": 0.5}
+    assert figures["ended"] == {"eos": 0.5, "entropy": 0, "length": 0.5, "interrupted": 0}
     assert (figures["nfe"], figures["nfe_with_cache"]) == (3, 4.5)
     assert figures["tokens_per_evaluation"] == 1 and figures["tokens_per_forward"] == pytest.approx(6 / 9)
 
