@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -21,7 +22,7 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Replace `path` by `content` in one atomic step; readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not mkstemp: its files are private to the owner, and packs and runs are shared.
@@ -40,7 +41,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of indented JSON; floats keep full precision (`repr`)."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+    content = io.BytesIO()
+    for part in json.JSONEncoder(indent=2).iterencode(value):  # `dumps` would hold all parts at once, 5 times the file
+        content.write(part.encode())
+    content.write(b"\n")
+    write_bytes(path, content.getbuffer())
 
 
 def read_json(path: Path, what: str) -> Any:

@@ -11,7 +11,7 @@ from bd3_ds.runtime.errors import UserError
 
 KEPT = 24  # bytes of a token's id, order and probability, for as long as its text is not written out
 PASSING = 24  # and of what is made beside them when a text ends
-JSON = 160  # bytes of a token's numbers and piece as Python's objects, which `run.py sample --json` writes
+JSON = 280  # bytes of a token in what `run.py sample --json` writes: Python's objects, and the file beside them
 SPARE = 0.9  # of what is free; the rest is for the network's own passes
 
 
