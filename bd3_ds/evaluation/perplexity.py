@@ -1,4 +1,4 @@
-"""The perplexity of an export on a frozen set: the one bound of MATH.md, with its standard error."""
+"""The perplexity of an export on a frozen set: the one bound (docs/objective.md), with its standard error."""
 
 from __future__ import annotations
 
