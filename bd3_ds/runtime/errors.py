@@ -24,6 +24,10 @@ class UserError(Exception):
         super().__init__("\n".join(messages))
         self.messages = messages
 
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        """Pickled for other ranks it keeps its messages apart."""
+        return type(self), self.messages
+
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:
     """A half-sentence that helps after an unknown name: the nearest known one, or all of them."""

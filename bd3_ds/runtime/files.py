@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -9,12 +10,16 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from bd3_ds.runtime.errors import UserError
+
+LATE = 30.0  # seconds after which a file server has told every machine of a file that one of them wrote
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # file systems that have no such thing for directories
 
 
 def write_text(path: Path, text: str) -> None:
@@ -62,24 +67,58 @@ def read_json(path: Path, what: str) -> Any:
 def new_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     """Build a directory aside and rename it to `path` when the block ends without error.
 
-    An existing `path` is an error unless `replace`; what a killed process left aside is swept by the next one.
+    All files are on the disk before it has its name, so that a power cut leaves it whole or absent. An existing `path`
+    is an error unless `replace`, and goes only once the new one has its place. What a killed process left aside is
+    swept, or put back, by the next one.
     """
     require_writable(path.parent)
-    aside = path.parent / f".{path.name}.partial"
+    aside, old = (path.parent / f".{path.name}.{word}" for word in ("partial", "replaced"))
+    if old.exists() and not path.exists():
+        os.replace(old, path)  # killed between the two renames below
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    make_directory(aside)
     try:
         yield aside
-        sync(aside)
+        sync_tree(aside)
         if path.exists():
             if not replace:
                 raise UserError(f"{path} already exists")
-            shutil.rmtree(path)
-        os.replace(aside, path)
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+        try:
+            os.replace(aside, path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            raise
         sync(path.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    shutil.rmtree(old, ignore_errors=True)  # a reader on another machine may hold a file of it
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it that are missing; once this returns, a power cut does not lose them."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        sync(place.parent)
+
+
+def appears(path: Path, patience: float | None = None) -> bool:
+    """Whether a file is there, that another process has written; it may take a network file system time to say so.
+
+    `patience`: seconds to look again for, LATE unless given.
+    """
+    deadline = time.monotonic() + (LATE if patience is None else patience)
+    while not path.exists():
+        if time.monotonic() >= deadline:
+            return False
+        with suppress(OSError):
+            os.listdir(path.parent)  # has the client ask the server
+        time.sleep(0.1)
+    return True
 
 
 def require_writable(directory: Path) -> None:
@@ -111,8 +150,21 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC or not path.is_dir():
+            raise
     finally:
         os.close(handle)
+
+
+def sync_tree(directory: Path) -> None:
+    """`sync` of all files and directories in `directory`, and of itself last."""
+    for place, _, files in os.walk(directory, topdown=False):
+        for name in files:
+            file = Path(place, name)
+            if file.is_file():
+                sync(file)
+        sync(Path(place))
 
 
 def sha256(path: Path) -> str:

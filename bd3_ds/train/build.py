@@ -160,6 +160,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
             run.train.keep_checkpoints,
             behind=run.train.checkpoint_async,
             keep_every=run.train.keep_every,
+            say=log.say,
         ),
         log=log,
         meter=Meter(model.network, run, float(world.sum(peak))),
