@@ -13,12 +13,13 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from bd3_ds.config.schema import RunConfig
+from bd3_ds.config.schema import AUTO, RunConfig
 from bd3_ds.config.values import Unfit, at_home, convert, describe, is_optional
 from bd3_ds.config.words import without_spaced, word_value
 from bd3_ds.config.yaml_text import Plain, natural, read_yaml
 from bd3_ds.runtime.errors import UserError, did_you_mean
 
+MICRO_BATCH = "train.micro_batch"  # the one key that is a number or `auto`
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -92,7 +93,10 @@ def override(run: RunConfig, words: list[str], allowed: tuple[str, ...]) -> RunC
 
 def to_yaml(run: RunConfig) -> str:
     """The resolved configuration as YAML that `load_resolved` reads back."""
-    return str(OmegaConf.to_yaml(OmegaConf.structured(run)))
+    values = dataclasses.asdict(run)
+    if run.train.micro_batch == AUTO:
+        values["train"][MICRO_BATCH.rpartition(".")[2]] = "auto"
+    return str(OmegaConf.to_yaml(OmegaConf.create(values)))
 
 
 def flat(run: RunConfig) -> dict[str, Any]:
@@ -245,12 +249,27 @@ def _merge_tree(
             problems.append(f"unknown key {key} in {origin}; {_nearest(key, known)}")
         else:
             try:
-                OmegaConf.update(tree, key, at_home(key, convert(value, known[key], as_it_stands)), merge=merge)
+                OmegaConf.update(tree, key, _value(key, value, known[key], as_it_stands), merge=merge)
             except (Unfit, OmegaConfBaseException) as error:
                 reason = error if isinstance(error, Unfit) else f"must be {describe(known[key])}"
                 problems.append(f"{key}={_shown(value)} in {origin} {reason}")
         seen.add(key)
     return problems
+
+
+def _value(key: str, value: Any, annotation: Any, as_it_stands: bool) -> Any:
+    """Of the key's type; raises Unfit."""
+    if key != MICRO_BATCH:
+        return at_home(key, convert(value, annotation, as_it_stands))
+    if value == "auto":
+        return AUTO
+    try:
+        number = convert(value, annotation)
+    except Unfit as error:
+        raise Unfit(f"{error}, or auto") from None
+    if number < 0 and isinstance(value, str):
+        raise Unfit("must be above 0, or auto")
+    return number
 
 
 def _shown(value: Any) -> str:

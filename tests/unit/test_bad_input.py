@@ -101,7 +101,12 @@ OVERRIDES = [
     ("objective.name=sedd objective.block_size=null", ["eval.estimator=stratified", "sedd", "use mc"]),
     ("eval.estimator=excat", ["eval.estimator=excat is unknown", "did you mean 'exact'?"]),
     ("eval.sample_length=32", ["eval.sample_length=32 must not exceed data.length=16"]),
-    ("train.global_batch=5", ["train.global_batch=5", "train.micro_batch=2 x 1 ranks = 2", "nearest that is: 4"]),
+    (
+        "train.global_batch=5",
+        ["train.global_batch=5", "train.micro_batch=2 x 1 ranks = 2; set train.micro_batch=1, or auto; or,"],
+    ),
+    ("train.micro_batch=many", ["train.micro_batch=many", "a whole number such as 1_000, or auto"]),
+    ("train.micro_batch=-1", ["train.micro_batch=-1", "must be above 0, or auto"]),
     ("train.global_batch=128", ["train.global_batch=128", "64 sequences"]),
     ("data.train={0}/nowhere", ["data.train", "'{0}/nowhere'", "data_prep.prepare"]),
     ("data.train={0}/folder", ["data.train", "'{0}/folder' is not a data pack"]),
