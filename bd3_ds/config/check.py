@@ -16,7 +16,7 @@ from bd3_ds.config.check_diffusion import (
     diffusion_shapes,
     exported_sizes,
 )
-from bd3_ds.config.schema import AR, BD3, OBJECTIVES, SEDD, RunConfig, block_size
+from bd3_ds.config.schema import AR, AUTO, BD3, OBJECTIVES, SEDD, RunConfig, block_size
 from bd3_ds.runtime.errors import UserError, did_you_mean
 
 ATTENTION = ("auto", "dense", "sdpa", "flex", "stripes")
@@ -127,7 +127,7 @@ def _ranges(run: RunConfig) -> list[str]:
         "optim.clip": optim.clip,
         "train.total_steps": train.total_steps,
         "train.global_batch": train.global_batch,
-        "train.micro_batch": train.micro_batch,
+        "train.micro_batch": 1 if train.micro_batch == AUTO else train.micro_batch,
         "train.sequence_parallel": train.sequence_parallel,
         "train.log_every": train.log_every,
         "train.checkpoint_every": train.checkpoint_every,
@@ -239,14 +239,29 @@ def _batch(run: RunConfig, world_size: int) -> list[str]:
             f"train.sequence_parallel={share} does not divide the number of ranks, {world_size}; start the run on a "
             f"multiple of {share} ranks, or set train.sequence_parallel=1"
         ]
-    part = train.micro_batch * world_size // share
+    groups, given, ranks = world_size // share, train.micro_batch, ranks_at_work(run, world_size)
+    part = groups * (1 if given == AUTO else given)
     if train.global_batch % part == 0:
         return []
+    near = max(part, round(train.global_batch / part) * part)
+    other = f"or, as another training, the nearest train.global_batch that is: {near}"
+    if train.global_batch % groups == 0:
+        fits = max(size for size in divisors(train.global_batch // groups) if size <= given)
+        return [
+            f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch={given} x {ranks} = "
+            f"{part}; set train.micro_batch={fits}, or auto; {other}"
+        ]
+    fewer = share * max(size for size in divisors(train.global_batch) if size < groups)
     return [
-        f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch={train.micro_batch} x "
-        f"{ranks_at_work(run, world_size)} = {part}; "
-        f"the nearest that is: {max(part, round(train.global_batch / part) * part)}"
+        f"train.global_batch={train.global_batch} is not a multiple of {ranks}, whatever train.micro_batch is; start "
+        f"{fewer} ranks, {other}"
     ]
+
+
+def divisors(number: int) -> list[int]:
+    """All whole numbers that divide it, in ascending order."""
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def _sequence_parallel(run: RunConfig) -> list[str]:

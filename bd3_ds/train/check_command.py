@@ -54,6 +54,10 @@ def main(argv: list[str]) -> int:
     check_place(ds_json, arguments.world_size)
     if arguments.plot is not None and run.objective.name == AR:
         raise UserError("--plot draws a noise schedule, and objective.name=ar has none")
+    from bd3_ds.train.micro_batch import with_micro_batch
+
+    per_node = arguments.world_size // arguments.nodes
+    run = with_micro_batch(run, ds_json, arguments.world_size, per_node, arguments.gpu)
     described = plan(run, arguments.world_size, zero_stage(ds_json), here=arguments.gpu is None)
     made, lines = _resources(run, ds_json, arguments)
     print(to_yaml(run))

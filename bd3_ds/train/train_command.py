@@ -41,11 +41,13 @@ def main(argv: list[str]) -> int:
     from bd3_ds.runtime.world import join_world
     from bd3_ds.train.hardware import check_hardware
     from bd3_ds.train.loop import train
+    from bd3_ds.train.micro_batch import with_micro_batch
 
     check_hardware(run, ds_json)
     if not torch.cuda.is_available():
         keep_freed_memory()
     world = join_world()
+    run = with_micro_batch(run, ds_json, world.size, world.local_size)
     try:
         state = train(run, ds_json, world)
     finally:

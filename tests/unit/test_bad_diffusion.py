@@ -41,7 +41,7 @@ CASES = [
     ("'objective.block_schedule={0: [8, 16], 2: [4]}'", "exports of the stage from step 0 on"),
     ("'objective.block_schedule={0: [16], 2: [4]}' eval.estimator=exact", "at block size 16"),
     ("'objective.block_schedule={0: 4}'", "'step: [block sizes]' pairs such as"),
-    ("'objective.block_schedule={0:[4]}'", "YAML wants a space after each ':'"),
+    ("'objective.block_schedule={0:4}'", "YAML wants a space after each ':'"),
     ("'objective.block_schedule={2: [4]}'", "begins at step 2"),
     ("'objective.block_schedule={0: [4], 9: [4]}'", "steps lie in 0 … train.total_steps - 1 = 3"),
     ("'objective.block_schedule={0: []}'", "gives no block size at step 0"),
