@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from bd3_ds.runtime.errors import UserError, did_you_mean
 
 GIB = 2**30
+PER_NODE = 8  # GPUs of a usual node, where nobody says otherwise
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import resource
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,7 +13,9 @@ from bd3_ds.config.schema import RunConfig
 from bd3_ds.model.dit import Network
 from bd3_ds.model.flops import training_flops_per_sequence
 from bd3_ds.train.gpus import gpu_of_driver
-from bd3_ds.train.step import StepResult
+
+if TYPE_CHECKING:  # a plan asks for the peak rate, and needs no DeepSpeed
+    from bd3_ds.train.step import StepResult
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
