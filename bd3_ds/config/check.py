@@ -106,6 +106,9 @@ def _choices(run: RunConfig) -> list[str]:
     ):
         if value not in known:
             problems.append(f"{key}={value} is unknown; {did_you_mean(value, known)}")
+    if (name := run.train.validate_set) is not None and name not in run.eval.sets:
+        hint = did_you_mean(name, run.eval.sets) if run.eval.sets else "eval.sets is empty, name its directory there"
+        problems.append(f"train.validate_set={name} is not one of eval.sets; {hint}")
     return problems
 
 
@@ -130,6 +133,7 @@ def _ranges(run: RunConfig) -> list[str]:
         "train.micro_batch": 1 if train.micro_batch == AUTO else train.micro_batch,
         "train.sequence_parallel": train.sequence_parallel,
         "train.log_every": train.log_every,
+        "train.validate_sequences": train.validate_sequences,
         "train.checkpoint_every": train.checkpoint_every,
         "train.keep_checkpoints": train.keep_checkpoints,
         "train.export_every": train.export_every,
@@ -159,6 +163,7 @@ def _ranges(run: RunConfig) -> list[str]:
         "optim.min_lr": optim.min_lr,
         "guards.max_skipped": run.guards.max_skipped,
         "guards.stall_seconds": run.guards.stall_seconds,
+        "train.validate_every": train.validate_every or 0,
         "eval.samples": run.eval.samples,
         "eval.variance_batches": run.eval.variance_batches,
     }

@@ -140,6 +140,9 @@ class TrainConfig:
     sequence_parallel: int
     init_from: Optional[str]
     log_every: int
+    validate_every: Optional[int]
+    validate_set: Optional[str]
+    validate_sequences: int
     checkpoint_every: int
     keep_checkpoints: int
     keep_every: Optional[int]
