@@ -27,7 +27,8 @@ from bd3_ds.evaluation.arguments import (
     token_ids,
     usable_device,
 )
-from bd3_ds.evaluation.network import load_model, open_export
+from bd3_ds.evaluation.exports import open_export
+from bd3_ds.evaluation.network import load_model
 from bd3_ds.evaluation.options import PRECISIONS
 from bd3_ds.evaluation.perplexity import bound_of
 from bd3_ds.evaluation.score import Score
