@@ -59,7 +59,7 @@ def write_folder(export: Export, dst: Path, evaluations: list[dict[str, Any]]) -
         config.save_pretrained(aside)
         unlike = None
         if export.tokenizer is not None:
-            unlike = write_auto_tokenizer(export.tokenizer, aside)
+            unlike = write_auto_tokenizer(export.tokenizer, aside, export.run.data.length)
             shutil.copytree(export.tokenizer, aside / TOKENIZER)
         parameters = sum(tensor.numel() for tensor in weights.values())
         write_text(aside / "README.md", model_card(export, evaluations, parameters, unlike))
