@@ -48,7 +48,8 @@ def main(argv: list[str]) -> int:
     prompts = prompt if isinstance(prompt, list) else None
     num = asked.num if prompts is None else len(prompts)
     length = asked.length or model.run.data.length
-    given = (model.prompt_ids(prompt, asked.window) != model.mask_id).sum(1).expand(num)  # [N]
+    _, ids = model.check_sample(num, length, prompt, asked.seed, asked.batch, options)
+    given = (ids != model.mask_id).sum(1).expand(num)  # [N]
     _announce(model, num, length, asked)
     with Interruption() as interruption, _Bar(num * length - int(given.sum())) as bar:
         start = time.perf_counter()

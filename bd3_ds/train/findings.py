@@ -28,7 +28,7 @@ class Findings:
 
     problems: what makes a plan impossible or wrong; missing: packs that are not there yet; vocabulary: where it was
     taken from without data; refused: what training would refuse for now; chunks: sequences of data.train.
-    asked_micro_batch: the recipe's, where it is AUTO or does not divide the batch: the largest that fits is to be taken.
+    asked_micro_batch: the recipe's, where it is AUTO or does not divide the batch; the largest that fits is taken.
     """
 
     run: RunConfig

@@ -27,13 +27,14 @@ def run_rows(run: RunConfig, made: dict[str, Any], found: Findings, assumed: str
     if found.chunks is not None:
         own = 1 - sum(run.data.mix.values())
         epochs = f", {run.train.total_steps * run.train.global_batch * own / found.chunks:.3g} epochs of data.train"
+    auto = " (auto)" if found.asked_micro_batch == AUTO else ""
     ranks = f"{made['ranks']} x {made['machine']['name']}, {made['ranks'] // made['nodes']} to a node"
     return [
         ("ranks", ranks + (f" ({assumed})" if assumed else "")),
         ("model", "; ".join([model, *later])),
         (
             "batch",
-            f"global batch {batch['global']} = {batch['micro']} x {batch['accumulation']} micro-batches x "
+            f"global batch {batch['global']} = {batch['micro']}{auto} x {batch['accumulation']} micro-batches x "
             f"{ranks_at_work(run, made['ranks'])} = {batch['tokens']:,} tokens; the largest micro-batch that fits: "
             f"{made['largest_micro_batch'] or 'none'}",
         ),

@@ -94,5 +94,4 @@ def test_check_plans_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     tiny_run(tmp_path)
     assert run_command(entry.main, ["check", str(tmp_path / "recipe.yaml"), "train.micro_batch=auto"]) == 0
     said = capsys.readouterr()
-    assert said.err.startswith("train.micro_batch=4 (auto) divides the 4 sequences of a rank's step and fits")
-    assert "micro_batch: auto" not in said.out
+    assert "global batch 4 = 4 (auto) x 1 micro-batches x 1 ranks" in said.out and not said.err
