@@ -75,6 +75,12 @@ def _estimator(run: RunConfig, asked: str, option: str, tokens: int | None, toge
     size = block_size(run) if together is None else together
     if run.objective.name == AR or asked != "exact" or size <= EXACT_ALWAYS:
         return []
+    whole = f"objective.name={run.objective.name}" if run.objective.name != BD3 else "objective.block_size=null"
+    if size > EXACT_LIMIT and (run.objective.name != BD3 or run.objective.block_size is None):
+        return [
+            f"{option}=exact takes blocks of up to {EXACT_LIMIT} tokens, and {whole} denoises all {size} at once; "
+            "use stratified"
+        ]
     if size > EXACT_LIMIT:
         return [
             f"{option}=exact needs 2^L' - 1 noisy views and takes block sizes up to {EXACT_LIMIT}, not {size}; "
@@ -213,7 +219,7 @@ def _shapes(run: RunConfig) -> list[str]:
         )
     if size is not None and run.objective.name != BD3 and size != block_size(run):
         problems.append(
-            f"objective.block_size={size} belongs to objective.name=bd3, not {run.objective.name}; leave it out"
+            f"objective.block_size={size} belongs to objective.name=bd3, not {run.objective.name}; set it to null"
         )
     elif length % block_size(run):
         divisors = [d for d in range(1, length + 1) if length % d == 0]

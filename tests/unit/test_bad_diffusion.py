@@ -36,8 +36,8 @@ CASES = [
     ("objective.clip_search.method=moments objective.schedule.t_min=1.0", "set objective.schedule.t_min=0.001"),
     ("objective.clip_search.method=moments objective.schedule.defensive=0.1", "objective.schedule.defensive=0.1 to 0"),
     ("objective.clip_search.method=moments objective.clip_search.widths=[]", "widths is empty"),
-    ("objective.schedule.t_min=1 objective.weight.name=fm", "objective.weight.name=fm is but a factor"),
-    ("objective.block_size=1 objective.frequency.power=0.1", "blocks of 1 have but one"),
+    ("objective.schedule.t_min=1 objective.weight.name=fm", "objective.weight.name=fm is but a factor; set it to elbo"),
+    ("objective.block_size=1 objective.frequency.power=0.1", "blocks of 1 have but one; set it to 0"),
     ("'objective.block_schedule={0: [8, 16], 2: [4]}'", "exports of the stage from step 0 on"),
     ("'objective.block_schedule={0: [16], 2: [4]}' eval.estimator=exact", "at block size 16"),
     ("'objective.block_schedule={0: 4}'", "'step: [block sizes]' pairs such as"),
@@ -49,9 +49,13 @@ CASES = [
     ("'objective.block_schedule={0: [8]}'", "make it one of them"),
     (
         "objective.name=mdlm objective.block_size=null 'objective.block_schedule={0: [4]}'",
-        "belongs to objective.name=bd3",
+        "objective.block_schedule belongs to objective.name=bd3, not mdlm; set it to {}",
     ),
-    ("objective.name=ar objective.block_size=null objective.schedule.name=cosine", "objective.name=ar masks nothing"),
+    (
+        "objective.name=ar objective.block_size=null objective.schedule.name=cosine",
+        "objective.name=ar masks nothing: set it to log_linear",
+    ),
+    ("objective.block_size=null 'objective.block_schedule={0: [8]}'", "objective.block_size=null (all 16 tokens) is"),
     ("objective.name=ar objective.block_size=null objective.frequency.power=0.1", "objective.name=ar masks nothing"),
     (
         "objective.name=sedd objective.block_size=null eval.estimator=mc objective.frequency.power=0.1",

@@ -93,7 +93,7 @@ OVERRIDES = [
     ("model.heads=32", ["must be even"]),
     ("objective.block_size=5", ["objective.block_size=5 must divide data.length=16", "is 4"]),
     ("objective.block_size=64", ["objective.block_size=64 must divide data.length=16", "is 16"]),
-    ("objective.name=mdlm", ["objective.block_size=4 belongs to objective.name=bd3, not mdlm"]),
+    ("objective.name=mdlm", ["objective.block_size=4 belongs to objective.name=bd3, not mdlm; set it to null"]),
     (
         "objective.block_size=16 eval.estimator=exact",
         ["eval.estimator=exact", "at most 4,096 tokens, not a whole set", "use stratified"],

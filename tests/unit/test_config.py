@@ -135,6 +135,22 @@ def test_estimators(words: str, asked: str, used: str | None) -> None:
         check_run(run, world_size=1)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("objective.name=mdlm",), "objective.name=mdlm denoises all 128 at once; use stratified"),
+        ((), "objective.block_size=null denoises all 128 at once; use stratified"),
+        (("objective.block_size=32",), "takes block sizes up to 16, not 32; use stratified"),
+    ],
+)
+def test_exact_speaks_of_what_was_written(words: tuple[str, ...], said: str) -> None:
+    """Of no block size that nobody set."""
+    run = recipe(*words)
+    with pytest.raises(UserError) as error:
+        estimator_used(run, "exact", "--estimator")
+    assert said in str(error.value) and ("block size" in str(error.value)) == bool("block_size=32" in "".join(words))
+
+
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 32))
 def test_accumulation(micro_batch: int, ranks: int, steps: int) -> None:
     run = RUN
