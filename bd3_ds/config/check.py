@@ -281,13 +281,34 @@ def _sequence_parallel(run: RunConfig) -> list[str]:
     ]
 
 
+def unreached(run: RunConfig) -> list[str]:
+    """Sentences for what the run ends before, as a short trial of a long recipe does; nothing of it is an error."""
+    total, optim, search = run.train.total_steps, run.optim, run.objective.clip_search
+    notes = []
+    if optim.warmup_steps >= total:
+        notes.append(
+            f"optim.warmup_steps={optim.warmup_steps:,} is not below train.total_steps={total:,}: the learning rate "
+            f"only rises, to {optim.lr * total / optim.warmup_steps:.3g}"
+        )
+    if stages := [step for step in run.objective.block_schedule if step >= total]:
+        notes.append(
+            f"objective.block_schedule changes at step {min(stages):,}, and train.total_steps={total:,} ends before"
+        )
+    if search.method != "none" and search.every > total:
+        notes.append(
+            f"objective.clip_search.every={search.every:,} is more than train.total_steps={total:,}: no search is made"
+        )
+    frequency = run.objective.frequency
+    if frequency.power and frequency.curriculum_steps >= total:
+        notes.append(
+            f"objective.frequency.curriculum_steps={frequency.curriculum_steps:,} is not below "
+            f"train.total_steps={total:,}: the power {frequency.power:g} is not reached"
+        )
+    return notes
+
+
 def _optim(run: RunConfig) -> list[str]:
     problems = []
-    if run.optim.decay == "cosine" and run.optim.warmup_steps >= run.train.total_steps:
-        problems.append(
-            f"optim.warmup_steps={run.optim.warmup_steps} must be below train.total_steps={run.train.total_steps} "
-            "for a cosine decay"
-        )
     if run.optim.min_lr > run.optim.lr:
         problems.append(f"optim.min_lr={run.optim.min_lr} must not exceed optim.lr={run.optim.lr}")
     return problems

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bd3_ds.config.check import accumulation_steps, ranks_at_work
+from bd3_ds.config.check import accumulation_steps, ranks_at_work, unreached
 from bd3_ds.config.ds_json import DEFAULT, check_place, load_ds_json, zero_stage
 from bd3_ds.config.load import load_recipe, to_yaml
 from bd3_ds.config.schema import AR, RunConfig, block_size
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     described = plan(run, arguments.world_size, zero_stage(ds_json), here=arguments.gpu is None)
     made, lines = _resources(run, ds_json, arguments)
     print(to_yaml(run))
-    for line in [*described, *lines]:
+    for line in [*described, *(f"note: {note}" for note in unreached(run)), *lines]:
         print(f"# {line}")
     if arguments.json is not None:
         write_text(arguments.json, json.dumps({"recipe": arguments.recipe, **made}, indent=2) + "\n")

@@ -43,7 +43,7 @@ CASES = [
     ("'objective.block_schedule={0: 4}'", "'step: [block sizes]' pairs such as"),
     ("'objective.block_schedule={0:4}'", "YAML wants a space after each ':'"),
     ("'objective.block_schedule={2: [4]}'", "begins at step 2"),
-    ("'objective.block_schedule={0: [4], 9: [4]}'", "steps lie in 0 … train.total_steps - 1 = 3"),
+    ("'objective.block_schedule={0: [4], -1: [4]}'", "has the step -1; steps are counted from 0"),
     ("'objective.block_schedule={0: []}'", "gives no block size at step 0"),
     ("'objective.block_schedule={0: [5]}'", "it must divide data.length=16"),
     ("'objective.block_schedule={0: [8]}'", "make it one of them"),
