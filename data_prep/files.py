@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.files import unique_keys
 from data_prep.pieces import Piece, Position
 
 TEXT, JSONL, CSV, PARQUET = "text", "jsonl", "csv", "parquet"
@@ -200,8 +201,8 @@ def _jsonl(path: Path, raw: BinaryIO, field: str) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
+                record = json.loads(line, object_pairs_hook=unique_keys)
+            except ValueError as error:
                 raise UserError(f"--source: {path} line {number} is not valid JSON ({error})") from None
             if not isinstance(record, dict):
                 raise UserError(f"--source: {path} line {number} is no JSON object; give one object a line")

@@ -75,6 +75,12 @@ def _estimator(run: RunConfig, asked: str, option: str, tokens: int | None, toge
     size = block_size(run) if together is None else together
     if run.objective.name == AR or asked != "exact" or size <= EXACT_ALWAYS:
         return []
+    whole = f"objective.name={run.objective.name}" if run.objective.name != BD3 else "objective.block_size=null"
+    if size > EXACT_LIMIT and (run.objective.name != BD3 or run.objective.block_size is None):
+        return [
+            f"{option}=exact takes blocks of up to {EXACT_LIMIT} tokens, and {whole} denoises all {size} at once; "
+            "use stratified"
+        ]
     if size > EXACT_LIMIT:
         return [
             f"{option}=exact needs 2^L' - 1 noisy views and takes block sizes up to {EXACT_LIMIT}, not {size}; "
@@ -218,7 +224,7 @@ def _shapes(run: RunConfig) -> list[str]:
         )
     if size is not None and run.objective.name != BD3 and size != block_size(run):
         problems.append(
-            f"objective.block_size={size} belongs to objective.name=bd3, not {run.objective.name}; leave it out"
+            f"objective.block_size={size} belongs to objective.name=bd3, not {run.objective.name}; set it to null"
         )
     elif length % block_size(run):
         divisors = [d for d in range(1, length + 1) if length % d == 0]
@@ -280,13 +286,34 @@ def _sequence_parallel(run: RunConfig) -> list[str]:
     ]
 
 
+def unreached(run: RunConfig) -> list[str]:
+    """Sentences for what the run ends before, as a short trial of a long recipe does; nothing of it is an error."""
+    total, optim, search = run.train.total_steps, run.optim, run.objective.clip_search
+    notes = []
+    if optim.warmup_steps >= total:
+        notes.append(
+            f"optim.warmup_steps={optim.warmup_steps:,} is not below train.total_steps={total:,}: the learning rate "
+            f"only rises, to {optim.lr * total / optim.warmup_steps:.3g}"
+        )
+    if stages := [step for step in run.objective.block_schedule if step >= total]:
+        notes.append(
+            f"objective.block_schedule changes at step {min(stages):,}, and train.total_steps={total:,} ends before"
+        )
+    if search.method != "none" and search.every > total:
+        notes.append(
+            f"objective.clip_search.every={search.every:,} is more than train.total_steps={total:,}: no search is made"
+        )
+    frequency = run.objective.frequency
+    if frequency.power and frequency.curriculum_steps >= total:
+        notes.append(
+            f"objective.frequency.curriculum_steps={frequency.curriculum_steps:,} is not below "
+            f"train.total_steps={total:,}: the power {frequency.power:g} is not reached"
+        )
+    return notes
+
+
 def _optim(run: RunConfig) -> list[str]:
     problems = []
-    if run.optim.decay == "cosine" and run.optim.warmup_steps >= run.train.total_steps:
-        problems.append(
-            f"optim.warmup_steps={run.optim.warmup_steps} must be below train.total_steps={run.train.total_steps} "
-            "for a cosine decay"
-        )
     if run.optim.min_lr > run.optim.lr:
         problems.append(f"optim.min_lr={run.optim.min_lr} must not exceed optim.lr={run.optim.lr}")
     return problems

@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.errors import UserError, alike, did_you_mean
 from bd3_ds.runtime.files import read_json
 
 if TYPE_CHECKING:
@@ -95,9 +95,9 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise UserError(f"data pack '{directory}' is remote; copy it to a local directory and name that")
     path = Path(directory)
     if not path.is_dir():
-        raise UserError(f"data pack not found: '{directory}'; {_HELP}")
+        raise UserError(f"data pack not found: '{directory}'; {_near(path, path.parent)}")
     if not (path / MANIFEST).is_file():
-        raise UserError(f"'{directory}' is not a data pack (it has no {MANIFEST}); {_HELP}")
+        raise UserError(f"'{directory}' is not a data pack (it has no {MANIFEST}); {_near(path, path)}")
     value = read_json(path / MANIFEST, "data pack manifest")
     found = value.get("format") if isinstance(value, dict) else None
     if found != FORMAT:
@@ -106,6 +106,17 @@ def read_manifest(directory: str | Path) -> Manifest:
         return Manifest(**value | {"tokenizer": TokenizerInfo(**value["tokenizer"])})
     except (TypeError, KeyError) as error:
         raise UserError(f"data pack manifest {path / MANIFEST} is damaged ({error}); {_HELP}") from None
+
+
+def _near(path: Path, folder: Path) -> str:
+    """The pack in `folder` that may be meant by `path`: one named alike, or the only ones where `path` holds packs."""
+    try:
+        packs = [place.name for place in folder.iterdir() if (place / MANIFEST).is_file()]
+    except OSError:
+        packs = []
+    inside = [str(folder / name) for name in sorted(packs)] if folder == path else []
+    named = [str(folder / name) for name in alike(path.name, packs)] if folder != path else inside
+    return did_you_mean(str(path), [], first=named, otherwise=_HELP)
 
 
 def list_shards(directory: Path) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ def did_you_mean(value: str, known: Iterable[str], first: Sequence[str] = (), ot
     where none is, `otherwise`, or the known ones.
     """
     options = sorted(set(known))
-    found = list(first) or _alike(value, options)
+    found = list(first) or alike(value, options)
     if found:
         shown = [f"'{name}'" for name in found[:_SHOWN]]
         rest = f" (or {len(found) - _SHOWN} more)" if len(found) > _SHOWN else ""
@@ -49,7 +49,9 @@ def did_you_mean(value: str, known: Iterable[str], first: Sequence[str] = (), ot
     return f"known: {', '.join(options[:_ALL])} and {len(options) - _ALL} more"
 
 
-def _alike(value: str, options: list[str]) -> list[str]:
+def alike(value: str, known: Iterable[str]) -> list[str]:
+    """The known names that begin with `value`; else the one most alike; else those that `value` is a part of."""
+    options = sorted(set(known))
     folded = value.casefold()
     begun = [name for name in options if len(folded) > 2 and name.casefold().startswith(folded)]
     if begun:

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,31 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Read JSON that a user may have damaged; `what` names the file's role in the error."""
+    """Read JSON that a user may have damaged; `what` names the file's role in the error.
+
+    A key that stands twice in an object is an error: of Python's reader the last would win, of others the first.
+    """
+    return parse_json(path, what, lambda text: json.loads(text, object_pairs_hook=unique_keys))
+
+
+def parse_json(path: Path, what: str, parse: Callable[[str], Any]) -> Any:
+    """`read_json` with a reader of its own, which raises ValueError for what it cannot read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{what} not found: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{what} {path} is not valid JSON ({error})") from None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `object_pairs_hook`: the object of these pairs; raises ValueError for a key that stands twice."""
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise ValueError(f"the key '{key}' stands twice in one object; keep one")
+        made[key] = value
+    return made
 
 
 @contextmanager

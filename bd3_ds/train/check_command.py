@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bd3_ds.config.check import unreached
 from bd3_ds.config.ds_json import DEFAULT, check_place, load_ds_json
 from bd3_ds.config.load import load_recipe, to_yaml
 from bd3_ds.config.schema import AR, RunConfig
@@ -180,7 +181,7 @@ def _show(found: Findings, ds_json: dict[str, Any], asked: Asked, arguments: arg
 
     made, run = _plan(found, ds_json, asked)
     schedule, doubts = masking(run)
-    said = [*warnings(found, made, run, asked.here), *doubts]
+    said = [*warnings(found, made, run, asked.here), *doubts, *unreached(run)]
     for line in wrapped(verdict(made), further="  "):
         print(line)
     print(f"\n{lay_out([*run_rows(run, made, found, asked.assumed), *plan_rows(made), *schedule])}")

@@ -143,7 +143,7 @@ def flops_per_token(network: Network, run: RunConfig) -> tuple[float, float]:
     """Training FLOPs of a clean token, and those computed again; means over the stages of a block size that changes."""
     masked = 1.0 if run.objective.name == AR else make_proposal(run.objective.schedule).mean_rate
     length, steps, name, views = run.data.length, run.train.total_steps, run.objective.name, run.objective.views
-    begins = sorted({0, *run.objective.block_schedule})
+    begins = sorted({0, *(step for step in run.objective.block_schedule if step < steps)})
     total, again = 0.0, 0.0
     for begin, end in zip(begins, [*begins[1:], steps], strict=True):
         sizes = block_sizes(run, begin)

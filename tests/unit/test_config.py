@@ -13,7 +13,7 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from bd3_ds.config.check import accumulation_steps, check_run, estimator_used
+from bd3_ds.config.check import accumulation_steps, check_run, estimator_used, unreached
 from bd3_ds.config.ds_json import DEFAULT, OWNED_BY_YAML, complete_ds_json, load_ds_json
 from bd3_ds.config.load import CONFIGS, flat, load_recipe, load_resolved, to_yaml
 from bd3_ds.config.schema import OBJECTIVES, OptimConfig, RunConfig, block_size
@@ -135,6 +135,22 @@ def test_estimators(words: str, asked: str, used: str | None) -> None:
         check_run(run, world_size=1)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("objective.name=mdlm",), "objective.name=mdlm denoises all 128 at once; use stratified"),
+        ((), "objective.block_size=null denoises all 128 at once; use stratified"),
+        (("objective.block_size=32",), "takes block sizes up to 16, not 32; use stratified"),
+    ],
+)
+def test_exact_speaks_of_what_was_written(words: tuple[str, ...], said: str) -> None:
+    """Of no block size that nobody set."""
+    run = recipe(*words)
+    with pytest.raises(UserError) as error:
+        estimator_used(run, "exact", "--estimator")
+    assert said in str(error.value) and ("block size" in str(error.value)) == bool("block_size=32" in "".join(words))
+
+
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 32))
 def test_accumulation(micro_batch: int, ranks: int, steps: int) -> None:
     run = RUN
@@ -169,6 +185,39 @@ def test_learning_rate() -> None:
     assert learning_rate(cosine, 12, 12) == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(rates(cosine, 12)[4:], rates(cosine, 12)[5:], strict=False))
     assert rates(dataclasses.replace(optim, warmup_steps=0), 2) == [1.0, 1.0]
+
+
+def test_a_warm_up_longer_than_the_run_only_rises() -> None:
+    cosine = dataclasses.replace(RUN.optim, lr=1.0, warmup_steps=8, decay="cosine", min_lr=0.1)
+    assert rates(cosine, 4) == [0.125, 0.25, 0.375, 0.5]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_short_trial_of_a_recipe_is_no_mistake(path: Path) -> None:
+    """What it ends before is said, and nothing is changed."""
+    run = load_recipe(str(path), ["train.total_steps=20"])
+    check_run(run, world_size=run.train.sequence_parallel)
+    said = unreached(run)
+    assert [note.partition("=")[0] for note in said] == ["optim.warmup_steps"]
+    assert (
+        f"is not below train.total_steps=20: the learning rate only rises, to {rates(run.optim, 20)[-1]:.3g}" in said[0]
+    )
+
+
+def test_all_that_a_run_ends_before_is_said() -> None:
+    run = recipe(
+        "objective.block_size=4",
+        "objective.block_schedule={0: [8], 500: [4]}",
+        "objective.clip_search.method=moments",
+        "objective.frequency={power: 0.1, curriculum_steps: 250}",
+    )
+    check_run(run, world_size=1)
+    assert [note.split("=")[0].split()[0] for note in unreached(run)] == [
+        "objective.block_schedule",
+        "objective.clip_search.every",
+        "objective.frequency.curriculum_steps",
+    ]
+    assert not unreached(dataclasses.replace(run, train=dataclasses.replace(run.train, total_steps=1001)))
 
 
 def rates(optim: OptimConfig, steps: int) -> list[float]:

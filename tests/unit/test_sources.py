@@ -104,6 +104,13 @@ def test_wrong_content(tmp_path: Path, name: str, data: bytes, sentence: str) ->
     assert "\n" not in str(caught.value)
 
 
+def test_a_key_that_stands_twice_in_a_line(tmp_path: Path) -> None:
+    """Neither of both texts wins in silence."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two", "text": "three"}\n')
+    with pytest.raises(UserError, match=r"line 2 is not valid JSON .the key 'text' stands twice in one object"):
+        texts(str(tmp_path / "a.jsonl"))
+
+
 def test_damaged_parquet_is_named(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     table = pyarrow.table({"text": [random.Random(i).randbytes(50).hex() for i in range(2000)]})
