@@ -17,7 +17,7 @@ from bd3_ds.runtime.cli import Parser, at_least_one
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import require_writable, write_text
 from bd3_ds.train.findings import Findings, find
-from bd3_ds.train.gpus import PER_NODE, find_gpu
+from bd3_ds.train.gpus import GPUS, PER_NODE, find_gpu
 
 T = TypeVar("T")
 
@@ -54,7 +54,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--nodes", metavar="N", help=f"machines that the ranks are on; default: 1, with --gpu one for {PER_NODE} ranks"
     )
-    parser.add_argument("--gpu", metavar="NAME", help="plan for ranks of this kind, such as h100-80g; default: as here")
+    known = ", ".join(gpu.name for gpu in GPUS)
+    parser.add_argument("--gpu", metavar="NAME", help=f"plan for ranks of this kind; default: as here; known: {known}")
     parser.add_argument(
         "--mfu", metavar="X", help="share of the peak rate that training reaches; default: 0.4, a guess"
     )
@@ -209,7 +210,7 @@ def _plan(found: Findings, ds_json: dict[str, Any], asked: Asked) -> tuple[dict[
     """The plan, and the run as it was planned: with a micro-batch that divides the batch."""
     from bd3_ds.model.build import network_of
     from bd3_ds.train.disk import free_at
-    from bd3_ds.train.micro_batch import largest_micro_batch, with_micro_batch
+    from bd3_ds.train.largest_micro_batch import largest_micro_batch, set_micro_batch
     from bd3_ds.train.plan import MFU, machine_of, make_plan
 
     run = found.run
@@ -218,8 +219,8 @@ def _plan(found: Findings, ds_json: dict[str, Any], asked: Asked) -> tuple[dict[
     machine = machine_of(asked.gpu, run.train.precision, asked.world_size // asked.nodes)
     network = network_of(run.model, run.objective.name)
     largest = largest_micro_batch(run, network, ds_json, asked.world_size, machine)
-    if found.asked_micro_batch is not None:
-        run = with_micro_batch(run, largest or 1)
+    if found.asked_micro_batch is not None or run.train.micro_batch < 1:
+        run = set_micro_batch(run, largest or 1)
     mfu = MFU if asked.mfu is None else asked.mfu
     made = make_plan(run, network, ds_json, asked.world_size, asked.nodes, machine, mfu)
     made["largest_micro_batch"] = largest

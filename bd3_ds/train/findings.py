@@ -18,13 +18,13 @@ from bd3_ds.data.pack import MANIFEST, Manifest, read_index, read_manifest
 from bd3_ds.data.remote import fetch_facts
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.train import preflight
-from bd3_ds.train.micro_batch import micro_batches, with_micro_batch
+from bd3_ds.train.largest_micro_batch import micro_batches, set_micro_batch
 from bd3_ds.train.vocabulary import assumed_vocabulary
 
 
 @dataclass
 class Findings:
-    """About one run. `run` has a vocabulary, and a micro-batch that divides the batch.
+    """About one run. `run` has a vocabulary, and a micro-batch that divides the batch, or one below 1: the largest.
 
     problems: what makes a plan impossible or wrong; missing: packs that are not there yet; vocabulary: where it was
     taken from without data; refused: what training would refuse for now; chunks: sequences of data.train.
@@ -74,7 +74,7 @@ def _batch(found: Findings, world_size: int) -> None:
     if not possible or train.micro_batch in possible:
         return
     found.asked_micro_batch = train.micro_batch
-    found.run = with_micro_batch(found.run, max(size for size in possible if size == 1 or size <= train.micro_batch))
+    found.run = set_micro_batch(found.run, max(size for size in possible if size == 1 or size <= train.micro_batch))
 
 
 def micro_batch_sentence(found: Findings, taken: int, world_size: int) -> str:

@@ -22,7 +22,7 @@ from bd3_ds.train.gpus import find_gpu
 from bd3_ds.train.memory import Memory, Zero, memory_of, parameter_count, zero_of
 from bd3_ds.train.meter import peak_flops
 
-USABLE = 0.92  # of a GPU's memory: its context, NCCL's buffers and fragments take the rest
+USABLE = 0.92  # of a device's memory: its context, NCCL's buffers and fragments take the rest; of a host's, the system
 MFU = 0.4  # a guess for the 40 % that dense transformers of this size reach; `perf/mfu` of a run tells
 
 # Seconds for a sequence of up to 1,024 tokens from a rank's loader with no, one, or two and more worker processes
@@ -49,7 +49,7 @@ def machine_of(gpu: str | None, precision: str, ranks_per_node: int) -> Machine:
         device = torch.device("cuda")
         memory = torch.cuda.get_device_properties(device).total_memory
         return Machine(torch.cuda.get_device_name(device), USABLE * memory, peak_flops(device, precision), True)
-    memory = psutil.virtual_memory().total / ranks_per_node
+    memory = USABLE * psutil.virtual_memory().total / ranks_per_node
     # The rate is measured with all threads of this process, which ranks beside one another may not have.
     cores = min(1.0, (os.cpu_count() or 1) / (torch.get_num_threads() * ranks_per_node))
     return Machine("this machine's CPUs", memory, cores * peak_flops(torch.device("cpu"), precision), False)

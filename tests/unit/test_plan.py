@@ -222,6 +222,12 @@ def test_gpus_by_name() -> None:
     with pytest.raises(UserError, match=r"--gpu=h10-80g is unknown; did you mean 'h100-80g'\?"):
         find_gpu("h10-80g", "--gpu")
     named = {"NVIDIA H100 80GB HBM3": "h100-80g", "NVIDIA H100 PCIe": "h100-pcie-80g", "NVIDIA L40S": "l40s-48g"}
+    named |= {
+        "NVIDIA L40": "l40-48g",
+        "NVIDIA L4": "l4-24g",
+        "NVIDIA A10G": "a10g-24g",
+        "NVIDIA H100 NVL": "h100-nvl-94g",
+    }
     named |= {"NVIDIA A100-SXM4-40GB": "a100-40g", "NVIDIA A100-SXM4-80GB": "a100-80g", "NVIDIA A10": "a10-24g"}
     for driver, name in named.items():
         found = gpu_of_driver(driver)

@@ -22,9 +22,13 @@ def largest_micro_batch(
     from bd3_ds.train.memory import zero_of  # with torch, which a mistake in the recipe need not wait for
     from bd3_ds.train.plan import worst_memory
 
-    zero = zero_of(ds_json)
-    for size in sorted(micro_batches(run, world_size), reverse=True):
-        tried = with_micro_batch(run, size)
+    zero, search = zero_of(ds_json), run.objective.clip_search
+    sizes = micro_batches(run, world_size)
+    if search.method == "grid":  # a round of it takes a micro-batch of every rank
+        most = max(1, search.sequences * run.train.sequence_parallel // world_size)
+        sizes = [size for size in sizes if size <= most]
+    for size in reversed(sizes):
+        tried = set_micro_batch(run, size)
         recompute = run.train.activation_checkpointing
         if worst_memory(tried, network, zero, world_size, recompute, machine.cuda).peak <= machine.memory:
             return size
@@ -39,6 +43,6 @@ def micro_batches(run: RunConfig, world_size: int) -> list[int]:
     return [size for size in range(1, sequences + 1) if sequences % size == 0]
 
 
-def with_micro_batch(run: RunConfig, size: int) -> RunConfig:
+def set_micro_batch(run: RunConfig, size: int) -> RunConfig:
     """The run with train.micro_batch=size."""
     return dataclasses.replace(run, train=dataclasses.replace(run.train, micro_batch=size))
