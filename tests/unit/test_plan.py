@@ -267,3 +267,18 @@ def test_overlap_needed() -> None:
     assert needed == pytest.approx(least / (model.micro_batch * model.length))
     assert scaling.row("small", "1", 64, 0.8).needed == pytest.approx(2 * needed)
     assert scaling.row("small", "1", 64, 0.4, accumulation=4).needed == pytest.approx(needed / 4)
+
+
+def test_boards_without_nvlink_send_by_pcie(tmp_path: Path) -> None:
+    """The same bytes take as many times longer as the link is slower; between nodes a network is no faster than it."""
+    run = wide_run(tmp_path, train__precision="bf16", train__global_batch=64)
+    network = network_of(run.model, "bd3")
+    for nodes, slower in ((1, 450 / 25), (2, 50 / 25)):
+        seconds = [
+            make_plan(run, network, {}, 16, nodes, machine_of(gpu, "bf16", 16 // nodes), 0.4)["communication"][
+                "seconds"
+            ]
+            for gpu in ("h100-80g", "rtx3090-24g")
+        ]
+        assert seconds[1] / seconds[0] == pytest.approx(slower)
+    assert all(0 < gpu.link <= 900e9 for gpu in GPUS) and find_gpu("a100-80g", "--gpu").link == 300e9
