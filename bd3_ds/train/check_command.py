@@ -18,7 +18,7 @@ from bd3_ds.runtime.cli import Parser, at_least_one
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import require_writable, write_text
 from bd3_ds.train.findings import Findings, find
-from bd3_ds.train.gpus import PER_NODE, find_gpu
+from bd3_ds.train.gpus import GPUS, PER_NODE, find_gpu
 
 T = TypeVar("T")
 
@@ -55,7 +55,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--nodes", metavar="N", help=f"machines that the ranks are on; default: 1, with --gpu one for {PER_NODE} ranks"
     )
-    parser.add_argument("--gpu", metavar="NAME", help="plan for ranks of this kind, such as h100-80g; default: as here")
+    known = ", ".join(gpu.name for gpu in GPUS)
+    parser.add_argument("--gpu", metavar="NAME", help=f"plan for ranks of this kind; default: as here; known: {known}")
     parser.add_argument(
         "--mfu", metavar="X", help="share of the peak rate that training reaches; default: 0.4, a guess"
     )

@@ -160,7 +160,7 @@ def _run_dir(found: Findings, here: bool) -> None:
     unusable = [message for message in said if message.startswith("run_dir: ")]
     found.problems += unusable if here else []
     if changed := [message for message in said if message not in unusable]:
-        more = f" (and {len(changed) - 1} more keys differ)" if len(changed) > 1 else ""
+        more = f"; {len(changed) - 1} more differ" if len(changed) > 1 else ""
         found.refused.append(
             f"{run.run_dir} holds a run with other settings, which train would refuse: {changed[0]}{more}"
         )

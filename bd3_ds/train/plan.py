@@ -18,11 +18,11 @@ from bd3_ds.model.flops import recomputed_flops_per_sequence, training_flops_per
 from bd3_ds.train import communication
 from bd3_ds.train.activations import RECOMPUTE, pass_of
 from bd3_ds.train.disk import disk_of
-from bd3_ds.train.gpus import find_gpu
+from bd3_ds.train.gpus import find_gpu, gpu_of_driver
 from bd3_ds.train.memory import Memory, Zero, memory_of, parameter_count, zero_of
 from bd3_ds.train.meter import peak_flops
 
-USABLE = 0.92  # of a GPU's memory: its context, NCCL's buffers and fragments take the rest
+USABLE = 0.92  # of a device's memory: its context, NCCL's buffers and fragments take the rest; of a host's, the system
 MFU = 0.4  # a guess for the 40 % that dense transformers of this size reach; `perf/mfu` of a run tells
 
 # Seconds for a sequence of up to 1,024 tokens from a rank's loader with no, one, or two and more worker processes
@@ -32,24 +32,31 @@ LOADER_SECONDS = (1024 / 5.7e6, 1024 / 1.9e6, 1024 / 2.8e6)
 
 @dataclass(frozen=True)
 class Machine:
-    """What one rank has: bytes of memory that a run may fill, FLOP/s of matrix products; `cuda`: it is a GPU."""
+    """What one rank has: bytes of memory that a run may fill, FLOP/s of matrix products; `cuda`: it is a GPU.
+
+    `link`: bytes a second and direction to the other ranks of its node.
+    """
 
     name: str
     memory: float
     peak: float
     cuda: bool
+    link: float = communication.NVLINK
 
 
 def machine_of(gpu: str | None, precision: str, ranks_per_node: int) -> Machine:
     """The GPU of that name, else this machine; raises UserError for unknown names. fp32 is planned at 1/8 of bf16."""
     if gpu is not None:
         known = find_gpu(gpu, "--gpu")
-        return Machine(known.name, USABLE * known.memory, known.peak_bf16 / (1 if precision == "bf16" else 8), True)
+        peak = known.peak_bf16 / (1 if precision == "bf16" else 8)
+        return Machine(known.name, USABLE * known.memory, peak, True, known.link)
     if torch.cuda.is_available():
         device = torch.device("cuda")
-        memory = torch.cuda.get_device_properties(device).total_memory
-        return Machine(torch.cuda.get_device_name(device), USABLE * memory, peak_flops(device, precision), True)
-    memory = psutil.virtual_memory().total / ranks_per_node
+        memory, name = torch.cuda.get_device_properties(device).total_memory, torch.cuda.get_device_name(device)
+        here = gpu_of_driver(name)
+        link = communication.NVLINK if here is None else here.link
+        return Machine(name, USABLE * memory, peak_flops(device, precision), True, link)
+    memory = USABLE * psutil.virtual_memory().total / ranks_per_node
     # The rate is measured with all threads of this process, which ranks beside one another may not have.
     cores = min(1.0, (os.cpu_count() or 1) / (torch.get_num_threads() * ranks_per_node))
     return Machine("this machine's CPUs", memory, cores * peak_flops(torch.device("cpu"), precision), False)
@@ -76,7 +83,7 @@ def make_plan(
     memory = worst_memory(run, network, zero, world_size, mode, machine.cuda)
     table = _stages(run, network, ds_json, world_size, machine)
     traffic = _traffic(run, network, parameters, zero, world_size, world_size // nodes, accumulation)
-    compute, sending = tokens_a_step / rate, communication.seconds(traffic)
+    compute, sending = tokens_a_step / rate, communication.seconds(traffic, machine.link)
     return {
         "parameters": parameters,
         "ranks": world_size,
@@ -108,7 +115,7 @@ def make_plan(
             for mode in RECOMPUTE
         },
         "communication": {
-            "collectives": [{**asdict(c), "sent": c.sent, "seconds": c.seconds} for c in traffic],
+            "collectives": [{**asdict(c), "sent": c.sent, "seconds": c.seconds_by(machine.link)} for c in traffic],
             "sent": sum(c.sent for c in traffic),
             "seconds": sending,
             "of_compute": sending / compute,

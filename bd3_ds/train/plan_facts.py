@@ -35,7 +35,7 @@ def run_rows(run: RunConfig, made: dict[str, Any], found: Findings, assumed: str
         (
             "batch",
             f"global batch {batch['global']} = {batch['micro']}{auto} x {batch['accumulation']} micro-batches x "
-            f"{ranks_at_work(run, made['ranks'])} = {batch['tokens']:,} tokens; the largest micro-batch that fits: "
+            f"{ranks_at_work(run, made['ranks'])} = {batch['tokens']:,} tokens; largest micro-batch that fits: "
             f"{made['largest_micro_batch'] or 'none'}",
         ),
         ("steps", f"{run.train.total_steps:,} = {tokens:,} tokens{epochs}"),

@@ -26,6 +26,7 @@ KINDS = {
     "logits": "logits",
     "working": "working",
     "buckets": "buckets",
+    "update": "update",
 }
 
 
@@ -132,7 +133,7 @@ def _memory(plan: dict[str, Any]) -> Rows:
     ]
     if memory["host"]:
         node = memory["host"] * plan["ranks"] / plan["nodes"]
-        rows.append(("host memory", f"{size(memory['host'])} a rank, {size(node)} a node: offloaded"))
+        rows.append(("offloaded", f"{size(memory['host'])} a rank, {size(node)} a node, to host memory or NVMe"))
     return rows
 
 
@@ -181,9 +182,11 @@ def _communication(plan: dict[str, Any]) -> str:
     text = f"a rank sends {sent['sent'] / 1e9:.3g} GB a step ({parts})"
     if not plan["machine"]["cuda"]:
         return text
-    speeds = f"{communication.NETWORK / 1e9:.0f} GB/s between nodes, {communication.NVLINK / 1e9:.0f} GB/s inside"
-    text += f"; {sent['seconds']:.3g} s at {speeds}: {sent['of_compute']:.0%} of the computing"
-    return text + ("" if bound["name"] == "communication" else " that can hide it")
+    link, share = plan["machine"]["link"], sent["of_compute"]
+    between = f"{min(link, communication.NETWORK) / 1e9:.0f} GB/s between nodes, " if plan["nodes"] > 1 else ""
+    text += f"; {sent['seconds']:.3g} s at {between}{link / 1e9:.0f} GB/s inside: "
+    text += f"{share:.1%} of the computing" if share < 0.1 else f"{share:.0%} of the computing"
+    return text + ("" if bound["name"] == "communication" else ", which can hide it")
 
 
 def _data(plan: dict[str, Any]) -> str:
