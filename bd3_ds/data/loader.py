@@ -31,6 +31,7 @@ from bd3_ds.config.check_data import packs, size_in_bytes
 from bd3_ds.config.schema import DataConfig
 from bd3_ds.data.mixture import samples_of_epoch
 from bd3_ds.data.pack import document_numbers, is_same_pack, read_manifest, read_shard_cut, read_starts
+from bd3_ds.data.read_only import shard_directory
 from bd3_ds.data.remote import fetch_facts, pack_directory
 from bd3_ds.data.shared_memory import clear_stale, hold
 from bd3_ds.data.streaming_import import import_streaming
@@ -118,7 +119,8 @@ class Loader:
         counts = samples_of_epoch(data, [manifest.chunks for manifest in manifests]) if data.mix else [None]
         with _one_run_at_a_time(share):
             streams = [
-                CheckedStream(pack, place, count) for (pack, place), count in zip(places.items(), counts, strict=True)
+                CheckedStream(pack, shard_directory(pack, data.cache), count)
+                for pack, count in zip(places, counts, strict=True)
             ]
             leads = share.rank % share.local_size == 0
             if leads:

@@ -74,7 +74,7 @@ def fetch_facts(pack: str, cache: str) -> Path:
     require_writable(directory.parent)
     directory.mkdir(parents=True, exist_ok=True)
     get = opener(pack)
-    with _turn(directory), tempfile.TemporaryDirectory(dir=directory, prefix=".facts-") as folder:
+    with turn(directory), tempfile.TemporaryDirectory(dir=directory, prefix=".facts-") as folder:
         aside = Path(folder)
         if (directory / MANIFEST).is_file():
             if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -198,7 +198,8 @@ def _status(error: Exception) -> int | None:
 
 
 @contextmanager
-def _turn(directory: Path) -> Iterator[None]:
+def turn(directory: Path) -> Iterator[None]:
+    """Processes of a node that work on `directory` do so one after the other."""
     with open(directory / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
