@@ -116,11 +116,16 @@ def prepare(source: Source, tokenizer: Tokenizer, out: Path, settings: dict[str,
 
     Finished parts of an earlier start are used again. Raises UserError where there is too little text or disk.
     """
-    from data_prep.work_directory import work_directory
+    from data_prep.work_directory import work_directory, work_directory_of
 
     try:
         with work_directory(out) as work:
             return _prepare(source, tokenizer, out, settings, workers, work)
+    except KeyboardInterrupt:
+        kept = "what is finished is kept: the same command goes on from there"
+        raise KeyboardInterrupt(
+            f"stopped; {kept if work_directory_of(out).exists() else 'nothing was finished yet'}"
+        ) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

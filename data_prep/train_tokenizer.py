@@ -48,9 +48,12 @@ def main(argv: list[str]) -> int:
         if any(out.iterdir()) and not options.overwrite:
             raise UserError(f"--out {out}: already holds a tokenizer; use it, choose another, or give --overwrite")
     say_files(source)
-    with new_directory(out, replace=True) as directory:
-        model = train((piece.text for piece in source.pieces()), size, options.model_type)
-        (directory / SENTENCEPIECE_FILE).write_bytes(model)
+    try:
+        with new_directory(out, replace=True) as directory:
+            model = train((piece.text for piece in source.pieces()), size, options.model_type)
+            (directory / SENTENCEPIECE_FILE).write_bytes(model)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; no tokenizer was written, and one that was there is as it was") from None
     tokenizer = load_tokenizer(str(out))
     print(f"{out / SENTENCEPIECE_FILE}: {size} pieces, fingerprint {tokenizer.fingerprint}")
     return 0

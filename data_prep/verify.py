@@ -20,7 +20,11 @@ def main(argv: list[str]) -> int:
     """Run the command; returns 0 or raises UserError naming each damaged shard."""
     parse = Parser("data_prep.verify", "Check every shard of a pack.")
     parse.add_argument("directory", help="a directory that data_prep.prepare made")
-    verify(Path(parse.parse(argv).directory))
+    directory = Path(parse.parse(argv).directory)
+    try:
+        verify(directory)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; {directory} is not wholly checked, and as it was") from None
     return 0
 
 
