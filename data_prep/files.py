@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import itertools
 import json
@@ -116,6 +117,11 @@ class _user_errors:
         import pyarrow
 
         known = (OSError, EOFError, csv.Error, zipfile.BadZipFile, zlib.error, pyarrow.ArrowException)
+        if isinstance(error, known) and "too much memory" in str(error):  # zstd's word for a window over 128 MiB
+            raise UserError(
+                f"--source: {self.path} was packed with a longer window than is read here; unpack it with "
+                f"`zstd -d --long=31 {shlex.quote(str(self.path))}` and give the result"
+            ) from None
         if isinstance(error, known):
             what = f"is not a Parquet file or damaged ({error})" if self.path.suffix == ".parquet" else None
             raise UserError(f"--source: {self.path} {what or f'cannot be read ({error})'}; get it again") from None
@@ -155,10 +161,12 @@ def _text(path: Path, raw: BinaryIO, newline: str | None) -> io.TextIOWrapper:
         if len(members) != 1:
             raise UserError(f"--source: {path} holds {len(members)} files; unpack it and give the directory")
         stream = archive.open(members[0])  # type: ignore[assignment]
+    elif packed == ".gz":  # all members, zeros after the last passed over as gzip does, EOFError for a cut one
+        stream = gzip.GzipFile(fileobj=raw)  # type: ignore[assignment]
     elif packed:
         import pyarrow
 
-        # Reads through all frames of a file and raises for a cut one, which Python's gzip and zstd's tools differ in.
+        # Reads through all frames of a file and raises for a cut one, which zstd's tools differ in.
         stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), COMPRESSION[packed])
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
 
