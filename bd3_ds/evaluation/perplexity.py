@@ -122,6 +122,7 @@ def evaluate_pack(
         "ppl_stderr": _exp(nelbo) * stderr,
         "tokens": scored,
         "pack_hash": manifest.pack_hash,
+        "content_hash": manifest.content_hash,
         "forwards": forwards,
         "seconds": time.perf_counter() - start,
         "views": views if used != "exact" else None,

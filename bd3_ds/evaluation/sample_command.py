@@ -167,10 +167,12 @@ def _stops(words: str) -> tuple[str, ...]:
 
 def _read_prompts(asked: Any) -> list[str]:
     """One prompt a line."""
+    from bd3_ds.runtime.text_files import read_lines
+
     if asked.prompt is not None:
         raise UserError("--prompt and --prompts cannot both be given")
     try:
-        lines = asked.prompts.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(asked.prompts)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--prompts {asked.prompts} cannot be read ({error}); give a text file, one prompt a line"

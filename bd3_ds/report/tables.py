@@ -115,7 +115,10 @@ def warnings(runs: list[RunRecords]) -> list[str]:
     """Sets on which the runs' perplexities are not of the same text, and so not comparable."""
     found = []
     for name in dict.fromkeys(name for run in runs for name in run.sets):
-        texts = {(line["pack_hash"], line["tokens"]) for run in runs for line in run.newest() if line["set"] == name}
+        lines = [line for run in runs for line in run.newest() if line["set"] == name]
+        # Records made before there were two hashes have that of the tokens alone, under the name pack_hash.
+        key = "pack_hash" if all("content_hash" in line for line in lines) else "content_hash"
+        texts = {(line.get(key, line["pack_hash"]), line["tokens"]) for line in lines}
         if len(texts) > 1:
             found.append(f"{name}: the runs were scored on different text (pack or tokens differ); do not compare them")
     return found

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 EXIT_USER_ERROR = 2
-_SHOWN, _ALL = 4, 16  # names in a sentence: that may be meant, that there are
+EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells say it
 EXIT_STOPPED = 75  # asked to stop, and everything is saved: start it again (EX_TEMPFAIL of sysexits.h)
+_SHOWN, _ALL = 4, 16  # names in a sentence: that may be meant, that there are
 
 
 class UserError(Exception):
@@ -76,6 +77,9 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str]) -> int
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: {error.strerror}{where}; nothing complete is lost: free some and start again", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt as error:  # its text, if any, says what is kept and what goes on
+        print(str(error) or "stopped", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             for message in error.messages:

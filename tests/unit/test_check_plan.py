@@ -18,8 +18,8 @@ from bd3_ds.runtime.errors import UserError
 from bd3_ds.train import check_command, dry_step
 from bd3_ds.train.disk import disk_of, free_at
 from bd3_ds.train.gpus import GIB
-from bd3_ds.train.micro_batch import largest_micro_batch, micro_batches, set_micro_batch
 from bd3_ds.train.memory import memory_of, parameter_count, zero_of
+from bd3_ds.train.micro_batch import largest_micro_batch, micro_batches, set_micro_batch
 from bd3_ds.train.plan import LOADER_SECONDS, flops_per_token, machine_of, make_plan
 from bd3_ds.train.plot_schedule import schedule_figure
 from bd3_ds.train.vocabulary import assumed_vocabulary

@@ -87,6 +87,20 @@ def test_different_text_is_warned_of(tmp_path, capsys):
     assert "Warning: valid: the runs were scored on different text" in capsys.readouterr().out
 
 
+def test_text_is_known_by_either_hash(tmp_path, capsys):
+    """Records of before there were two hashes have that of the tokens alone under the name pack_hash."""
+    before = make_run(tmp_path / "before", pack_hash="a" * 64)
+    now, other = (make_run(tmp_path / name, pack_hash=name * 8) for name in ("now", "other"))
+    for run, content in ((now, "a" * 64), (other, "a" * 64)):
+        lines = records.read(run / "records/eval.jsonl")
+        text = "".join(json.dumps(line | {"content_hash": content}) + "\n" for line in lines)
+        (run / "records/eval.jsonl").write_text(text)
+    report_command.main([str(before), str(now), "--out", str(tmp_path / "out")])
+    assert "Warning" not in capsys.readouterr().out
+    report_command.main([str(now), str(other), "--out", str(tmp_path / "out")])  # two protocols on one text
+    assert "Warning: valid: the runs were scored on different text" in capsys.readouterr().out
+
+
 def test_training_alone_and_torn_lines(tmp_path):
     run = make_run(tmp_path / "run", sets=())
     with open(run / "records/train.jsonl", "a") as file:
