@@ -107,9 +107,15 @@ def test_full_diffusion_takes_sampled_estimators_alone(place):
     assert 0 < one_view["stderr"] < one_view["nelbo"]
     with pytest.raises(UserError, match="at most 4,096 tokens, not 4,097; use stratified"):
         estimator_used(export.run, "exact", "estimator", 4097)
-    with pytest.raises(UserError, match="up to 16, not 32; use stratified"):
+    with pytest.raises(UserError, match="up to 16 tokens, and mdlm denoises all 32 tokens of a sequence together here"):
         wide = dataclasses.replace(export.run, data=dataclasses.replace(export.run.data, length=32))
         estimator_used(wide, "exact", "estimator", 100)
+    blocks = dataclasses.replace(wide.objective, name="bd3", block_size=32)
+    long = dataclasses.replace(wide, objective=blocks, data=dataclasses.replace(wide.data, length=64))
+    with pytest.raises(UserError, match=r"tokens, and objective.block_size is 32; use stratified"):
+        estimator_used(long, "exact", "estimator", 100)
+    with pytest.raises(UserError, match="and 20 tokens of one block are to be scored; use stratified"):
+        estimator_used(long, "exact", "estimator", 100, together=20)
 
 
 @pytest.mark.slow
@@ -365,6 +371,8 @@ def test_max_chunks_of_the_command_rule_over_the_configuration(place):
         (["--sets", "vald"], "data_prep.prepare --source vald --tokenizer"),
         (["--sets", "valid,valid"], "twice"),
         (["--sets", "=x"], "NAME=DIR"),
+        (["--sets", ""], "'' is neither NAME nor NAME=DIR"),
+        (["--estimator", "exact", "--sets", "valid", "--views", "many"], "above 0"),
         (["--sets", "valid=nowhere"], "not found: 'nowhere'"),
         (["--estimator", "stratfied"], "did you mean 'stratified'?"),
         (["--views", "0"], "above 0"),
