@@ -14,7 +14,7 @@ from bd3_ds.checkpoint.export import find_export, load_weights, write_export
 from bd3_ds.config.check import estimator_used
 from bd3_ds.data.pack import open_pack
 from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
-from bd3_ds.evaluation import evaluate_command, perplexity
+from bd3_ds.evaluation import evaluate_command, perplexity, summary
 from bd3_ds.evaluation.cost import Pace, TooSlow, sample_flops, seconds_between_exports, set_flops
 from bd3_ds.evaluation.machine import idle_threads, most_free
 from bd3_ds.evaluation.network import load_model
@@ -412,3 +412,18 @@ def test_export_without_sets(place, capsys):
     tiny_export(dataclasses.replace(run, eval=dataclasses.replace(run.eval, sets={})))
     assert run_command(evaluate_command.main, [str(place / "bare")]) == 2
     assert "--sets NAME=DIR" in capsys.readouterr().err
+
+
+def test_the_summary_compares_one_and_the_same_text(place):
+    """The unigram perplexity is of the sequences that were scored, which `--max-chunks` may have changed."""
+    run_dir, export = begin_run(place, "summed", eval__max_chunks=6)
+    step = {"step": export.step, "tokens": 128, "loss": 4.0, "seconds": 0.5}
+    append_records(run_dir / "records/train.jsonl", step)
+    assert evaluate_command.main([str(run_dir), "--record", "--max-chunks", "2"]) == 0
+    (record,) = read_records(run_dir / EVALUATIONS)
+    values = summary.column(run_dir)
+    unigram = unigram_perplexity(place / "train", place / "valid", 2)
+    assert values["  unigram perplexity: valid"] == f"{unigram:.1f}"
+    assert values["held-out perplexity: valid"] == f"{record['ppl']:.1f} +- {record['ppl_stderr']:.1f}"
+    assert values["  sequences, estimator: valid"] == "2 of 8, stratified, 4 views"
+    assert values["objective, block size"] == "bd3, 4"
