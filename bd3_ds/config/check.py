@@ -75,21 +75,18 @@ def _estimator(run: RunConfig, asked: str, option: str, tokens: int | None, toge
     size = block_size(run) if together is None else together
     if run.objective.name == AR or asked != "exact" or size <= EXACT_ALWAYS:
         return []
-    whole = f"objective.name={run.objective.name}" if run.objective.name != BD3 else "objective.block_size=null"
-    if size > EXACT_LIMIT and (run.objective.name != BD3 or run.objective.block_size is None):
-        return [
-            f"{option}=exact takes blocks of up to {EXACT_LIMIT} tokens, and {whole} denoises all {size} at once; "
-            "use stratified"
-        ]
+    # In words of what the user wrote: full diffusion has no block size.
+    what = f"objective.block_size is {size}"
+    if together is not None:
+        what = f"{size} tokens of one block are to be scored"
+    elif size == run.data.length:
+        what = f"{run.objective.name} denoises all {size} tokens of a sequence together here"
     if size > EXACT_LIMIT:
-        return [
-            f"{option}=exact needs 2^L' - 1 noisy views and takes block sizes up to {EXACT_LIMIT}, not {size}; "
-            "use stratified"
-        ]
+        return [f"{option}=exact tries all sets of masks of up to {EXACT_LIMIT} tokens, and {what}; use stratified"]
     if tokens is None or tokens > EXACT_TOKENS:
         return [
-            f"{option}=exact at block size {size} needs {2**size - 1:,} noisy views and takes at most "
-            f"{EXACT_TOKENS:,} tokens, not {'a whole set' if tokens is None else f'{tokens:,}'}; use stratified"
+            f"{option}=exact needs {2**size - 1:,} noisy views, as {what}, and takes at most {EXACT_TOKENS:,} tokens, "
+            f"not {'a whole set' if tokens is None else f'{tokens:,}'}; use stratified"
         ]
     return []
 

@@ -141,7 +141,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     try:
         opened = torch.device(device)
         torch.empty(0, device=opened)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"device={device} cannot be used ({reason}); 'cpu' always can") from None
     return opened

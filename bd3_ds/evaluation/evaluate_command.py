@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         require_writable(options.json.resolve().parent)
 
     export = open_export(options.export)
-    sets = choose_sets(options.sets.split(",") if options.sets else None, export, options.packs)
+    sets = choose_sets(options.sets.split(",") if options.sets is not None else None, export, options.packs)
     how = _how(options, export)
     _check_sets(options, export, sets, how)
     results = _records_of(export, sets) if options.record else None

@@ -149,7 +149,7 @@ class BD3Model(PreTrainedModel):
         output = MaskedLMOutput(logits=self._logits(input_ids, clean_ids, sigma, attention_mask))
         return output.to_tuple() if return_dict is False else output
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *words: Any, **more: Any) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *words: Any, **more: Any) -> Any:
         """The embedding as it is: the vocabulary is fixed. Raises ValueError for another size."""
         if new_num_tokens not in (None, self.config.vocab_size):
             raise ValueError(

@@ -239,6 +239,8 @@ def test_precision(place, text):
     assert {parameter.dtype for parameter in bd3_ds.load(str(place / AR)).network.parameters()} == {torch.float32}
     logits = bd3_ds.load(str(place / AR), precision="fp32").logits(text)
     assert 0 < (model.logits(text).float() - logits).abs().max() < 0.1 * logits.abs().max()
+    with pytest.raises(UserError, match=r"device=None cannot be used .*'cpu' always can"):
+        bd3_ds.load(str(place / AR), device=None)
     with pytest.raises(UserError, match="precision=bf61 is unknown; did you mean 'bf16'"):
         bd3_ds.load(str(place / AR), precision="bf61")
 

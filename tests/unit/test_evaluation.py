@@ -14,7 +14,7 @@ from bd3_ds.checkpoint.export import find_export, load_weights, write_export
 from bd3_ds.config.check import estimator_used
 from bd3_ds.data.pack import open_pack
 from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
-from bd3_ds.evaluation import evaluate_command, perplexity
+from bd3_ds.evaluation import evaluate_command, perplexity, summary
 from bd3_ds.evaluation.cost import Pace, TooSlow, sample_flops, seconds_between_exports, set_flops
 from bd3_ds.evaluation.machine import idle_threads, most_free
 from bd3_ds.evaluation.network import load_model
@@ -107,9 +107,15 @@ def test_full_diffusion_takes_sampled_estimators_alone(place):
     assert 0 < one_view["stderr"] < one_view["nelbo"]
     with pytest.raises(UserError, match="at most 4,096 tokens, not 4,097; use stratified"):
         estimator_used(export.run, "exact", "estimator", 4097)
-    with pytest.raises(UserError, match=r"objective\.name=mdlm denoises all 32 at once; use stratified"):
+    with pytest.raises(UserError, match="up to 16 tokens, and mdlm denoises all 32 tokens of a sequence together here"):
         wide = dataclasses.replace(export.run, data=dataclasses.replace(export.run.data, length=32))
         estimator_used(wide, "exact", "estimator", 100)
+    blocks = dataclasses.replace(wide.objective, name="bd3", block_size=32)
+    long = dataclasses.replace(wide, objective=blocks, data=dataclasses.replace(wide.data, length=64))
+    with pytest.raises(UserError, match=r"tokens, and objective.block_size is 32; use stratified"):
+        estimator_used(long, "exact", "estimator", 100)
+    with pytest.raises(UserError, match="and 20 tokens of one block are to be scored; use stratified"):
+        estimator_used(long, "exact", "estimator", 100, together=20)
 
 
 @pytest.mark.slow
@@ -365,6 +371,8 @@ def test_max_chunks_of_the_command_rule_over_the_configuration(place):
         (["--sets", "vald"], "data_prep.prepare --source vald --tokenizer"),
         (["--sets", "valid,valid"], "twice"),
         (["--sets", "=x"], "NAME=DIR"),
+        (["--sets", ""], "'' is neither NAME nor NAME=DIR"),
+        (["--estimator", "exact", "--sets", "valid", "--views", "many"], "above 0"),
         (["--sets", "valid=nowhere"], "not found: 'nowhere'"),
         (["--estimator", "stratfied"], "did you mean 'stratified'?"),
         (["--views", "0"], "above 0"),
@@ -404,3 +412,18 @@ def test_export_without_sets(place, capsys):
     tiny_export(dataclasses.replace(run, eval=dataclasses.replace(run.eval, sets={})))
     assert run_command(evaluate_command.main, [str(place / "bare")]) == 2
     assert "--sets NAME=DIR" in capsys.readouterr().err
+
+
+def test_the_summary_compares_one_and_the_same_text(place):
+    """The unigram perplexity is of the sequences that were scored, which `--max-chunks` may have changed."""
+    run_dir, export = begin_run(place, "summed", eval__max_chunks=6)
+    step = {"step": export.step, "tokens": 128, "loss": 4.0, "seconds": 0.5}
+    append_records(run_dir / "records/train.jsonl", step)
+    assert evaluate_command.main([str(run_dir), "--record", "--max-chunks", "2"]) == 0
+    (record,) = read_records(run_dir / EVALUATIONS)
+    values = summary.column(run_dir)
+    unigram = unigram_perplexity(place / "train", place / "valid", 2)
+    assert values["  unigram perplexity: valid"] == f"{unigram:.1f}"
+    assert values["held-out perplexity: valid"] == f"{record['ppl']:.1f} +- {record['ppl_stderr']:.1f}"
+    assert values["  sequences, estimator: valid"] == "2 of 8, stratified, 4 views"
+    assert values["objective, block size"] == "bd3, 4"

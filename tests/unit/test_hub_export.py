@@ -325,6 +325,7 @@ def test_the_card_has_recipe_and_perplexities(tmp_path: Path) -> None:
     run = tiny_run(tmp_path)
     export = tiny_export(run)
     line = {"export": export.name, "step": 2, "estimator": "stratified", "nelbo": 2.5, "stderr": 0.01, "tokens": 1200}
+    line |= {"chunks": 80, "chunks_in_set": 2000}
     records.append(
         Path(run.run_dir) / "records" / "eval.jsonl",
         line | {"set": "valid", "ppl": 12.18249},
@@ -332,7 +333,9 @@ def test_the_card_has_recipe_and_perplexities(tmp_path: Path) -> None:
     )
     convert("--from", "export", "--to", "hf", run.run_dir, tmp_path / "hf")
     card = (tmp_path / "hf" / "README.md").read_text()
-    assert "| valid | 12.18 ± 0.12 | stratified | 1,200 |" in card and "77" not in card
+    assert (
+        "| valid | 12.18 ± 0.12 | stratified | 1,200 (the first 80 of 2,000 sequences) |" in card and "77" not in card
+    )
     for words in ("block size | 4", "learning rate | 0.0003", "optimizer steps | 2 of 4", "# license: to be filled in"):
         assert words in card
     assert str(tmp_path) not in card
