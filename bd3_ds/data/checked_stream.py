@@ -16,6 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import bd3_ds.data.streaming_ready  # noqa: F401
+
+# isort: split
 from streaming import Stream, StreamingDataset
 from streaming.base.compression import decompress
 from streaming.base.dataset import _ShardState

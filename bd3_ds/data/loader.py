@@ -173,8 +173,7 @@ class Loader:
                     self.dataset,
                     batch_size=self.share.micro_batch,
                     num_workers=self._data.workers,
-                    # A new interpreter would import streaming without the help of `import_streaming`.
-                    multiprocessing_context="fork" if self._data.workers else None,
+                    multiprocessing_context=start_method() if self._data.workers else None,
                     collate_fn=functools.partial(failure_or, collate),
                     worker_init_fn=obey_parent_alone,
                     drop_last=True,
@@ -190,6 +189,13 @@ class Loader:
                     tokens, documents, ids = batch
                     yield MicroBatch(tokens, self.share.slots(micro_step), waited, documents, ids)
                 step += 1
+
+
+def start_method() -> str:
+    """How loader processes start: anew beside a GPU, whose driver and NCCL do not survive a fork; else by a fork, which
+    takes no time. They are children of the trainer either way, so that `obey_parent_alone` knows whom to obey.
+    """
+    return "spawn" if torch.cuda.is_available() else "fork"
 
 
 def identity(data: DataConfig) -> dict[str, Any]:

@@ -22,11 +22,12 @@ from torch import Tensor
 from bd3_ds.diffusion.score_entropy import sigma_of
 from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.rng import Purpose, generator
+from bd3_ds.runtime.transfer import send
 from bd3_ds.sampling.denoiser import Cached, Causal, Denoiser
 from bd3_ds.sampling.draw import Drawn, draw
 from bd3_ds.sampling.options import Course, Options
 from bd3_ds.sampling.stopping import WINDOW, find_ends
-from bd3_ds.sampling.unmasking import Outlook, make_rule
+from bd3_ds.sampling.unmasking import Outlook, Rule, make_rule
 
 TIME, TOKEN = range(2)  # what the two uniform numbers of a place are for
 ENDED = ("length", "eos", "entropy", "interrupted")  # why a row ended, as numbered in `Samples.ended`
@@ -112,13 +113,16 @@ def sample(
             denoiser.restart()
         begin = origin if course.whole else position
         end = min(begin + size, total)
-        if bool((state.tokens[alive, begin:end] == mask_id).any()):
+        masked = (state.tokens[alive, begin:end] == mask_id).cpu()
+        if bool(masked.any()):
             known = origin + len(denoiser)
             if known < begin:
                 denoiser.extend(state.tokens[alive, known:begin])
                 state.cache_forwards[alive] += denoiser.cache_forwards
-            chances = draws.between(begin, end)[alive]
-            if not _denoise(denoiser, state, alive, begin, end, chances, mask_id, options, timed, progress, stopped):
+            chances = draws.between(begin, end)[alive]  # [A, S, 2]
+            rule = make_rule(options, chances[..., TIME].cpu(), denoiser.vocab_size)
+            block = _Block(alive, begin, end, masked, rule, chances[..., TOKEN])
+            if not _denoise(denoiser, state, block, mask_id, options, timed, progress, stopped):
                 _cut(state, alive, torch.full_like(alive, position), ENDED.index("interrupted"), eos_id, mask_id)
                 break
         position = end
@@ -177,33 +181,47 @@ def _blank(num: int, total: int, mask_id: int, prompt: Tensor, device: torch.dev
     return Samples(tokens, lengths, ended, nfe, cache_forwards, order, unknown)
 
 
+@dataclass(frozen=True)
+class _Block:
+    """The part [begin, end) of the rows `alive` [A], on the device. On the host: which places are `masked` [A, S], and
+    the rule by which they fall. uniform [A, S]: what tokens are drawn by.
+
+    Masks are kept on the host, where the numbers of places that depend on them are known without waiting for a GPU.
+    """
+
+    alive: Tensor
+    begin: int
+    end: int
+    masked: Tensor
+    rule: Rule
+    uniform: Tensor
+
+
 def _denoise(
     denoiser: Denoiser,
     state: Samples,
-    alive: Tensor,
-    begin: int,
-    end: int,
-    chances: Tensor,
+    part: _Block,
     mask_id: int,
     options: Options,
     timed: bool,
     progress: Progress | None,
     stopped: Stopped | None,
 ) -> bool:
-    """Write all masks of the block [begin, end) in the rows `alive` [A], by uniform numbers `chances` [A, S, 2].
+    """Write all masks of the block. Orders that look at predictions wait for these once an evaluation, others never.
 
     False, and nothing is written, where it was `stopped` before the end.
     """
-    block = state.tokens[alive, begin:end]  # [A, S]
-    order, probability, nfe = state.order[alive, begin:end], state.probability[alive, begin:end], state.nfe[alive]
-    uniform = chances[..., TOKEN].flatten()
-    rule = make_rule(options, chances[..., TIME], denoiser.vocab_size)
-    masked = block == mask_id
+    alive, begin, end, rule, device = part.alive, part.begin, part.end, part.rule, denoiser.device
+    block, probability = state.tokens[alive, begin:end], state.probability[alive, begin:end]  # [A, S]
+    uniform = part.uniform.flatten()
+    masked = part.masked.clone()
+    order, nfe = torch.zeros(masked.shape, dtype=torch.long), torch.zeros(len(masked), dtype=torch.long)
     while bool(masked.any()):
         if stopped is not None and stopped():
             return False
         asked, t = rule.ask(masked)
-        places = asked.flatten().nonzero()[:, 0]  # [M]
+        at = asked.flatten().nonzero()[:, 0]  # [M]
+        places = send(at, device)
         u = uniform[places]
         seen = None
         if options.repetition_penalty > 1:
@@ -214,25 +232,28 @@ def _denoise(
             rows = slice(first, first + len(logits))
             return draw(logits, u[rows], mask_id, options, None if seen is None else seen[rows], rule.looks)
 
-        drawn = denoiser.predict(block, places, sigma_of(t) if timed else None, read)
+        drawn = denoiser.predict(block, at, send(sigma_of(t), device) if timed else None, read)
         nfe += asked.any(1)
-        falls = rule.fall(asked, _outlook(asked, drawn))
-        now = falls.flatten()[places]  # [M]
-        written = places[now]
-        block.view(-1)[written], probability.view(-1)[written] = drawn.tokens[now], drawn.probability[now]
-        order.view(-1)[written] = nfe[written // (end - begin)]
+        falls = rule.fall(asked, _outlook(asked, drawn)) if rule.looks else asked
+        now = falls.flatten()[at].nonzero()[:, 0]
+        written, chosen = send(at[now], device), send(now, device)
+        block.view(-1)[written], probability.view(-1)[written] = drawn.tokens[chosen], drawn.probability[chosen]
+        order[falls] = nfe[:, None].expand_as(order)[falls]
         masked &= ~falls
         if progress:
             progress(int(falls.sum()))
-    state.tokens[alive, begin:end], state.nfe[alive] = block, nfe
-    state.order[alive, begin:end], state.probability[alive, begin:end] = order, probability
+    state.tokens[alive, begin:end], state.probability[alive, begin:end] = block, probability
+    before, order = state.nfe[alive], send(order, device)
+    state.order[alive, begin:end] = torch.where(order > 0, order + before[:, None], state.order[alive, begin:end])
+    state.nfe[alive] = before + send(nfe, device)
     return True
 
 
 def _outlook(asked: Tensor, drawn: Drawn) -> Outlook:
-    """What was said of the asked places, in their places."""
-    blank = torch.zeros(asked.shape, dtype=torch.float64, device=asked.device)
-    return Outlook(*(blank.masked_scatter(asked, part) for part in (drawn.surest, drawn.entropy, drawn.log_mass)))
+    """What was said of the asked places, in their places on the host, which waits for it."""
+    blank = torch.zeros(asked.shape, dtype=torch.float64)
+    said = torch.stack([drawn.surest, drawn.entropy, drawn.log_mass]).cpu()
+    return Outlook(*(blank.masked_scatter(asked, part) for part in said))
 
 
 def _end_rows(
