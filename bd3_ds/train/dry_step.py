@@ -34,7 +34,8 @@ def try_dry_step(run: RunConfig, even_if_long: bool) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     flops = sequence_flops(network, run)
     seconds = flops / (SHARE * peak_flops(device, run.train.precision))
-    cost = f"{flops / 1e9:,.3g} GFLOP, about {max(1, round(seconds)):,} s here"
+    work = f"{flops / 1e12:,.1f} TFLOP" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP"
+    cost = f"{work}, about {max(1, round(seconds)):,} s here"
     needed, free = needed_bytes(network, run, device), _free_bytes(device)
     if needed > free:
         print(f"no dry step: it needs about {needed / GIB:,.1f} GiB, this machine has {free / GIB:,.1f} GiB free")

@@ -96,7 +96,7 @@ def _packs(found: Findings, sound: bool) -> dict[str, Manifest]:
             if not sound:
                 continue
         elif not Path(pack).exists():
-            found.missing.append(_named(pack))
+            _absent(found, pack, key)
             continue
         try:
             manifests[pack] = read_manifest(fetch_facts(pack, data.cache))
@@ -138,7 +138,9 @@ def _sets(found: Findings, manifests: dict[str, Manifest], sound: bool) -> None:
     """Evaluation sets that are there are whole and fit the training data, or the first of them."""
     run = found.run
     there = {name: pack for name, pack in run.eval.sets.items() if is_remote(pack) or Path(pack).exists()}
-    found.missing += [_named(pack) for name, pack in run.eval.sets.items() if name not in there]
+    for name, pack in run.eval.sets.items():
+        if name not in there:
+            _absent(found, pack, f"eval.sets.{name}")
     first = manifests.get(run.data.train) or next(iter(_manifests_of_sets(run)), None)
     if first is None:
         return
@@ -188,9 +190,11 @@ def _facts(found: Findings, manifests: dict[str, Manifest], world_size: int) -> 
         found.problems += preflight._token_counts(run)
 
 
-def _named(place: str) -> str:
-    """`place`, and a neighbour with almost the same name where there is one."""
-    path = Path(place)
-    near = [other.name for other in path.parent.glob("*") if (other / MANIFEST).is_file()]
-    close = difflib.get_close_matches(path.name, near, n=1, cutoff=0.6)
-    return f"{place} (did you mean {path.parent / close[0]}?)" if close else place
+def _absent(found: Findings, pack: str, key: str) -> None:
+    """A pack that is not there is missing; where one beside it has almost its name, it is misspelt."""
+    path = Path(pack)
+    beside = [other.name for other in path.parent.glob("*") if (other / MANIFEST).is_file()]
+    if close := difflib.get_close_matches(path.name, beside, n=1, cutoff=0.75):
+        found.problems.append(f"{key}: data pack not found: '{pack}'; did you mean '{path.parent / close[0]}'?")
+    else:
+        found.missing.append(pack)
