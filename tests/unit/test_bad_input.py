@@ -270,8 +270,6 @@ PLANNED = {
     "'valid'; shards unchecked",
     "'data.mix={{ {0}/nowhere: 0.5}}'": "warning: data not there yet: {0}/nowhere; shards unchecked",
     "eval.sets.valid={0}/nowhere": "warning: data not there yet: {0}/nowhere; shards unchecked",
-    "data.train={0}/trian": "warning: data not there yet: {0}/trian (did you mean {0}/train?); vocabulary taken as",
-    "eval.sets.valid={0}/Valid": "warning: data not there yet: {0}/Valid (did you mean {0}/valid?); shards unchecked",
     "run_dir={0}/other": "warning: {0}/other holds a run with other settings, which train would refuse: "
     "model.layers was 3 when {0}/other was started and is 2 now",
     "train.init_from={0}/nowhere": "warning: train.init_from={0}/nowhere is not there yet; its weights are unchecked",

@@ -138,9 +138,9 @@ def test_estimators(words: str, asked: str, used: str | None) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("objective.name=mdlm",), "objective.name=mdlm denoises all 128 at once; use stratified"),
-        ((), "objective.block_size=null denoises all 128 at once; use stratified"),
-        (("objective.block_size=32",), "takes block sizes up to 16, not 32; use stratified"),
+        (("objective.name=mdlm",), "mdlm denoises all 128 tokens of a sequence together here; use stratified"),
+        ((), "bd3 denoises all 128 tokens of a sequence together here; use stratified"),
+        (("objective.block_size=32",), "up to 16 tokens, and objective.block_size is 32; use stratified"),
     ],
 )
 def test_exact_speaks_of_what_was_written(words: tuple[str, ...], said: str) -> None:
@@ -148,7 +148,7 @@ def test_exact_speaks_of_what_was_written(words: tuple[str, ...], said: str) -> 
     run = recipe(*words)
     with pytest.raises(UserError) as error:
         estimator_used(run, "exact", "--estimator")
-    assert said in str(error.value) and ("block size" in str(error.value)) == bool("block_size=32" in "".join(words))
+    assert said in str(error.value) and ("block_size" in str(error.value)) == bool("block_size=32" in "".join(words))
 
 
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 32))
