@@ -139,7 +139,7 @@ def _prepare(
     source: Source, tokenizer: Tokenizer, out: Path, settings: dict[str, Any], workers: int, work: Path
 ) -> Manifest:
     from data_prep.packing import Recipe, Tally, pack
-    from data_prep.parts import encode_parts, start_worker
+    from data_prep.parts import encode_parts, shows_cuts, start_worker
     from data_prep.pieces import Position
     from data_prep.progress import Progress
     from data_prep.work_directory import keep_revision, put_in_place
@@ -154,7 +154,8 @@ def _prepare(
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
     )
-    tally, made_by = Tally(), f"{settings['tokenizer']} {settings['detokenizer']}"
+    joined = " joined" if shows_cuts(tokenizer) else ""  # unlike parts that were made when cuts were seen in them
+    tally, made_by = Tally(), f"{settings['tokenizer']} {settings['detokenizer']}{joined}"
     parts_folder = work / "parts"
     parts_folder.mkdir(exist_ok=True)
     keep_revision(work, source.spec, source.revision())
