@@ -19,6 +19,7 @@ from bd3_ds.config.check_diffusion import (
 from bd3_ds.config.schema import AR, AUTO, BD3, OBJECTIVES, SEDD, RunConfig, block_size
 from bd3_ds.runtime.errors import UserError, did_you_mean
 
+FP32_MATMUL = ("highest", "high")  # as torch.set_float32_matmul_precision has them
 ATTENTION = ("auto", "dense", "sdpa", "flex", "stripes")
 NORMS = ("layernorm", "rmsnorm")
 MLPS = ("gelu", "gelu_erf", "swiglu")
@@ -101,6 +102,7 @@ def _choices(run: RunConfig) -> list[str]:
         ("model.positions", run.model.positions, POSITIONS),
         *(("model.biases", part, BIASES) for part in run.model.biases),
         ("train.precision", run.train.precision, PRECISION),
+        ("train.fp32_matmul", run.train.fp32_matmul, FP32_MATMUL),
         ("train.activation_checkpointing", run.train.activation_checkpointing, RECOMPUTE),
         ("optim.decay", run.optim.decay, DECAY),
         ("eval.estimator", run.eval.estimator, ESTIMATORS),

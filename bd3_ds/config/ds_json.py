@@ -208,6 +208,13 @@ def complete_ds_json(content: dict[str, Any], run: RunConfig, world_size: int) -
         "train_micro_batch_size_per_gpu": run.train.micro_batch,
         "gradient_accumulation_steps": accumulation_steps(run, world_size),
         "gradient_clipping": run.optim.clip,
-        "bf16": {"enabled": run.train.precision == "bf16" and zero_stage(content) > 0},
+        # Said although they are DeepSpeed 0.19.8's own: a NaN must make no update, and masters and moments stay fp32.
+        "bf16": {
+            "enabled": run.train.precision == "bf16" and zero_stage(content) > 0,
+            "check_grad_overflow": True,
+            "bf16_master_weights_and_grads": False,
+        },
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
         "zero_allow_untested_optimizer": True,
     }

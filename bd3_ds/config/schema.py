@@ -135,6 +135,7 @@ class TrainConfig:
     global_batch: int
     micro_batch: int
     precision: str
+    fp32_matmul: str
     activation_checkpointing: str
     compile: bool
     sequence_parallel: int

@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
     from bd3_ds.train.micro_batch import with_micro_batch
 
     check_hardware(run, ds_json)
+    torch.set_float32_matmul_precision(run.train.fp32_matmul)
     if not torch.cuda.is_available():
         keep_freed_memory()
     world = join_world()

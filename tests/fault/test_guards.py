@@ -104,12 +104,14 @@ def faulty(monkeypatch: pytest.MonkeyPatch, **faults: object) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ds_config", ["zero0", "zero2", "zero3"])
-def test_steps_that_are_not_finite_make_no_update_on_any_rank(tmp_path, monkeypatch, ds_config):
+@pytest.mark.parametrize(
+    ("ds_config", "precision"), [("zero0", "bf16"), ("zero2", "bf16"), ("zero2", "fp32"), ("zero3", "bf16")]
+)
+def test_steps_that_are_not_finite_make_no_update_on_any_rank(tmp_path, monkeypatch, ds_config, precision):
     """What was skipped is on record with its samples, also over a stop."""
     run = tiny_run(tmp_path)
     script = faulty(monkeypatch, at3="nan", at6="inf")
-    words = (*WORDS, f"run_dir={run.run_dir}", "train.precision=bf16")
+    words = (*WORDS, f"run_dir={run.run_dir}", f"train.precision={precision}")
     for steps in (5, 8):
         train(tmp_path / "recipe.yaml", *words, f"train.total_steps={steps}", ds_config=ds_config, script=script)
     lines = train_records(Path(run.run_dir))

@@ -7,7 +7,7 @@ import pytest
 
 import run as entry
 from bd3_ds.config import ds_names
-from bd3_ds.config.ds_json import DEFAULT, check_place, load_ds_json, offloads
+from bd3_ds.config.ds_json import DEFAULT, check_place, complete_ds_json, load_ds_json, offloads
 from bd3_ds.runtime.errors import UserError, run_command
 from bd3_ds.runtime.files import read_json
 from bd3_ds.train import hardware
@@ -224,3 +224,18 @@ def test_libaio_is_looked_for(monkeypatch):
     monkeypatch.setattr(AsyncIOBuilder, "has_function", lambda self, name, libraries: asked.append(libraries) or False)
     assert not hardware.async_io_is_there()
     assert asked == [("aio",)]
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_what_training_relies_on_is_said_and_not_left_to_defaults(tmp_path, stage, precision):
+    """A release with other defaults must not update on a NaN, round masters, or scale gradients."""
+    run = tiny_run(tmp_path, f"train.precision={precision}")
+    config = complete_ds_json({"zero_optimization": {"stage": stage}}, run, 1)
+    assert config["bf16"] == {
+        "enabled": precision == "bf16" and stage > 0,
+        "check_grad_overflow": True,
+        "bf16_master_weights_and_grads": False,
+    }
+    assert config["gradient_clipping"] == run.optim.clip
+    assert config["prescale_gradients"] is False and config["gradient_predivide_factor"] == 1.0
