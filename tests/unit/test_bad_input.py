@@ -80,6 +80,7 @@ OVERRIDES = [
     ("'run_dir=\" \"'", ["run_dir is empty; name a directory"]),
     ("objective.name=bd4", ["objective.name=bd4 is unknown", "did you mean 'bd3'?"]),
     ("optim.decay=linear", ["optim.decay=linear is unknown", "known: constant, cosine"]),
+    ("train.fp32_matmul=tf32", ["train.fp32_matmul=tf32 is unknown", "known: high, highest"]),
     ("optim.lr=-1e-3", ["optim.lr=-0.001", "above 0"]),
     ("optim.lr=.nan", ["optim.lr=nan", "above 0"]),
     ("optim.weight_decay=.inf", ["optim.weight_decay=inf must be finite"]),
