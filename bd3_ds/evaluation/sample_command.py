@@ -37,9 +37,9 @@ def main(argv: list[str]) -> int:
     options = make_options(how | {"stop": _stops(asked.stop)})
     prompt = asked.prompt if asked.prompts is None else _read_prompts(asked)
 
-    from bd3_ds.checkpoint.export import find_export
+    from bd3_ds.evaluation.exports import open_export
 
-    export = find_export(asked.export)
+    export = open_export(asked.export)
     options.check(export.run.objective.name)
 
     from bd3_ds.evaluation.api import LanguageModel
@@ -232,7 +232,7 @@ class _Bar:
 def _parser() -> Parser:
     parser = Parser(prog="run.py sample", description="Texts from an export. Counts are of all texts together.")
     add = parser.add_argument
-    add("export", metavar="EXPORT", help="directory under RUN_DIR/exports, or RUN_DIR for its newest")
+    add("export", metavar="EXPORT", help="in RUN_DIR/exports, RUN_DIR for its newest, or a folder of convert --to hf")
     add("--num", type=at_least_one, default=4, metavar="N", help="texts (default 4)")
     add("--length", type=at_least_one, metavar="T", help="tokens of a text, prompt and BOS included (default: L)")
     add("--prompt", metavar="TEXT", help="what every text begins with")

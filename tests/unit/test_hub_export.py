@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import bd3_ds
 from bd3_ds.data.tokenizer import load_tokenizer, number_tokenizer
-from bd3_ds.evaluation import convert_command
+from bd3_ds.evaluation import convert_command, sample_command
 from bd3_ds.runtime import records
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.train.start import find_start
@@ -496,3 +496,13 @@ def test_what_is_there_is_kept(exports: dict[str, Path], tmp_path: Path) -> None
     for precious in (exports["ar"], tmp_path):
         with pytest.raises(UserError, match="no folder of model_type=bd3-ds"):
             convert(*words, precious, "--overwrite")
+
+
+def test_texts_are_drawn_from_a_folder_as_from_its_export(
+    exports: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for place in (exports["bd3"], folder(exports, "bd3")):
+        assert sample_command.main([str(place), "--num", "2", "--length", "12"]) == 0
+        texts.append(capsys.readouterr().out.split(sample_command.RULE)[1:3])
+    assert texts[0] == texts[1]
