@@ -49,6 +49,6 @@ def require_memory(needed: Callable[[int], int], free: int, num: int, length: in
         fits //= 2
     shorter = f"length={fits} fits, or fewer" if needed(max(1, fits)) <= SPARE * free else "draw fewer"
     raise UserError(
-        f"length={length} for num={num} takes about {needed(length) / 2**30:,.1f} GiB beside the model, and "
-        f"{free / 2**30:,.1f} GiB are free; {shorter} texts at once (num, batch)"
+        f"length={length} for num={num} takes about {needed(length) / 2**30:,.1f} GiB beside the model, more than "
+        f"{SPARE:.0%} of the {free / 2**30:,.1f} GiB that are free; {shorter} texts at once (num, batch)"
     )
