@@ -100,7 +100,9 @@ def test_ctrl_c_keeps_what_is_drawn(place, tmp_path):  # noqa: F811
 def test_texts_past_the_machine_are_refused_before_they_are_drawn(place, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(api, "free_memory", lambda device: 2**30)
     monkeypatch.setattr(memory, "free_memory", lambda device: 2**30)
-    with pytest.raises(UserError, match=r"length=100000000 for num=4 takes about 17.9 GiB beside the model, more than 90% of the 1.0 "):
+    with pytest.raises(
+        UserError, match=r"length=100000000 for num=4 takes about 17.9 GiB beside the model, more than 90% of the "
+    ):
         bd3_ds.load(str(place / BD3)).generate(4, 100_000_000)
     with pytest.raises(UserError, match=r"length=100000000 for num=1 takes about .* GiB .* length=\d+ fits, or"):
         sample_command.main([str(place / BD3), "--num", "1", "--length", "100000000"])
