@@ -17,7 +17,7 @@ from bd3_ds.diffusion.chunked_head import HeadLoss
 from bd3_ds.diffusion.noise import Noise, corrupt, next_tokens, scored_places
 from bd3_ds.diffusion.score_entropy import ScoreNats, sigma_of
 from bd3_ds.diffusion.subs import SubsNats
-from bd3_ds.runtime.transfer import send
+from bd3_ds.runtime.host_to_device import send
 
 BINS = 10
 

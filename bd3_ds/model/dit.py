@@ -19,7 +19,7 @@ from bd3_ds.model.layers import Head, Layer, Read, TimeEmbedding
 from bd3_ds.model.masks import AttentionMask, pass_mask
 from bd3_ds.model.network import Network
 from bd3_ds.model.rope import rotary_angles
-from bd3_ds.runtime.transfer import send
+from bd3_ds.runtime.host_to_device import send
 
 
 def as_denoiser(network: Callable[..., Any], block_size: int, documents: Tensor | None = None) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from bd3_ds.model.attention import attend
 from bd3_ds.model.dit import DiT
 from bd3_ds.model.masks import AttentionMask, Places
-from bd3_ds.runtime.transfer import send
+from bd3_ds.runtime.host_to_device import send
 from bd3_ds.runtime.world import World
 
 

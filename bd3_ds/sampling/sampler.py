@@ -22,7 +22,7 @@ from torch import Tensor
 from bd3_ds.diffusion.score_entropy import sigma_of
 from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.rng import Purpose, generator
-from bd3_ds.runtime.transfer import send
+from bd3_ds.runtime.host_to_device import send
 from bd3_ds.sampling.denoiser import Cached, Causal, Denoiser
 from bd3_ds.sampling.draw import Drawn, draw
 from bd3_ds.sampling.options import Course, Options
@@ -205,7 +205,7 @@ def _denoise(
     options: Options,
     timed: bool,
     progress: Progress | None,
-    stopped: Stopped | None,
+    stopped: Stopped | None = None,
 ) -> bool:
     """Write all masks of the block. Orders that look at predictions wait for these once an evaluation, others never.
 

@@ -39,7 +39,7 @@ CASES = [
     ("objective.schedule.t_min=1 objective.weight.name=fm", "objective.weight.name=fm is but a factor; set it to elbo"),
     ("objective.block_size=1 objective.frequency.power=0.1", "blocks of 1 have but one; set it to 0"),
     ("'objective.block_schedule={0: [8, 16], 2: [4]}'", "exports of the stage from step 0 on"),
-    ("'objective.block_schedule={0: [16], 2: [4]}' eval.estimator=exact", "at block size 16"),
+    ("'objective.block_schedule={0: [16], 2: [4]}' eval.estimator=exact", "bd3 denoises all 16 tokens of a sequence"),
     ("'objective.block_schedule={0: 4}'", "'step: [block sizes]' pairs such as"),
     ("'objective.block_schedule={0:4}'", "YAML wants a space after each ':'"),
     ("'objective.block_schedule={2: [4]}'", "begins at step 2"),
