@@ -84,7 +84,8 @@ def _announce(model: LanguageModel, num: int, length: int, asked: Any) -> None:
     free, takes = free_memory(model.device), needed(length)
     require_memory(needed, free, num, length)
     memory = f", in about {takes / 2**30:.1f} of {free / 2**30:.1f} GiB that are free" if takes > 2**28 else ""
-    print(f"drawing {num:,} texts of {length:,} tokens from {model.export.path}{memory}", file=sys.stderr, flush=True)
+    texts = f"{num:,} text{'s' if num > 1 else ''} of {length:,} tokens"
+    print(f"drawing {texts} from {model.export.path}{memory}", file=sys.stderr, flush=True)
 
 
 def _show(model: LanguageModel, samples: Samples, given: Tensor, seconds: float) -> None:

@@ -135,8 +135,15 @@ class Worker:
             finished = self._configured() and self._finished()
             left = self._work() if self._configured() else True
             if once or (finished and not left):
+                self.say(f"nothing more to do: {self._state(left)}")
                 return
             self._wait(self.poll)
+
+    def _state(self, left: bool) -> str:
+        """In what state the exports are left."""
+        if self._failed:
+            return f"{len(self._failed)} evaluations of {self.run_dir} failed, see above"
+        return f"other workers have the rest of {self.run_dir}" if left else f"all of {self.run_dir} is evaluated"
 
     def stop(self) -> None:
         """Ask the worker to end at the next batch; for signal handlers, hence no more than a flag."""

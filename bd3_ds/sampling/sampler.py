@@ -21,8 +21,8 @@ from torch import Tensor
 
 from bd3_ds.diffusion.score_entropy import sigma_of
 from bd3_ds.model.dit import DiT
-from bd3_ds.runtime.rng import Purpose, generator
 from bd3_ds.runtime.host_to_device import send
+from bd3_ds.runtime.rng import Purpose, generator
 from bd3_ds.sampling.denoiser import Cached, Causal, Denoiser
 from bd3_ds.sampling.draw import Drawn, draw
 from bd3_ds.sampling.options import Course, Options

@@ -13,8 +13,8 @@ from bd3_ds.diffusion.clip_search import ENOUGH, HELD_OUT_BINS, binned, candidat
 from bd3_ds.diffusion.noise import make_noise
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import Interval, base_schedule, make_proposal
-from bd3_ds.runtime.rng import Purpose, generator
 from bd3_ds.runtime.host_to_device import send
+from bd3_ds.runtime.rng import Purpose, generator
 from bd3_ds.train.held_out import HeldOut
 from bd3_ds.train.state import TrainState
 from bd3_ds.train.step import Stepper

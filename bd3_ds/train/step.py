@@ -28,8 +28,8 @@ from bd3_ds.diffusion.objective import BINS, training_loss
 from bd3_ds.diffusion.proposal import Draws, Exploring, Interval, base_schedule, make_proposal
 from bd3_ds.model.dit import as_denoiser
 from bd3_ds.parallel.sequence import Sequence
-from bd3_ds.runtime.rng import Purpose, integer_seed
 from bd3_ds.runtime.host_to_device import send
+from bd3_ds.runtime.rng import Purpose, integer_seed
 from bd3_ds.runtime.world import World
 from bd3_ds.train.ema import Ema
 from bd3_ds.train.engine import Engine
