@@ -18,7 +18,8 @@ def prune_checkpoints(directory: Path, tag: str, keep: int, keep_every: int | No
     """Of the complete checkpoints up to `tag` keep the newest, and those of every `keep_every` steps; no others.
 
     Later ones belong to a past that this run did not continue, because they were torn or damaged; counting them as the
-    newest would throw away the good ones. Directories with other names or with a user's files in them stay. Returns what could not be removed.
+    newest would throw away the good ones. Directories with other names or with a user's files in them stay. Returns
+    what could not be removed.
     """
     last = step_of(tag)
     assert last is not None

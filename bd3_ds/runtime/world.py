@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
 from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ import torch
 from bd3_ds.runtime.errors import UserError
 
 Result = TypeVar("Result")
+# Beyond guards.stall_seconds, so that the guard shows where a rank stands before its peers give up on it.
+_MARGIN, _NEVER = timedelta(minutes=10), timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,23 @@ def prepare_environment() -> None:
             env["MASTER_PORT"] = str(probe.getsockname()[1])
 
 
-def join_world() -> World:
-    """Join the process group (NCCL on GPUs, Gloo on CPUs) through DeepSpeed and say who we are."""
+def collective_timeout(stall_seconds: int) -> timedelta:
+    """How long a rank waits in a collective for its peers; 0 (guards.stall_seconds is off): as good as for ever."""
+    return timedelta(seconds=stall_seconds) + _MARGIN if stall_seconds else _NEVER
+
+
+def join_world(timeout: timedelta | None = None) -> World:
+    """Join the process group (NCCL on GPUs, Gloo on CPUs) through DeepSpeed and say who we are.
+
+    `timeout`: of collectives in this group and in all that are made later; absent: `collective_timeout` of 0.
+    """
     import deepspeed
 
     prepare_environment()
+    timeout = timeout or _NEVER
+    # What groups get that are made without a word about it, as DeepSpeed does; not that of the first group.
+    torch.distributed.distributed_c10d.default_pg_timeout = timeout
+    torch.distributed.distributed_c10d.default_pg_nccl_timeout = timeout
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -117,7 +132,7 @@ def join_world() -> World:
         device = torch.device("cpu")
         backend = "gloo"
     with redirect_stdout(StringIO()):  # it prints that it built its collectives; a failure is an exception
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     world = World(
         rank=int(os.environ["RANK"]),
         size=int(os.environ["WORLD_SIZE"]),

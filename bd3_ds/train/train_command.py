@@ -41,19 +41,21 @@ def main(argv: list[str]) -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed then need not warn that it found nothing better
 
     from bd3_ds.runtime.allocator import keep_freed_memory
-    from bd3_ds.runtime.world import join_world
+    from bd3_ds.runtime.world import collective_timeout, join_world
     from bd3_ds.train.hardware import check_hardware
     from bd3_ds.train.loop import train
     from bd3_ds.train.micro_batch import with_micro_batch
+    from bd3_ds.train.run_lock import run_lock
 
     check_hardware(run, ds_json)
     torch.set_float32_matmul_precision(run.train.fp32_matmul)
     if not torch.cuda.is_available():
         keep_freed_memory()
-    world = join_world()
-    run = with_micro_batch(run, ds_json, world.size, world.local_size)
+    world = join_world(collective_timeout(run.guards.stall_seconds))
     try:
-        state = train(run, ds_json, world)
+        with run_lock(Path(run.run_dir), world):
+            run = with_micro_batch(run, ds_json, world.size, world.local_size)
+            state = train(run, ds_json, world)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

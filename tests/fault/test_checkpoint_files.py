@@ -1,4 +1,4 @@
-"""What goes wrong with files under a checkpoint: removals that fail, listings that differ, power cuts, users' folders."""
+"""What goes wrong with files of checkpoints: removals that fail, listings that differ, power cuts, users' folders."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_a_main_rank_that_cannot_begin_or_commit_ends_all_ranks_with_its_sentenc
 
 
 def test_a_rank_opens_only_the_files_that_it_reads_from(tmp_path, monkeypatch):
-    """16 ranks, each with its part of two tensors; a checkpoint of an earlier version, without an index, is read too."""
+    """16 ranks, each with its part of two tensors; an earlier version's checkpoint, without an index, is read too."""
     import safetensors
 
     parts = {rank: torch.arange(10.0) + 10 * rank for rank in range(16)}
@@ -227,7 +227,7 @@ def test_a_rank_opens_only_the_files_that_it_reads_from(tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors, "safe_open", counting)
     for known, expected in (([*entries, "index.json"], [shard_file(2), shard_file(3)]), (list(entries), list(entries))):
-        files.write_json(tmp_path / MANIFEST, {"format": 2, "files": dict.fromkeys(known, {})})
+        files.write_json(tmp_path / MANIFEST, {"format": 2, "files": {name: {} for name in known}})
         opened.clear()
         read = Shards(tmp_path)
         for kind in ("weights", "ema"):
