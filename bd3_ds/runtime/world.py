@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.errors import UserError, known_to_all
+from bd3_ds.runtime.slurm import ranks_of_host
 
 Result = TypeVar("Result")
 
@@ -69,7 +70,7 @@ class World:
             if not self.is_main:
                 result, failure = told[0]
         if failure is not None:
-            raise failure
+            raise known_to_all(failure)
         return result
 
     def together(self, work: Callable[[], Result]) -> Result:
@@ -81,7 +82,7 @@ class World:
             failure = error
         first = next((each for each in self.gather(failure) if each is not None), None)
         if first is not None:
-            raise first
+            raise known_to_all(first)
         return result  # type: ignore[return-value]
 
 
@@ -89,13 +90,13 @@ def prepare_environment() -> None:
     """Fill in what a launcher leaves out, before anything that reads it is imported.
 
     DeepSpeed's launcher sets LOCAL_SIZE; streaming reads LOCAL_WORLD_SIZE. Without a launcher the process is
-    a world of one. What srun says is taken before (`runtime/slurm.py`).
+    a world of one. What srun and mpirun say is taken before (`runtime/slurm.py`).
     """
     env = os.environ
     env.setdefault("RANK", "0")
     env.setdefault("WORLD_SIZE", "1")
     env.setdefault("LOCAL_RANK", "0")
-    env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
+    env["LOCAL_WORLD_SIZE"] = str(ranks_of_host(env))
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in env:
         with socket.socket() as probe:
@@ -105,8 +106,6 @@ def prepare_environment() -> None:
 
 def join_world() -> World:
     """Join the process group (NCCL on GPUs, Gloo on CPUs) through DeepSpeed and say who we are."""
-    import deepspeed
-
     prepare_environment()
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
@@ -117,7 +116,7 @@ def join_world() -> World:
         device = torch.device("cpu")
         backend = "gloo"
     with redirect_stdout(StringIO()):  # it prints that it built its collectives; a failure is an exception
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        _init_distributed(backend)
     world = World(
         rank=int(os.environ["RANK"]),
         size=int(os.environ["WORLD_SIZE"]),
@@ -128,6 +127,21 @@ def join_world() -> World:
     if device.type == "cpu":
         _unlink_shared_buffer(world)
     return world
+
+
+def _init_distributed(backend: str) -> None:
+    """Raises UserError where the port at which ranks meet is another program's."""
+    import deepspeed
+
+    try:
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error) and "already in use" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']} is taken on this host; give another: deepspeed --master_port, or "
+            "MASTER_PORT in the environment of every rank"
+        ) from None
 
 
 def _unlink_shared_buffer(world: World) -> None:
