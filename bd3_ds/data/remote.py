@@ -77,7 +77,8 @@ def fetch_facts(pack: str, cache: str) -> Path:
     with turn(directory), tempfile.TemporaryDirectory(dir=directory, prefix=".facts-") as folder:
         aside = Path(folder)
         if (directory / MANIFEST).is_file():
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            # Of a job's ranks one a node asks; a process alone asks whatever its environment says of ranks.
+            if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("LOCAL_RANK", "0") == "0":
                 _require_unchanged(pack, directory, get, aside)
             return directory
         for name in OPTIONAL:

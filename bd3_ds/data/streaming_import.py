@@ -7,6 +7,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from bd3_ds.runtime.slurm import ranks_of_host
+
 _OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -20,7 +22,7 @@ def import_streaming() -> ModuleType:
     Sets LOCAL_WORLD_SIZE, which streaming reads, from LOCAL_SIZE, which DeepSpeed's launcher sets.
     """
     if "LOCAL_SIZE" in os.environ:
-        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
+        os.environ["LOCAL_WORLD_SIZE"] = str(ranks_of_host(os.environ))
     mend_torchvision()
     import streaming
 

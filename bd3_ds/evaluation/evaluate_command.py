@@ -15,11 +15,11 @@ from bd3_ds.config.schema import block_size
 from bd3_ds.data.pack import read_manifest
 from bd3_ds.evaluation import figures
 from bd3_ds.evaluation.exports import open_export
-from bd3_ds.evaluation.options import DEVICES, EXIT_INTERRUPTED, number_of_chunks, open_device
+from bd3_ds.evaluation.options import DEVICES, number_of_chunks, open_device
 from bd3_ds.evaluation.packs import check_pack, choose_sets
 from bd3_ds.evaluation.results import EVALUATIONS, Results
 from bd3_ds.runtime.cli import Parser, at_least_one
-from bd3_ds.runtime.errors import UserError, did_you_mean
+from bd3_ds.runtime.errors import EXIT_INTERRUPTED, UserError, did_you_mean
 from bd3_ds.runtime.files import require_writable, write_json
 
 if TYPE_CHECKING:

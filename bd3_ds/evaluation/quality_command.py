@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bd3_ds.evaluation.options import DEVICES, EXIT_INTERRUPTED, open_device
+from bd3_ds.evaluation.options import DEVICES, open_device
 from bd3_ds.runtime.cli import Parser, at_least_one
-from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.errors import EXIT_INTERRUPTED, UserError
 from bd3_ds.runtime.files import require_writable, write_json
 from bd3_ds.runtime.samples import read_samples
 

@@ -13,7 +13,7 @@ from bd3_ds.config.schema import AR
 from bd3_ds.evaluation.arguments import make_options
 from bd3_ds.evaluation.options import DEVICES, PRECISIONS, open_device
 from bd3_ds.runtime.cli import Parser, at_least_one
-from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.errors import EXIT_INTERRUPTED, UserError
 from bd3_ds.runtime.files import require_writable, write_json
 from bd3_ds.sampling.options import EOS, Options
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from bd3_ds.sampling.sampler import Samples
 
 RULE = "-" * 80
-EXIT_INTERRUPTED = 130  # what shells say of a program that Ctrl-C ended
 SMALL, FEW = 20e6, 100e6  # parameters and tokens below which no model writes sentences
 
 

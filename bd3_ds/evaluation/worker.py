@@ -20,10 +20,10 @@ from bd3_ds.evaluation import figures
 from bd3_ds.evaluation.cost import Pace, TooSlow, pace_of
 from bd3_ds.evaluation.leases import Lease, claim
 from bd3_ds.evaluation.machine import idle_device, idle_threads
-from bd3_ds.evaluation.options import DEVICES, EXIT_INTERRUPTED, number_of_chunks, open_device
+from bd3_ds.evaluation.options import DEVICES, number_of_chunks, open_device
 from bd3_ds.evaluation.results import ERRORS, EVALUATIONS, LEASES, SAMPLES, TEXTS, Results
 from bd3_ds.runtime.cli import Parser, at_least_one
-from bd3_ds.runtime.errors import EXIT_USER_ERROR, UserError, run_command
+from bd3_ds.runtime.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, run_command
 from bd3_ds.runtime.files import read_json
 from bd3_ds.runtime.log import FINISHED
 

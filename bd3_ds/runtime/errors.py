@@ -6,13 +6,22 @@ import atexit
 import difflib
 import errno
 import os
+import select
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells say it
 EXIT_STOPPED = 75  # asked to stop, and everything is saved: start it again (EX_TEMPFAIL of sysexits.h)
+EXIT_NO_READER = 141  # who read the output has left (`| head`), as shells say it of SIGPIPE
+# Seconds until the first rank of another host, and then any rank, speaks of a mistake that rank 0 may have met too: by
+# then the launcher, which ends all ranks when one has failed, has ended this one.
+_FIRST_OF_HOST_WAITS, _OTHERS_WAIT = 3.0, 6.0
+_silent: dict[str, float] = {}  # "wait": seconds, where this process is not the rank that speaks
 _SHOWN, _ALL = 4, 16  # names in a sentence: that may be meant, that there are
 
 
@@ -67,24 +76,79 @@ def alike(value: str, known: Iterable[str]) -> list[str]:
 def run_command(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     """Run a command's main function and turn a UserError, or a full disk, into its sentence and exit code 2.
 
-    Under a launcher every rank meets the same mistake; only global rank 0 prints it.
+    Ctrl-C ends with one line and EXIT_INTERRUPTED; output that nobody reads any more ends quietly, EXIT_NO_READER.
+    The process speaks whatever its environment says, unless `only_rank_zero_speaks` was called.
     """
+    _silent.clear()
     try:
-        return main(argv) or 0
+        try:
+            code = main(argv) or 0
+        except SystemExit:  # --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _reader_has_left():
+            raise
+        return EXIT_NO_READER
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror}{where}; nothing complete is lost: free some and start again", file=sys.stderr)
+        _say(error, f"error: {error.strerror}{where}; nothing complete is lost: free some and start again")
         return EXIT_USER_ERROR
     except KeyboardInterrupt as error:  # its text, if any, says what is kept and what goes on
-        print(str(error) or "stopped", file=sys.stderr, flush=True)
+        if not _silent:
+            print(str(error) or "stopped", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            for message in error.messages:
-                print(f"error: {message}", file=sys.stderr, flush=True)
+        _say(error, *(f"error: {message}" for message in error.messages))
         return EXIT_USER_ERROR
+
+
+def only_rank_zero_speaks(env: Mapping[str, str]) -> None:
+    """Called by a command whose processes are ranks of one job: a mistake that all meet is then said once.
+
+    A rank that fails alone speaks too, after rank 0 has had time to. One process alone always speaks.
+    """
+    rank, size = env.get("RANK", "0"), env.get("WORLD_SIZE", "1")
+    if rank != "0" and size != "1":
+        _silent["wait"] = _FIRST_OF_HOST_WAITS if env.get("LOCAL_RANK", "0") == "0" else _OTHERS_WAIT
+
+
+def known_to_all(error: Exception) -> Exception:
+    """Mark an error that every rank raises, so that rank 0 alone speaks of it."""
+    error.known_to_all = True  # type: ignore[attr-defined]
+    return error
+
+
+def _say(error: Exception, *lines: str) -> None:
+    """Print the lines to stderr; a rank that is not to speak waits for its launcher to end it first."""
+    if _silent:
+        if getattr(error, "known_to_all", False):
+            return
+        with suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training's handler would only note it
+        time.sleep(_silent["wait"])
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _reader_has_left() -> bool:
+    """Whether stdout or stderr is a pipe that nobody reads; what is still to be written there is then thrown away."""
+    left = False
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # it is no file, as under a test
+            number = stream.fileno()
+            poll = select.poll()
+            poll.register(number, select.POLLOUT)
+            if any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0)):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+                left = True
+    return left
 
 
 def leave(code: int) -> NoReturn:

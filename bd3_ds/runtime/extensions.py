@@ -8,23 +8,55 @@ from contextlib import suppress
 from pathlib import Path
 
 LONGEST_BUILD = 3600.0  # seconds
+_GRACE = 1.0  # seconds between two looks: a builder closes its lock a moment before it removes it
 
 
 def drop_stale_locks() -> list[Path]:
     """Remove locks that no process holds open, as a builder does from beginning to end; returns them.
 
-    Where other hosts may share the directory, their processes are not seen: there a lock must be old as well.
+    A lock must be the same file, held by nobody, at two looks. Where other hosts may share the directory, or the lock
+    is another user's, the processes are not all seen: there a lock must be old as well.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions").resolve()
-    locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]
-    if not locks:
+    before = _unheld(root)
+    if not before:
         return []
-    held = _open_files()
-    stale = [lock for lock in locks if str(lock) not in held and (_is_ours_alone(lock) or _is_old(lock))]
-    for lock in stale:
-        lock.unlink(missing_ok=True)
-    return stale
+    time.sleep(_GRACE)
+    after = _unheld(root)
+    dropped = []
+    for lock, file in before.items():
+        # Looked at again right before: another start may have dropped it, and a builder made its own since.
+        if after.get(lock) == file == _identity(lock):
+            lock.unlink(missing_ok=True)
+            dropped.append(lock)
+    return dropped
+
+
+def _unheld(root: Path) -> dict[Path, tuple[int, ...]]:
+    """The locks that no process holds open, each with the file that it is."""
+    locks = {lock: _identity(lock) for lock in (*root.glob("*/lock"), *root.glob("*/*/lock"))}
+    if not locks:
+        return {}
+    held = _open_locks()
+    return {lock: file for lock, file in locks.items() if file and file[:2] not in held and _may_be_judged(lock)}
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Device, inode and time of birth of a file, as near as there is; empty where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_ctime_ns
+
+
+def _may_be_judged(lock: Path) -> bool:
+    """Whether every process that could hold the lock is seen here, or it is too old to be held."""
+    try:
+        return (_is_ours_alone(lock) and lock.stat().st_uid == os.getuid()) or _is_old(lock)
+    except FileNotFoundError:  # its builder has finished
+        return False
 
 
 def _is_ours_alone(path: Path) -> bool:
@@ -36,10 +68,17 @@ def _is_old(path: Path) -> bool:
     return time.time() - path.stat().st_mtime > LONGEST_BUILD
 
 
-def _open_files() -> set[str]:
-    """Paths that this user's processes hold open."""
+def _open_locks() -> set[tuple[int, int]]:
+    """Device and inode of the files called `lock` that this user's processes hold open, by whatever path."""
     found = set()
-    for handle in Path("/proc").glob("[0-9]*/fd/*"):
-        with suppress(OSError):  # it is closed by now, or another user's
-            found.add(os.readlink(handle))
+    for process in os.listdir("/proc"):
+        if not process.isdigit():
+            continue
+        with suppress(OSError):  # it has ended by now, or is another user's
+            for number in os.listdir(f"/proc/{process}/fd"):
+                handle = f"/proc/{process}/fd/{number}"
+                with suppress(OSError):  # it is closed by now
+                    if os.readlink(handle).endswith("/lock"):
+                        status = os.stat(handle)
+                        found.add((status.st_dev, status.st_ino))
     return found

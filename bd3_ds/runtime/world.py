@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.errors import UserError, known_to_all
+from bd3_ds.runtime.slurm import ranks_of_host
 
 Result = TypeVar("Result")
 # Beyond guards.stall_seconds, so that the guard shows where a rank stands before its peers give up on it.
@@ -72,7 +73,7 @@ class World:
             if not self.is_main:
                 result, failure = told[0]
         if failure is not None:
-            raise failure
+            raise known_to_all(failure)
         return result
 
     def together(self, work: Callable[[], Result]) -> Result:
@@ -84,7 +85,7 @@ class World:
             failure = error
         first = next((each for each in self.gather(failure) if each is not None), None)
         if first is not None:
-            raise first
+            raise known_to_all(first)
         return result  # type: ignore[return-value]
 
 
@@ -92,13 +93,13 @@ def prepare_environment() -> None:
     """Fill in what a launcher leaves out, before anything that reads it is imported.
 
     DeepSpeed's launcher sets LOCAL_SIZE; streaming reads LOCAL_WORLD_SIZE. Without a launcher the process is
-    a world of one. What srun says is taken before (`runtime/slurm.py`).
+    a world of one. What srun and mpirun say is taken before (`runtime/slurm.py`).
     """
     env = os.environ
     env.setdefault("RANK", "0")
     env.setdefault("WORLD_SIZE", "1")
     env.setdefault("LOCAL_RANK", "0")
-    env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
+    env["LOCAL_WORLD_SIZE"] = str(ranks_of_host(env))
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in env:
         with socket.socket() as probe:
@@ -116,8 +117,6 @@ def join_world(timeout: timedelta | None = None) -> World:
 
     `timeout`: of collectives in this group and in all that are made later; absent: `collective_timeout` of 0.
     """
-    import deepspeed
-
     prepare_environment()
     timeout = timeout or _NEVER
     # What groups get that are made without a word about it, as DeepSpeed does; not that of the first group.
@@ -132,7 +131,7 @@ def join_world(timeout: timedelta | None = None) -> World:
         device = torch.device("cpu")
         backend = "gloo"
     with redirect_stdout(StringIO()):  # it prints that it built its collectives; a failure is an exception
-        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+        _init_distributed(backend, timeout)
     world = World(
         rank=int(os.environ["RANK"]),
         size=int(os.environ["WORLD_SIZE"]),
@@ -143,6 +142,21 @@ def join_world(timeout: timedelta | None = None) -> World:
     if device.type == "cpu":
         _unlink_shared_buffer(world)
     return world
+
+
+def _init_distributed(backend: str, timeout: timedelta) -> None:
+    """Raises UserError where the port at which ranks meet is another program's."""
+    import deepspeed
+
+    try:
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error) and "already in use" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']} is taken on this host; give another: deepspeed --master_port, or "
+            "MASTER_PORT in the environment of every rank"
+        ) from None
 
 
 def _unlink_shared_buffer(world: World) -> None:

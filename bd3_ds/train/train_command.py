@@ -10,21 +10,24 @@ from bd3_ds.config.check import unreached
 from bd3_ds.config.ds_json import DEFAULT, check_place, load_ds_json
 from bd3_ds.config.load import load_recipe
 from bd3_ds.runtime.cli import Parser
-from bd3_ds.runtime.errors import EXIT_STOPPED
+from bd3_ds.runtime.errors import EXIT_STOPPED, only_rank_zero_speaks
 from bd3_ds.runtime.extensions import drop_stale_locks
-from bd3_ds.runtime.slurm import adopt_slurm
+from bd3_ds.runtime.slurm import adopt_launcher, ranks_of_host
 from bd3_ds.train.preflight import preflight
 
 
 def main(argv: list[str]) -> int:
     """Check everything, then join the other ranks and train; EXIT_STOPPED where the run was asked to stop."""
+    try:
+        adopt_launcher(os.environ)
+    finally:  # what it refuses, all ranks refuse
+        only_rank_zero_speaks(os.environ)
     parser = Parser(prog="run.py train", description="Train a recipe; continues where it stopped.")
     parser.add_argument("recipe", help="YAML file, such as configs/recipes/docs_pretrain.yaml")
     parser.add_argument("--deepspeed_config", type=Path, default=DEFAULT, help="memory and communication (ds_configs/)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration on top of the recipe")
     arguments = parser.parse(argv)
 
-    adopt_slurm(os.environ)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for lock in drop_stale_locks():
             print(f"removed {lock}, which a killed process left behind", file=sys.stderr)
@@ -33,7 +36,7 @@ def main(argv: list[str]) -> int:
     run = preflight(load_recipe(arguments.recipe, arguments.overrides), world_size)
     for note in unreached(run) if os.environ.get("RANK", "0") == "0" else []:
         print(f"note: {note}", file=sys.stderr, flush=True)
-    check_place(ds_json, world_size, int(os.environ.get("LOCAL_SIZE", world_size)))
+    check_place(ds_json, world_size, ranks_of_host(os.environ))
 
     import torch
 
