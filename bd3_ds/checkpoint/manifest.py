@@ -67,6 +67,15 @@ def complete_checkpoints(directory: Path) -> list[Checkpoint]:
     return found
 
 
+def committed(directory: Path) -> Checkpoint | None:
+    """The newest checkpoint with a manifest; whether its files are whole is not looked at."""
+    for path in reversed(checkpoint_directories(directory)):
+        manifest = _manifest(path)
+        if manifest is not None:
+            return Checkpoint(path, manifest)
+    return None
+
+
 def _size(path: Path) -> int | None:
     try:
         return path.stat().st_size

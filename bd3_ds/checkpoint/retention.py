@@ -6,12 +6,30 @@ list: a checkpoint loses its manifest first, an export its name.
 
 from __future__ import annotations
 
+import glob
+import json
+import os
 import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from bd3_ds.checkpoint.manifest import MANIFEST, checkpoint_directories, complete_checkpoints, is_ours
+from bd3_ds.config.schema import EvalConfig
+from bd3_ds.runtime import records
 from bd3_ds.runtime.files import sync
 from bd3_ds.runtime.step_names import step_of
+
+_OF_EXPORTS = {"model.safetensors", "config.yaml", "export.json", "tokenizer"}
+_REMOVED = ".removed"  # ends the hidden name of an export on its way out
+# Where evaluation workers, which share nothing with training but the disk, leave their claims and results.
+_LEASES, _EVALUATIONS, _SAMPLES, _ERRORS = (
+    "leases",
+    "records/eval.jsonl",
+    "records/samples.jsonl",
+    "records/eval-errors.jsonl",
+)
+_SILENT = 3600.0  # seconds without a heartbeat after which a claim holds nothing; workers beat twice a minute
 
 
 def prune_checkpoints(directory: Path, tag: str, keep: int, keep_every: int | None) -> dict[Path, OSError]:
@@ -58,3 +76,55 @@ def remove_tree(path: Path) -> None:
     if failed is not None:
         raise failed
     path.rmdir()
+
+
+def prune_exports(run_dir: Path, step: int, keep: int, wanted: EvalConfig) -> dict[Path, OSError]:
+    """Of the exports up to `step` keep the newest, and those that an evaluation worker reads or still has to evaluate.
+
+    Where no worker ever claimed anything, none is waited for. Later exports, other names, links and directories with a
+    user's files stay. Returns what could not be removed.
+    """
+    places = list((run_dir / "exports").iterdir())
+    half = [path for path in places if path.name.startswith(".step-") and path.name.endswith(_REMOVED)]
+    past = sorted((at, path) for path in places if (at := step_of(path.name)) is not None and at <= step)
+    failed = {}
+    for path in [*half, *(path for _, path in past[: -max(keep, 1)])]:
+        try:
+            if path in half:
+                remove_tree(path)
+            elif _is_export_of_ours(path) and not _needed(run_dir, path.name, wanted):
+                aside = path.with_name(f".{path.name}{_REMOVED}")
+                os.rename(path, aside)
+                remove_tree(aside)
+        except OSError as error:
+            failed[path] = error
+    return failed
+
+
+def _is_export_of_ours(path: Path) -> bool:
+    if path.is_symlink() or not path.is_dir():
+        return False
+    return {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} <= _OF_EXPORTS
+
+
+def _needed(run_dir: Path, name: str, wanted: EvalConfig) -> bool:
+    """Whether a worker holds a claim on the export, or follows the run and has not put all of it on record yet."""
+    leases = run_dir / _LEASES
+    claims = [path for path in leases.glob("step-*.*") if path.suffix[1:].isdigit()]
+    if not claims:
+        return False
+    own = [path for path in leases.glob(f"{glob.escape(name)}.*") if path in claims]
+    if own and _is_held(max(own, key=lambda path: int(path.suffix[1:]))):
+        return True
+    done = {line.get("set") for line in records.read(run_dir / _EVALUATIONS) if line.get("export") == name}
+    if any(line.get("export") == name for line in records.read(run_dir / _SAMPLES)):
+        done.add("")
+    done |= {line.get("set") for line in records.read(run_dir / _ERRORS)}  # a set that fails is not tried again
+    return not {*wanted.sets, *([""] if wanted.samples else [])} <= done
+
+
+def _is_held(claim: Path) -> bool:
+    with suppress(ValueError):
+        if json.loads(claim.read_text(encoding="utf-8")).get("released"):
+            return False
+    return time.time() - claim.stat().st_mtime < _SILENT

@@ -151,6 +151,7 @@ def _ranges(run: RunConfig) -> list[str]:
         "eval.max_chunks": run.eval.max_chunks,
         "eval.sample_length": run.eval.sample_length,
         "train.keep_every": train.keep_every,
+        "train.keep_exports": train.keep_exports,
         "data.predownload": run.data.predownload,
         "model.vocab_size": model.vocab_size,
         "model.mlp_size": model.mlp_size,

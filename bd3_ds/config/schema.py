@@ -149,6 +149,7 @@ class TrainConfig:
     keep_every: Optional[int]
     checkpoint_async: bool
     export_every: int
+    keep_exports: Optional[int]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bd3_ds.checkpoint.export import export_name, fit_weights, write_export
+from bd3_ds.checkpoint.retention import prune_exports
 from bd3_ds.checkpoint.shards import Shards
 from bd3_ds.checkpoint.store import Saver, newest_checkpoint
 from bd3_ds.config.check_data import packs
@@ -28,6 +29,7 @@ from bd3_ds.runtime.files import write_text
 from bd3_ds.runtime.log import RunLog
 from bd3_ds.runtime.world import World
 from bd3_ds.train.clip_search import ClipSearch
+from bd3_ds.train.earlier import CONFIGURATION, changes_in_words, earlier_runs
 from bd3_ds.train.ema import Ema
 from bd3_ds.train.engine import Engine
 from bd3_ds.train.meter import Meter, peak_flops
@@ -65,6 +67,7 @@ class Trainer:
         self.log.flush()
         state = {
             **self.state.to_dict(),
+            CONFIGURATION: dataclasses.asdict(self.run),
             "zero_stage": self.engine.stage,
             "updates": self.engine.masters.updates,
             "ema_updates": self.ema.updates,
@@ -80,7 +83,21 @@ class Trainer:
             tokenizer = pack_directory(self.run.data.train, self.run.data.cache) / TOKENIZER_DIR
             run = self._scored_as_trained()
             write_export(self.run_dir / "exports" / name, weights, run, tokenizer, self.state.step)
+            self._prune_exports()
         self.world.barrier()
+
+    def _prune_exports(self) -> None:
+        """Remove old exports as train.keep_exports says; the new one is whole, so that nothing here ends the run."""
+        if (keep := self.run.train.keep_exports) is None:
+            return
+        try:
+            failed = prune_exports(self.run_dir, self.state.step, keep, self.run.eval)
+        except OSError as error:
+            failed = {self.run_dir / "exports": error}
+        for path, reason in failed.items():
+            self.log.say(
+                f"cannot remove the old export {path}: {reason.strerror or reason}; the next export tries again"
+            )
 
     def _scored_as_trained(self) -> RunConfig:
         """The run with the block size of the step just done, where it had but one, and the interval in force for it."""
@@ -116,6 +133,8 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         weights, sentence = starting_weights(start, model)
         fit_weights(model, weights, str(start.path))
         said.append(sentence)
+    if checkpoint is not None:
+        said += filter(None, [world.on_main(lambda: changes_in_words(earlier_runs(run_dir), run))])
     if world.is_main:
         write_text(run_dir / "run.yaml", to_yaml(run))
     sequence = share_sequences(model, run.train, world)

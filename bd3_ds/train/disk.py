@@ -55,9 +55,8 @@ def disk_of(run: RunConfig, parameters: int) -> Disk:
     # A new one is complete before the oldest goes.
     checkpoints = min(kept + for_good + 1, max(written, kept + for_good))
     exports = -(-steps // train.export_every)
-    keep_exports = getattr(train, "keep_exports", None)
-    if keep_exports is not None:
-        exports = min(exports, keep_exports + 1)
+    if train.keep_exports is not None:
+        exports = min(exports, train.keep_exports + 1)
     return Disk(
         checkpoint=CHECKPOINT_BYTES * parameters,
         checkpoints=checkpoints,

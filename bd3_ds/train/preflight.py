@@ -7,18 +7,14 @@ from pathlib import Path
 
 from bd3_ds.config.check import check_run, ranks_at_work
 from bd3_ds.config.check_data import is_remote, packs, size_in_bytes
-from bd3_ds.config.load import flat, load_resolved
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.data.mixture import samples_of_epoch
 from bd3_ds.data.pack import INDEX, Manifest, check_same_tokenizer, read_index, read_manifest, read_token_counts
 from bd3_ds.data.remote import fetch_facts, pack_directory
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json, require_writable
+from bd3_ds.train.earlier import earlier_runs, refused_changes
 from bd3_ds.train.start import find_start
-
-# What a run may not change between its start and its continuation.
-_FIXED = ("model.", "data.", "objective.", "seed", "train.global_batch", "train.precision")
-_FREE = ("data.workers", "data.train", "data.cache", "data.predownload", "model.attention")
 
 
 def preflight(run: RunConfig, world_size: int) -> RunConfig:
@@ -203,20 +199,9 @@ def _start(run: RunConfig) -> list[str]:
 
 def _run_dir(run: RunConfig) -> list[str]:
     """A run directory is writable and belongs to one run: another model, data order or batch may not continue it."""
-    path = Path(run.run_dir) / "run.yaml"
     try:
         require_writable(Path(run.run_dir))
-        if not path.is_file():
-            return []
-        before = flat(load_resolved(path))
+        earlier = earlier_runs(Path(run.run_dir))
     except UserError as error:
         return [f"run_dir: {message}" for message in error.messages]
-    now = flat(run)
-    if list(before["data.mix"].values()) == list(now["data.mix"].values()):
-        before["data.mix"] = now["data.mix"]  # packs may move; that they are the same is seen by their hashes
-    return [
-        f"{key} was {before[key]} when {run.run_dir} was started and is {now[key]} now; "
-        "set it back, or give the new run a run_dir of its own"
-        for key in now
-        if key.startswith(_FIXED) and not key.startswith(_FREE) and before[key] != now[key]
-    ]
+    return refused_changes(earlier, run)

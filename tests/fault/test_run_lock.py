@@ -78,6 +78,7 @@ def test_the_second_start_changes_nothing_and_gets_the_run_when_the_first_is_kil
     third = launch_training(recipe, *words, f"train.total_steps={reached + 2}", ranks=1)
     assert third.returncode == 0, third.stdout
     assert f"continuing {run_dir} after step {reached}" in third.stdout
+    assert f"going on with train.total_steps 1000000 -> {reached + 2}\n" in third.stdout
 
 
 @pytest.mark.parametrize(("locks", "file"), [("with", LOCK), ("without", HELD)])
