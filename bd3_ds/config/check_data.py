@@ -45,7 +45,7 @@ def _remotes(data: DataConfig) -> list[str]:
         if is_remote(pack) and (protocol := pack.partition("://")[0]) not in REMOTE
     ]
     if not data.cache.strip():
-        problems.append("data.cache is empty; name a directory on a local disk such as /tmp/bd3-ds")
+        problems.append("data.cache is empty; name a directory on a local disk such as /tmp/bd3-ds-{uid}")
     if data.cache_limit is None:
         return problems
     local = [pack for pack in packs(data) if not is_remote(pack)]

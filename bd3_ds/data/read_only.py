@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bd3_ds.config.check_data import is_remote
 from bd3_ds.data.pack import INDEX, list_shards
-from bd3_ds.data.remote import pack_directory, say, turn
+from bd3_ds.data.remote import make_cache_root, pack_directory, say, turn
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import require_writable, write_bytes
 
@@ -27,8 +27,8 @@ def shard_directory(pack: str, cache: str) -> Path:
     if is_remote(pack) or can_unpack_in(directory):
         return directory
     digest = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:12]
-    place = Path(cache).expanduser() / f"{directory.resolve().name}-{digest}"
     try:
+        place = make_cache_root(cache) / f"{directory.resolve().name}-{digest}"
         require_writable(place)
         place.mkdir(parents=True, exist_ok=True)
     except (UserError, OSError) as error:

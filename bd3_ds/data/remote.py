@@ -59,7 +59,26 @@ def pack_directory(pack: str, cache: str) -> Path:
         return Path(pack)
     address = pack.rstrip("/")
     digest = hashlib.sha256(address.encode()).hexdigest()[:12]
-    return Path(cache).expanduser() / f"{address.rsplit('/', 1)[-1]}-{digest}"
+    return cache_root(cache) / f"{address.rsplit('/', 1)[-1]}-{digest}"
+
+
+def cache_root(cache: str) -> Path:
+    """The directory that data.cache names; {uid} in it stands for the user, so that users of a node do not share one."""
+    return Path(cache.replace("{uid}", str(os.getuid()))).expanduser()
+
+
+def make_cache_root(cache: str) -> Path:
+    """`cache_root`, made where it is not there, for this user alone where its name is the user's.
+
+    Raises UserError for one of the latter kind that another user has made.
+    """
+    root = cache_root(cache)
+    if "{uid}" in cache and not root.is_dir():
+        require_writable(root.parent)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if "{uid}" in cache and root.stat().st_uid != os.getuid():
+        raise UserError(f"data.cache={root} belongs to another user; name a directory of your own on a local disk")
+    return root
 
 
 def fetch_facts(pack: str, cache: str) -> Path:
@@ -71,6 +90,7 @@ def fetch_facts(pack: str, cache: str) -> Path:
     directory = pack_directory(pack, cache)
     if not is_remote(pack):
         return directory
+    make_cache_root(cache)
     require_writable(directory.parent)
     directory.mkdir(parents=True, exist_ok=True)
     get = opener(pack)
