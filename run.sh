@@ -51,8 +51,9 @@ stage() { # train one recipe with an evaluation worker beside it; nothing is don
     worker=$!
     # shellcheck disable=SC2064: now, since the name is gone when the trap is run
     trap "kill $worker 2>/dev/null || true" EXIT
-    # 16 sequences a step in two micro-batches on 1 to 8 ranks
-    "$python" -m bd3_ds.launch "configs/recipes/$recipe.yaml" train.micro_batch=$((16 / $(ranks) / 2))
+    # 16 sequences a step in two micro-batches on 1 to 8 ranks, in one on more
+    local share=$((16 / $(ranks)))
+    "$python" -m bd3_ds.launch "configs/recipes/$recipe.yaml" train.micro_batch=$((share > 1 ? share / 2 : 1))
     trap - EXIT
     echo "waiting for the evaluation worker (its log: runs/docs/$2-worker.log)"
     wait $worker || echo "the worker stopped early; evaluating what is left"

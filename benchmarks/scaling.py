@@ -3,8 +3,8 @@
     python -m benchmarks.scaling [--mfu 0.4] [--json FILE]
 
 Prints the tables of docs/scaling.md. Nothing is measured here: formulas (`bd3_ds/train/communication.py`, whose bytes a
-test counts on two ranks), the bandwidths stated there, H100s at the stated share of their peak, 8 to a node. Weak
-scaling: each rank's tokens a step stay the same.
+test counts on two ranks), the bandwidths stated there, H100s at the stated share of their peak, 8 to a node; stage 3
+gathers weights again as ds_configs/zero3.json has it. Weak scaling: each rank's tokens a step stay the same.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bd3_ds.config.ds_json import DEFAULT, load_ds_json
 from bd3_ds.model.dit import Network
 from bd3_ds.model.flops import training_flops_per_sequence
 from bd3_ds.train.communication import NETWORK, NVLINK, VARIANTS, seconds, ulysses_traffic, zero_traffic
 from bd3_ds.train.gpus import find_gpu
-from bd3_ds.train.memory import parameter_count
+from bd3_ds.train.memory import parameter_count, zero_of
 from bd3_ds.train.plan import MFU
 
 PER_NODE = 8
 RANKS = (8, 16, 64, 256, 1024)
 GPU = "h100-80g"
+REUSE = zero_of(load_ds_json(DEFAULT.parent / "zero3.json")).reuse
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Row:
 def row(name: str, variant: str, ranks: int, mfu: float, accumulation: int = 1) -> Row:
     """One cell of the tables."""
     model = MODELS[name]
-    traffic = zero_traffic(model.parameters, variant, ranks, PER_NODE, accumulation)
+    traffic = zero_traffic(model.parameters, variant, ranks, PER_NODE, accumulation, distance=REUSE)
     computing = accumulation * model.micro_batch * model.flops / (find_gpu(GPU, "GPU").peak_bf16 * mfu)
     return Row(name, variant, ranks, sum(c.sent for c in traffic), seconds(traffic), computing)
 
@@ -89,7 +91,7 @@ def least_tokens(name: str, variant: str, ranks: int, mfu: float) -> float:
     """Clean tokens of a rank's micro-batch at which communication and computing take as long, without accumulation."""
     model = MODELS[name]
     per_token = model.flops / model.length / (find_gpu(GPU, "GPU").peak_bf16 * mfu)
-    return seconds(zero_traffic(model.parameters, variant, ranks, PER_NODE)) / per_token
+    return seconds(zero_traffic(model.parameters, variant, ranks, PER_NODE, distance=REUSE)) / per_token
 
 
 def ulysses_row(name: str, ranks: int, mfu: float) -> tuple[float, float]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import itertools
 import json
+import shlex
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from bd3_ds.runtime.errors import UserError
-from data_prep.pieces import Piece, Position
+from data_prep.pieces import Piece, Position, document
 
 TEXT, JSONL, CSV, PARQUET = "text", "jsonl", "csv", "parquet"
 FORMATS = {
@@ -87,7 +90,7 @@ def count_documents(path: Path, layout: Layout) -> int:
 
 
 def read_file(path: Path, layout: Layout, position: Position) -> Iterator[Piece]:
-    """The documents in a file, empty ones too; adds the file's bytes that were read to `position.done`.
+    """The documents in a file, empty ones and nulls too; adds the file's bytes that were read to `position.done`.
 
     Raises UserError, with the file's name, for damage, a wrong ending and a missing field.
     """
@@ -114,6 +117,11 @@ class _user_errors:
         import pyarrow
 
         known = (OSError, EOFError, csv.Error, zipfile.BadZipFile, zlib.error, pyarrow.ArrowException)
+        if isinstance(error, known) and "too much memory" in str(error):  # zstd's word for a window over 128 MiB
+            raise UserError(
+                f"--source: {self.path} was packed with a longer window than is read here; unpack it with "
+                f"`zstd -d --long=31 {shlex.quote(str(self.path))}` and give the result"
+            ) from None
         if isinstance(error, known):
             what = f"is not a Parquet file or damaged ({error})" if self.path.suffix == ".parquet" else None
             raise UserError(f"--source: {self.path} {what or f'cannot be read ({error})'}; get it again") from None
@@ -136,12 +144,12 @@ def _pieces(path: Path, raw: BinaryIO, kind: str, layout: Layout) -> Iterator[Pi
         with _text(path, raw, newline=None) as stream:
             yield from cut(_blocks(path, stream, layout.span))
         return
-    texts: Iterable[str]
+    texts: Iterable[str | None]
     if kind == TEXT:
         texts = (line if layout.keep_newline else line.strip() for line in _text(path, raw, newline=None))
     else:
-        texts = {JSONL: _jsonl, CSV: _csv, PARQUET: _parquet}[kind](path, raw, layout.field)
-    yield from (Piece(text, True) for text in texts)
+        texts = {JSONL: json_texts, CSV: _csv, PARQUET: _parquet}[kind](path, raw, layout.field)
+    yield from map(document, texts)
 
 
 def _text(path: Path, raw: BinaryIO, newline: str | None) -> io.TextIOWrapper:
@@ -153,10 +161,12 @@ def _text(path: Path, raw: BinaryIO, newline: str | None) -> io.TextIOWrapper:
         if len(members) != 1:
             raise UserError(f"--source: {path} holds {len(members)} files; unpack it and give the directory")
         stream = archive.open(members[0])  # type: ignore[assignment]
+    elif packed == ".gz":  # all members, zeros after the last passed over as gzip does, EOFError for a cut one
+        stream = gzip.GzipFile(fileobj=raw)  # type: ignore[assignment]
     elif packed:
         import pyarrow
 
-        # Reads through all frames of a file and raises for a cut one, which Python's gzip and zstd's tools differ in.
+        # Reads through all frames of a file and raises for a cut one, which zstd's tools differ in.
         stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), COMPRESSION[packed])
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
 
@@ -194,22 +204,63 @@ def cut(blocks: Iterable[str]) -> Iterator[Piece]:
         yield Piece(rest, starts)
 
 
-def _jsonl(path: Path, raw: BinaryIO, field: str) -> Iterator[str]:
+def json_texts(path: Path, raw: BinaryIO, field: str) -> Iterator[str | None]:
+    """The texts of JSON lines, None for null; raises UserError that names the line for all else."""
     with _text(path, raw, newline="\n") as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"--source: {path} line {number} is not valid JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise UserError(f"--source: {path} line {number} is no JSON object; give one object a line")
+            where = f"{path} line {number}"
+            record = _record(path, where, line)
             if field not in record:
-                raise no_field(f"{path} line {number}", field, list(record))
-            if not isinstance(record[field], str):
-                raise UserError(f"--text-field {field}: {path} line {number} holds no string there")
-            yield record[field]
+                raise no_field(where, field, list(record))
+            if isinstance(record, _Twice) and field in record.keys_twice:
+                raise UserError(f"--source: {where} has the key '{field}' twice, and only one can be meant; remove one")
+            text = record[field]
+            if text is not None and not isinstance(text, str):
+                raise UserError(
+                    f"--text-field {field}: {where} holds no string there but {_JSON_KINDS[type(text)]}; name the key "
+                    "that holds the text, or write it as one string"
+                )
+            yield text
+
+
+_JSON_KINDS: dict[type, str] = {
+    list: "a list", dict: "an object", bool: "true or false", int: "a number", float: "a number",
+}  # fmt: skip
+
+
+class _Twice(dict[str, Any]):
+    """A JSON object of which some keys were given more than once."""
+
+    keys_twice: frozenset[str]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        value, seen = _Twice(pairs), Counter(key for key, _ in pairs)
+        value.keys_twice = frozenset(key for key, times in seen.items() if times > 1)
+    return value
+
+
+def _record(path: Path, where: str, line: str) -> dict[str, Any]:
+    """The object on a line; else UserError with how to get one object a line."""
+    begins = line.lstrip()[0]
+    shown = shlex.quote(str(path))
+    program = "'.[]'" if begins == "[" else "."
+    remedy = f"give one object a line, such as `jq -c {program} {shown}` writes"
+    try:
+        record = json.loads(line, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
+        if begins == "[":
+            raise UserError(f"--source: {where} is no JSON object but begins an array; {remedy}") from None
+        more = f"; {remedy}" if line.strip() == "{" else ""  # of an object over several lines
+        raise UserError(f"--source: {where} is not valid JSON ({error}){more}") from None
+    if not isinstance(record, dict):
+        kind = "an array" if isinstance(record, list) else "a single value"
+        raise UserError(f"--source: {where} is no JSON object but {kind}; {remedy}")
+    return record
 
 
 def _csv(path: Path, raw: BinaryIO, field: str) -> Iterator[str]:
@@ -218,6 +269,7 @@ def _csv(path: Path, raw: BinaryIO, field: str) -> Iterator[str]:
         rows = csv.reader(stream)
         head = next(rows, [])
         if field in head:
+            require_once(str(path), field, head)
             column = head.index(field)
             for row in rows:
                 if row and len(row) <= column:
@@ -230,14 +282,50 @@ def _csv(path: Path, raw: BinaryIO, field: str) -> Iterator[str]:
             raise no_field(str(path), field, head)
 
 
-def _parquet(path: Path, raw: BinaryIO, field: str) -> Iterator[str]:
+def _parquet(path: Path, raw: BinaryIO, field: str) -> Iterator[str | None]:
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True)
-    if field not in file.schema_arrow.names:
-        raise no_field(str(path), field, file.schema_arrow.names)
+    require_strings(str(path), field, file.schema_arrow)
     for batch in file.iter_batches(batch_size=256, columns=[field]):
-        yield from ("" if text is None else str(text) for text in batch.column(0).to_pylist())
+        yield from batch.column(0).to_pylist()
+
+
+def require_strings(where: str, field: str, schema: Any) -> None:
+    """Raise UserError unless the Arrow `schema` of `where` has one column `field`, and that holds strings (or nulls).
+
+    Other types have no text of their own, only Python's way of writing them.
+    """
+    import pyarrow
+
+    if field not in schema.names:
+        raise no_field(where, field, schema.names)
+    require_once(where, field, schema.names)
+    kind = schema.field(field).type
+    if not _is_string(kind):
+        strings = [column.name for column in schema if _is_string(column.type)]
+        named = f"name a column of strings ({', '.join(strings[:10])})" if strings else "no other column holds strings"
+        binary = pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+        cast = "cast this one to string if its bytes are UTF-8" if binary else "write this one as strings"
+        raise UserError(
+            f"--text-field {field}: {where} has the type {kind} there, which is no text; {named}; or {cast}"
+        )
+
+
+def _is_string(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(check(kind) for check in (types.is_string, types.is_large_string, types.is_string_view, types.is_null))
+
+
+def require_once(where: str, field: str, fields: list[str]) -> None:
+    """Raise UserError where `field` is the name of several."""
+    if fields.count(field) > 1:
+        raise UserError(
+            f"--text-field {field}: {where} has {fields.count(field)} columns of this name; rename all but one"
+        )
 
 
 def no_field(where: str, field: str, fields: list[str]) -> UserError:

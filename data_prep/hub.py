@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from bd3_ds.runtime.errors import UserError, did_you_mean
-from data_prep.files import no_field
+from data_prep.files import no_field, require_strings
 from data_prep.pieces import Position
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def parquet_texts(
     part: tuple[int, int],
     position: Position,
     advice: str,
-) -> Iterator[str]:
-    """The texts numbered from `part[0]` to before `part[1]` of a split that has `documents` of them.
+) -> Iterator[str | None]:
+    """The texts, None for null, numbered from `part[0]` to before `part[1]` of a split that has `documents` of them.
 
     The split's Parquet files are those whose names begin with `folder`. Raises UserError where it is not whole.
     """
@@ -68,8 +68,8 @@ def parquet_texts(
             first += metadata.num_rows
 
 
-def any_texts(info: DatasetInfo, split: str, field: str, position: Position, advice: str) -> Iterator[str]:
-    """The column `field` of a split of any set that the library `datasets` can stream."""
+def any_texts(info: DatasetInfo, split: str, field: str, position: Position, advice: str) -> Iterator[str | None]:
+    """The column `field`, None for null, of a split of any set that the library `datasets` can stream."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -82,8 +82,12 @@ def any_texts(info: DatasetInfo, split: str, field: str, position: Position, adv
                 raise no_field(info.id, field, list(row))
             position.done += 1
             if not isinstance(row[field], (str, type(None))):
-                raise UserError(f"--text-field {field}: {info.id} holds no strings there; {advice}")
-            yield row[field] or ""
+                kind = type(row[field]).__name__
+                raise UserError(
+                    f"--text-field {field}: {info.id} holds values of the type {kind} there, which are no text; name a "
+                    f"column of strings ({', '.join(name for name in row if isinstance(row[name], str)) or 'none'})"
+                )
+            yield row[field]
 
 
 def _open(info: DatasetInfo, file: str) -> Any:
@@ -99,7 +103,7 @@ def _metadata(info: DatasetInfo, file: str) -> Any:
         return pyarrow.parquet.ParquetFile(stream).metadata
 
 
-def _rows(info: DatasetInfo, file: str, metadata: Any, field: str, first: int, last: int) -> Iterator[str]:
+def _rows(info: DatasetInfo, file: str, metadata: Any, field: str, first: int, last: int) -> Iterator[str | None]:
     """The rows of a file from `first` to before `last`, which may lie outside it; what is not needed is not read."""
     import pyarrow.parquet
 
@@ -113,13 +117,12 @@ def _rows(info: DatasetInfo, file: str, metadata: Any, field: str, first: int, l
         return
     with _open(info, file) as stream:
         table = pyarrow.parquet.ParquetFile(stream, metadata=metadata, page_checksum_verification=True)
-        if field not in table.schema_arrow.names:
-            raise no_field(info.id, field, table.schema_arrow.names)
+        require_strings(info.id, field, table.schema_arrow)
         number = groups[0][1]
         for batch in table.iter_batches(batch_size=256, row_groups=[group for group, _ in groups], columns=[field]):
             for text in batch.column(0).to_pylist():
                 if first <= number < last:
-                    yield str(text or "")
+                    yield text
                 number += 1
 
 

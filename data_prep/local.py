@@ -2,37 +2,73 @@
 
 from __future__ import annotations
 
+import glob
+import os
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from bd3_ds.runtime.errors import UserError
 from data_prep.catalog import NamedSet, check_split
-from data_prep.files import Layout, count_documents, read_file
-from data_prep.find import find_files, find_set
+from data_prep.files import Layout, check_ending, count_documents, read_file
+from data_prep.find import Found, find_files, find_set, no_such_path
 from data_prep.packing import NONE
 from data_prep.pieces import Piece, Position, Source
 
 
 def any_text(path: Path, split: str | None, field: str | None) -> Source:
     """A file or directory of text of no known set; without a split all of it."""
-    path = path.resolve()
+    path = own_name(path)
     if split is not None and not path.is_dir():
         raise _no_split(path, split)
     layout = Layout(field or "text")
-    files = find_files(path, split, layout)
-    name = path.name.split(".")[0] or "text"
-    return Source(name, str(path), split, "none", NONE, _size(files), lambda position: _read(files, layout, position))
+    found = find_files(path, split, layout)
+    return _of_files(str(path), found, split, layout)
+
+
+def matching(pattern: str, split: str | None, field: str | None) -> Source:
+    """The files that a pattern with *, ? or [ matches, `**` at any depth, in the order of their names."""
+    if split is not None:
+        raise UserError(f"--split {split}: {pattern} names its files itself; leave --split out")
+    full = os.path.abspath(pattern)
+    matches = sorted(Path(name) for name in glob.glob(full, recursive=True))
+    if lost := [path for path in matches if not path.exists()]:
+        raise no_such_path(lost[0])
+    files = [path for path in matches if path.is_file()]
+    layout = Layout(field or "text")
+    if "**" not in pattern:  # which matches what is in its directories by itself
+        folders = [path for path in matches if path.is_dir()]
+        files = sorted([*files, *(file for folder in folders for file in find_files(folder, None, layout).files)])
+    if not files:
+        raise UserError(f"--source '{pattern}': no file matches it")
+    for file in files:
+        check_ending(file, layout)
+    return _of_files(full, Found(files, []), None, layout)
+
+
+def _of_files(spec: str, found: Found, split: str | None, layout: Layout) -> Source:
+    stem = Path(spec).name.split(".")[0]
+    name = re.sub(r"[*?\[\]]+", "", stem).strip("-_") or "text"
+
+    def read(position: Position) -> Iterator[Piece]:
+        return _read(found.files, layout, position)
+
+    left_out = tuple(found.left_out)
+    return Source(
+        name, spec, split, "none", NONE, _size(found.files), read, files=tuple(found.files), left_out=left_out
+    )
 
 
 def named_set(name: str, path: Path, split: str | None, field: str | None, known: NamedSet) -> Source:
     """A local copy of a named set; of a directory its default split, where names or the set itself tell splits."""
-    path = path.resolve()
+    path = own_name(path)
     if split is not None:
         check_split(name, split, known.splits)
         if not path.is_dir() and not known.holdout and not known.spans:
             raise _no_split(path, split)
     layout = Layout(field or known.field, known.lines, known.keep_newline, any_ending=True)
-    files, chosen = find_set(path, split, known, layout)
+    (files, left_out), chosen = find_set(path, split, known, layout)
     size = _size(files)
 
     def read(position: Position) -> Iterator[Piece]:
@@ -57,7 +93,13 @@ def named_set(name: str, path: Path, split: str | None, field: str | None, known
                 )
             return _part(_read(files, layout, position), boundary, train)
 
-    return Source(name, f"{name}={path}", chosen, known.detokenizer, known.frame, size, read)
+    source = Source(name, f"{name}={path}", chosen, known.detokenizer, known.frame, size, read)
+    return replace(source, files=tuple(files), left_out=tuple(left_out))
+
+
+def own_name(path: Path) -> Path:
+    """`path` in full; a file keeps the name that was given, which tells its format, where that is a link's."""
+    return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
 
 
 def _read(files: list[Path], layout: Layout, position: Position) -> Iterator[Piece]:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bd3_ds.runtime.errors import UserError
 
+if TYPE_CHECKING:
+    from bd3_ds.runtime.cli import Parser
+    from data_prep.pieces import Source
+
+SHOWN = 4  # names in a list of files
 REMOTE_SCHEMES = ("s3", "gs", "oci", "azure", "hf")
 
 
@@ -47,3 +54,34 @@ def output(out: str, scratch: str | None) -> tuple[Path, str | None]:
         raise UserError(f"--out {out}: must be a directory or an address that begins with one of {known}")
     folder = Path(tempfile.gettempdir()) if scratch is None else local_directory("--scratch", scratch)
     return folder / f"pack-{hashlib.sha256(out.rstrip('/').encode()).hexdigest()[:12]}", out.rstrip("/")
+
+
+def add_sources(parse: Parser) -> None:
+    """Give a command the option --source, which takes several values and may be given several times."""
+    parse.add_argument(
+        "--source",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="SOURCE",
+        help="named set, NAME=PATH (a named set's local copy), FILE, DIR, 'PATTERN*', OWNER/NAME (hub); several are "
+        "read in the order in which they are given",
+    )
+
+
+def say_files(source: Source) -> None:
+    """Print which files a source reads and which it does not; nothing for what has no files."""
+    if source.files:
+        print(f"reads {_counted(source.files)}, {source.size:,} bytes: {_named(source.files)}")
+    if source.left_out:
+        print(f"leaves out {_counted(source.left_out)}: {_named(source.left_out)}")
+
+
+def _counted(files: Sequence[Path]) -> str:
+    return f"{len(files):,} file{'' if len(files) == 1 else 's'}"
+
+
+def _named(files: Sequence[Path]) -> str:
+    names = [str(file) if i == 0 or file.parent != files[0].parent else file.name for i, file in enumerate(files)]
+    more = f" and {len(files) - SHOWN:,} more" if len(files) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -80,7 +80,13 @@ class PackWriter:
         _merge_indexes(self._pack)
         np.save(self._pack / COUNTS, self._counts)
         self._tokenizer.save(self._pack / TOKENIZER_DIR)
-        manifest = replace(facts, chunks=self.chunks, dtype=self.dtype, pack_hash=self._hash.hexdigest())
+        manifest = replace(
+            facts,
+            chunks=self.chunks,
+            dtype=self.dtype,
+            pack_hash=self._hash.pack(self._length, facts.frame),
+            content_hash=self._hash.content(),
+        )
         write_json(self._pack / MANIFEST, manifest.to_json())
         sync(self._pack)
         return manifest
@@ -92,11 +98,12 @@ class PackWriter:
             raise ValueError(f"chunks from {first} on: not ids below {self._tokenizer.vocab_size}")
         if (tokens == self._tokenizer.mask_id).any():
             raise ValueError(f"chunks from {first} on hold the mask id {self._tokenizer.mask_id}")
-        self._hash.add(tokens)
-        text = tokens
+        text, padded = tokens, None
         if any(len(chunk.pad_starts) for chunk in self._group):
             starts, pads = zip(*((chunk.doc_starts, chunk.pad_starts) for chunk in self._group), strict=True)
-            text = tokens[document_numbers(starts, pads, self._length) >= 0]
+            padded = document_numbers(starts, pads, self._length) < 0
+            text = tokens[~padded]
+        self._hash.add(tokens, padded)
         self._counts += np.bincount(text.ravel(), minlength=len(self._counts))
         marks = [(_bytes(chunk.doc_starts), _bytes(chunk.pad_starts)) for chunk in self._group]
         name, self._group = _name(self._groups), []

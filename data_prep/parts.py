@@ -15,11 +15,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bd3_ds.runtime.errors import UserError
+
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
     import numpy as np
 
+    from bd3_ds.data.tokenizer import Tokenizer
     from data_prep.packing import Encoded
     from data_prep.pieces import Piece
     from data_prep.workers import Workers
@@ -86,7 +89,7 @@ def encode_part(part: list[Piece], file: Path, digest: str) -> None:
     assert _worker is not None
     tokenizer, detokenize = _worker
     texts = [detokenize(piece.text) for piece in part]
-    encoded = tokenizer.encode_batch(texts)
+    encoded = encode_pieces(tokenizer, texts, [piece.starts for piece in part])
     lengths = np.array([len(ids) for ids in encoded])
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     ids = np.fromiter(itertools.chain.from_iterable(encoded), dtype, int(lengths.sum()))
@@ -96,6 +99,45 @@ def encode_part(part: list[Piece], file: Path, digest: str) -> None:
     content = io.BytesIO()
     np.savez(content, ids=ids, starts=starts, bytes=size, digest=digest)
     write_bytes(file, content.getvalue())
+
+
+_CUTS = ("\n", " ", "\n\n")  # what a piece that goes on with a document begins with
+_BEFORE = ("a", ".", "0", "\n")
+
+
+def shows_cuts(tokenizer: Tokenizer) -> bool:
+    """Whether a text that is cut in pieces has other tokens than the whole, such as a space in front of each piece."""
+    texts = [text for cut in _CUTS for text in ("a" + cut + "b", "a", cut + "b")]
+    try:
+        ids = tokenizer.encode_batch(texts)
+    except UserError:  # one of single characters, which has not all of these
+        return False
+    return any(ids[i] != ids[i + 1] + ids[i + 2] for i in range(0, len(ids), 3))
+
+
+def encode_pieces(tokenizer: Tokenizer, texts: list[str], starts: list[bool]) -> list[list[int]]:
+    """The tokens of pieces, such that those of a document's pieces are the document's own.
+
+    Where the tokenizer puts something in front of a text, a piece that goes on is encoded after a character, whose
+    tokens are then left out. Raises UserError where no character stays by itself.
+    """
+    if all(starts) or not shows_cuts(tokenizer):
+        return tokenizer.encode_batch(texts)
+    found = tokenizer.encode_batch([text if start else "" for text, start in zip(texts, starts, strict=True)])
+    for i, text in enumerate(texts):
+        if starts[i]:
+            continue
+        for before in _BEFORE:
+            alone, both = tokenizer.encode_batch([before, before + text])
+            if both[: len(alone)] == alone:
+                found[i] = both[len(alone) :]
+                break
+        else:
+            raise UserError(
+                "--tokenizer: puts something in front of each text that it reads, so that a long text cannot be cut "
+                "for it; give a .jsonl file with a document a line, or another tokenizer"
+            )
+    return found
 
 
 def _digest(part: list[Piece], made_by: str) -> str:

@@ -1,6 +1,6 @@
 """Make a pack: text -> detokenizer -> tokens -> chunks -> MDS shards.
 
-    python -m data_prep.prepare --source NAME|NAME=PATH|FILE|DIR|HUB --tokenizer SPEC --length L --out DIR|s3://...
+    python -m data_prep.prepare --source NAME|NAME=PATH|FILE|DIR|'PATTERN*'|HUB ... --tokenizer SPEC --length L --out DIR|s3://...
 
 The same settings give the same pack, to the byte, whatever the number of workers. A directory that already holds the
 pack is left as it is; a preparation that was stopped in any way goes on where it was when it is started again.
@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bd3_ds.runtime.cli import Parser
 from bd3_ds.runtime.errors import UserError, did_you_mean, run_command
-from data_prep.options import output, whole_number
+from data_prep.options import add_sources, output, say_files, whole_number
 
 if TYPE_CHECKING:
     from bd3_ds.data.pack import Manifest
@@ -34,13 +36,13 @@ def parser() -> Parser:
     """The command's options."""
     parse = Parser("data_prep.prepare", "Tokenize text and pack it into chunks of one length.")
     add = parse.add_argument
-    add("--source", required=True, help="named set, NAME=PATH (a named set's local copy), FILE, DIR, OWNER/NAME (hub)")
+    add_sources(parse)
     add("--tokenizer", required=True, help=".model file, directory, hub name such as gpt2, or characters")
     add("--length", required=True, help="tokens in a chunk, frame and padding included")
     add(
         "--out", required=True, help="directory to make, or s3://BUCKET/PREFIX and other addresses that streaming knows"
     )
-    add("--split", help="split of a named or hub set; for a directory: the files whose names begin with it")
+    add("--split", help="split of a named or hub set; for a directory: the files whose names tell it")
     add("--packing", default="wrap", help="wrap (default): end to end; aligned: documents start on block boundaries; "
         "no-split: a document a chunk")  # fmt: skip
     add("--frame", help="none: EOS after each document; bos-eos: BOS + text + EOS in each chunk (default: the set's)")
@@ -69,16 +71,19 @@ def main(argv: list[str]) -> int:
     limit = None if options.limit_documents is None else whole_number("--limit-documents", options.limit_documents, 1)
     out, remote = output(options.out, options.scratch)
     from data_prep.detokenizers import DETOKENIZERS
-    from data_prep.packing import FRAMES, PACKINGS
-    from data_prep.sources import open_source
+    from data_prep.packing import ALIGNED, FRAMES, PACKINGS
+    from data_prep.sources import open_sources
     from data_prep.work_directory import drop_work_directory, revision_begun
 
     _check_name("--packing", options.packing, PACKINGS)
     _check_name("--frame", options.frame, FRAMES)
     _check_name("--detokenizer", options.detokenizer, DETOKENIZERS)
     block_size = _block_size(options, length)
-    revision = options.revision or revision_begun(out, options.source)
-    source = open_source(options.source, options.split, options.text_field, revision)
+    words = options.source
+    revision = options.revision or revision_begun(out, words[0] if len(words) == 1 else shlex.join(words))
+    given = [name for name in ("detokenizer", "frame") if getattr(options, name) is not None]
+    given += ["frame"] if options.packing == ALIGNED else []  # which has but one
+    source = open_sources(words, options.split, options.text_field, revision, given)
     from bd3_ds.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer)
@@ -91,14 +96,18 @@ def main(argv: list[str]) -> int:
             shutil.rmtree(out, ignore_errors=True)  # a start that was killed once all was sent
             return 0
         if not _made_before(out, settings):
+            say_files(source)
             prepare(source, tokenizer, out, settings, workers)
         send(out, remote)
         report(out, options.out)
+        say_next(options.out, remote=True)
         shutil.rmtree(out)
         return 0
     if not already_there(out, settings, options.overwrite):
+        say_files(source)
         prepare(source, tokenizer, out, settings, workers)
     report(out, options.out)
+    say_next(options.out, remote=False)
     return 0
 
 
@@ -107,11 +116,16 @@ def prepare(source: Source, tokenizer: Tokenizer, out: Path, settings: dict[str,
 
     Finished parts of an earlier start are used again. Raises UserError where there is too little text or disk.
     """
-    from data_prep.work_directory import work_directory
+    from data_prep.work_directory import work_directory, work_directory_of
 
     try:
         with work_directory(out) as work:
             return _prepare(source, tokenizer, out, settings, workers, work)
+    except KeyboardInterrupt:
+        kept = "what is finished is kept: the same command goes on from there"
+        raise KeyboardInterrupt(
+            f"stopped; {kept if work_directory_of(out).exists() else 'nothing was finished yet'}"
+        ) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -125,7 +139,7 @@ def _prepare(
     source: Source, tokenizer: Tokenizer, out: Path, settings: dict[str, Any], workers: int, work: Path
 ) -> Manifest:
     from data_prep.packing import Recipe, Tally, pack
-    from data_prep.parts import encode_parts, start_worker
+    from data_prep.parts import encode_parts, shows_cuts, start_worker
     from data_prep.pieces import Position
     from data_prep.progress import Progress
     from data_prep.work_directory import keep_revision, put_in_place
@@ -140,7 +154,8 @@ def _prepare(
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
     )
-    tally, made_by = Tally(), f"{settings['tokenizer']} {settings['detokenizer']}"
+    joined = " joined" if shows_cuts(tokenizer) else ""  # unlike parts that were made when cuts were seen in them
+    tally, made_by = Tally(), f"{settings['tokenizer']} {settings['detokenizer']}{joined}"
     parts_folder = work / "parts"
     parts_folder.mkdir(exist_ok=True)
     keep_revision(work, source.spec, source.revision())
@@ -174,12 +189,17 @@ def _prepare(
                 recipe.length,
                 tally,
                 name=source.name,
-                source=source.spec,
+                source=shlex.join(source.specs) or source.spec,
                 settings=settings,
                 packing=recipe.packing,
                 frame=recipe.frame,
                 detokenizer=settings["detokenizer"],
                 revision=source.revision(),
+            )
+            about = replace(
+                about,
+                files=[(str(file), file.stat().st_size) for file in source.files],
+                left_out={"nulls": position.nulls, "blank": position.blank},
             )
             manifest = writer.finish(about)
             put_in_place(work / "pack", out)
@@ -220,7 +240,7 @@ def _settings(
 ) -> dict[str, Any]:
     """Everything that decides the chunks; equal settings, equal pack."""
     return {
-        "source": source.spec,
+        "source": list(source.specs) or source.spec,
         "source_bytes": source.size,
         "split": source.split,
         "revision": options.revision,
@@ -277,7 +297,7 @@ def check_same(out: str, manifest: Manifest, settings: dict[str, Any]) -> None:
 
 
 def report(out: Path, shown: str) -> None:
-    """Print what the pack `out` holds, under the name `shown`."""
+    """Print what the pack `out` holds, under the name `shown`, and what was left out of it."""
     from bd3_ds.data.pack import read_manifest
 
     manifest = read_manifest(out)
@@ -287,6 +307,16 @@ def report(out: Path, shown: str) -> None:
         f"{manifest.chunks} chunks of {manifest.length}, {manifest.dropped_tokens} tokens dropped{padding}, "
         f"pack hash {manifest.pack_hash}"
     )
+    nulls, blank = manifest.left_out.get("nulls", 0), manifest.left_out.get("blank", 0)
+    if nulls or blank:
+        print(f"left out because they hold no text: {nulls} null, {blank} empty")
+
+
+def say_next(shown: str, remote: bool) -> None:
+    """Print what is usually done with a pack."""
+    place = shlex.quote(shown)
+    check = "" if remote else f"`python -m data_prep.verify {place}` checks it; "
+    print(f"next: {check}train on it with data.train={place}, or score models on it with eval.sets.NAME={place}")
 
 
 if __name__ == "__main__":

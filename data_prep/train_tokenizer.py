@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from bd3_ds.runtime.cli import Parser
 from bd3_ds.runtime.errors import UserError, did_you_mean, run_command
 from bd3_ds.runtime.files import new_directory
-from data_prep.options import local_directory, whole_number
+from data_prep.options import add_sources, local_directory, say_files, whole_number
 
 MODEL_TYPES = ("bpe", "unigram")
 LEAST_VOCABULARY = 300  # 256 bytes, unknown, end, newline, and room for letters
@@ -25,7 +25,7 @@ SAMPLE_CHARACTERS = 12_000_000  # enough for the statistics of a vocabulary of t
 def main(argv: list[str]) -> int:
     """Run the command; returns 0 or raises UserError."""
     parse = Parser("data_prep.train_tokenizer", "Train a sentencepiece tokenizer; writes DIR/tokenizer.model.")
-    parse.add_argument("--source", required=True, help="as in data_prep.prepare")
+    add_sources(parse)
     parse.add_argument("--split", help="as in data_prep.prepare")
     parse.add_argument("--text-field", help="as in data_prep.prepare")
     parse.add_argument("--vocab-size", required=True, help="pieces, the 256 bytes included, the mask not")
@@ -38,18 +38,22 @@ def main(argv: list[str]) -> int:
     if options.model_type not in MODEL_TYPES:
         raise UserError(f"--model-type {options.model_type}: {did_you_mean(options.model_type, MODEL_TYPES)}")
     from bd3_ds.data.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
-    from data_prep.sources import open_source
+    from data_prep.sources import open_sources
 
-    source = open_source(options.source, options.split, options.text_field)
+    source = open_sources(options.source, options.split, options.text_field, given=("detokenizer", "frame"))
     if out.exists():
         others = [file for file in out.iterdir() if file.name != SENTENCEPIECE_FILE]
         if others:
             raise UserError(f"--out {out}: exists and is not a tokenizer directory; choose another")
         if any(out.iterdir()) and not options.overwrite:
             raise UserError(f"--out {out}: already holds a tokenizer; use it, choose another, or give --overwrite")
-    with new_directory(out, replace=True) as directory:
-        model = train((piece.text for piece in source.pieces()), size, options.model_type)
-        (directory / SENTENCEPIECE_FILE).write_bytes(model)
+    say_files(source)
+    try:
+        with new_directory(out, replace=True) as directory:
+            model = train((piece.text for piece in source.pieces()), size, options.model_type)
+            (directory / SENTENCEPIECE_FILE).write_bytes(model)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; no tokenizer was written, and one that was there is as it was") from None
     tokenizer = load_tokenizer(str(out))
     print(f"{out / SENTENCEPIECE_FILE}: {size} pieces, fingerprint {tokenizer.fingerprint}")
     return 0

@@ -20,7 +20,11 @@ def main(argv: list[str]) -> int:
     """Run the command; returns 0 or raises UserError naming each damaged shard."""
     parse = Parser("data_prep.verify", "Check every shard of a pack.")
     parse.add_argument("directory", help="a directory that data_prep.prepare made")
-    verify(Path(parse.parse(argv).directory))
+    directory = Path(parse.parse(argv).directory)
+    try:
+        verify(directory)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; {directory} is not wholly checked, and as it was") from None
     return 0
 
 
@@ -30,6 +34,7 @@ def verify(directory: Path) -> None:
     Raises UserError with a sentence for each broken shard, and one that says how to mend them.
     """
     import numpy as np
+    from tqdm import tqdm
 
     from bd3_ds.data.pack import (
         COUNTS,
@@ -50,16 +55,18 @@ def verify(directory: Path) -> None:
     if TokenizerInfo.of(tokenizer) != manifest.tokenizer:
         raise UserError(f"{directory}: its tokenizer/ is not the tokenizer of its manifest; {mend}")
     digest, counts, starts, padding = PackHash(), np.zeros(tokenizer.vocab_size, np.int64), 0, 0
-    for i in range(len(pack)):
+    for i in tqdm(range(len(pack)), desc=f"verifying {directory}", unit="chunk", disable=None, leave=False):
         tokens = pack.tokens(i)
-        digest.add(tokens)
         if tokens.max() >= tokenizer.vocab_size:
             raise UserError(f"{directory}: chunk {i} holds token {tokens.max()}, outside the vocabulary; {mend}")
         numbers = document_numbers([pack.doc_starts(i)], [pack.pad_starts(i)], manifest.length)[0]
+        digest.add(tokens[None], numbers[None] < 0)
         counts += np.bincount(tokens[numbers >= 0], minlength=tokenizer.vocab_size)
         starts += len(pack.doc_starts(i))
         padding += int((numbers < 0).sum())
-    if digest.hexdigest() != manifest.pack_hash:
+    whole = digest.pack(manifest.length, manifest.frame)
+    # An old pack with padding has the hash of its content under both names.
+    if digest.content() != manifest.content_hash or manifest.pack_hash not in (whole, digest.content()):
         raise UserError(f"{directory}: its chunks do not have the manifest's hash; {mend}")
     framed = 2 * len(pack) if manifest.frame == BOS_EOS else 0
     kept = len(pack) * manifest.length - padding - framed
@@ -84,15 +91,17 @@ def verify(directory: Path) -> None:
         print(f"  {token:6d} {shown!r:14} {100 * counts[token] / total:5.2f} %")
     for i in np.linspace(0, len(pack) - 1, min(SAMPLES, len(pack))).astype(int):
         print(f"--- chunk {i}\n{tokenizer.decode(pack.tokens(int(i)))[:SAMPLE_CHARACTERS]}")
-    print(f"ok, pack hash {manifest.pack_hash}")
+    print(f"ok, pack hash {manifest.pack_hash}, of its tokens alone {manifest.content_hash}")
 
 
 def broken_shards(directory: Path) -> list[str]:
     """A sentence for each shard that is missing, cut, or other than its hash says."""
+    from tqdm import tqdm
+
     from bd3_ds.data.pack import list_shards, read_shard_file
 
     broken = []
-    for shard in list_shards(directory):
+    for shard in tqdm(list_shards(directory), desc=f"reading {directory}", unit="shard", disable=None, leave=False):
         try:
             read_shard_file(directory, shard)
         except UserError as error:
@@ -105,7 +114,9 @@ def command(directory: Path) -> str:
     from bd3_ds.data.pack import TOKENIZER_DIR, read_manifest
 
     manifest = read_manifest(directory)
-    made, given = manifest.settings, ["--source", manifest.source]
+    made = manifest.settings
+    sources = made.get("source", manifest.source)
+    given = ["--source", *([sources] if isinstance(sources, str) else sources)]
     if "packing" not in made:
         return f"the program that made it ({manifest.source})"
     if manifest.revision is not None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -32,7 +34,8 @@ class Workers:
         """Have work(*arguments) done; with one process it is done at once."""
         if self._pool is not None:
             try:
-                return self._pool.submit(work, *arguments)
+                with _ctrl_c_is_for_this_process():
+                    return self._pool.submit(work, *arguments)
             except BrokenProcessPool:
                 raise _killed() from None
         future: Future[Any] = Future()
@@ -53,6 +56,16 @@ def result(future: Future[Any]) -> Any:
         return future.result()
     except BrokenProcessPool:
         raise _killed() from None
+
+
+@contextmanager
+def _ctrl_c_is_for_this_process() -> Iterator[None]:
+    """Processes that are started meanwhile never see SIGINT, which a terminal sends to all: they end with this one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _killed() -> UserError:

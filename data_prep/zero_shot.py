@@ -44,15 +44,15 @@ def table(packs: list[Path]) -> list[str]:
     from bd3_ds.data.pack import read_manifest
 
     rows = [
-        "| set | documents | tokens | chunks | scored | dropped | pack hash |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| set | documents | tokens | chunks | scored | dropped | pack hash | content hash |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for pack in packs:
         made = read_manifest(pack)
         scored = made.chunks * (made.length - 1)
         rows.append(
             f"| {pack.name} | {made.documents} | {made.tokens} | {made.chunks} | {scored} | {made.dropped_tokens} | "
-            f"{made.pack_hash[:16]} |"
+            f"{made.pack_hash[:16]} | {made.content_hash[:16]} |"
         )
     return rows
 

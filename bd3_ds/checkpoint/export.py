@@ -16,6 +16,7 @@ from bd3_ds.config.load import load_resolved, to_yaml
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import new_directory, read_json, share, write_json, write_text
+from bd3_ds.runtime.step_names import step_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,11 +51,11 @@ class Export:
 
 def export_name(step: int) -> str:
     """Names sort as steps do."""
-    return f"step-{step:08d}"
+    return step_name(step)
 
 
 def write_export(path: Path, weights: dict[str, Tensor], run: RunConfig, tokenizer: Path | None, step: int) -> Path:
-    """Write an export and commit it by a rename; an export of the same name is replaced."""
+    """Write an export, flush it to the disk and commit it by a rename; an export of the same name is replaced."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -1,62 +1,67 @@
 """Checkpoints that count only when complete: shards first, a manifest last, the newest complete one is loaded.
 
-    checkpoints/step-00000100/   rank-*.safetensors (`shards.py`) · manifest.json (state, and each file's size and hash)
+    checkpoints/step-00000100/   rank-*.safetensors and index.json (`shards.py`) · manifest.json (`manifest.py`)
 
-The shards are written behind the run's back (`Saver`), from copies; a manifest commits them once all are on disk.
+The shards are written asynchronously (`Saver`), from copies; a manifest commits them once all are on disk. The main
+rank alone looks at directories and tells the others what is there: listings of a network file system may differ.
 """
 
 from __future__ import annotations
 
-import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from torch import Tensor
 
-from bd3_ds.checkpoint.shards import shard_file, write_shard
+from bd3_ds.checkpoint.manifest import (
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    Checkpoint,
+    checkpoint_directories,
+    complete_checkpoints,
+    is_ours,
+)
+from bd3_ds.checkpoint.retention import prune_checkpoints, remove_checkpoint
+from bd3_ds.checkpoint.shards import layout, shard_file, write_index, write_shard
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.runtime.files import read_json, require_writable, write_json
+from bd3_ds.runtime.files import appears, make_directory, require_writable, write_json
 from bd3_ds.runtime.world import World
-
-MANIFEST = "manifest.json"
-FORMAT = 2
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint: its directory and what its manifest says."""
-
-    path: Path
-    manifest: dict[str, Any]
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """The training state that was saved with it."""
-        return dict(self.manifest["state"])
 
 
 class Saver:
     """Writes checkpoints, one at a time: `start`, then `finish` once no rank is `busy`, or at once.
 
     All ranks call `start` and `finish` together. `keep` newest checkpoints stay, and those whose step is a multiple of
-    `keep_every`. `behind`: the shards are written by a thread while training goes on.
+    `keep_every`. `behind`: the shards are written by a thread while training goes on. `say` hears on the main rank of
+    old checkpoints that cannot be removed; absent: stderr.
     """
 
-    def __init__(self, directory: Path, world: World, keep: int, behind: bool, keep_every: int | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        world: World,
+        keep: int,
+        behind: bool,
+        keep_every: int | None = None,
+        say: Callable[[str], None] | None = None,
+    ):
         self.directory = directory
         self._world = world
         self._keep = keep
         self._keep_every = keep_every
         self._behind = behind
+        self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+        self._lamented: set[Path] = set()
         self._tag: str | None = None
         self._state: dict[str, Any] = {}
         self._thread: threading.Thread | None = None
-        self._written: dict[str, Any] | str = ""  # this rank's file and its entry in the manifest, or what is wrong
+        self._written: dict[str, Any] | str = ""  # this rank's file and what is in it, or what is wrong
 
     @property
     def pending(self) -> bool:
@@ -69,14 +74,13 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, tag: str, state: dict[str, Any], pieces: Iterable[tuple[str, Tensor]]) -> None:
-        """Begin to save the tensors of this rank as they are now, once the last checkpoint is finished."""
+        """Begin to save the tensors of this rank as they are now, once the last checkpoint is finished.
+
+        Raises UserError on all ranks where the main rank cannot make the directory.
+        """
         self.finish()
         target = self.directory / tag
-        if self._world.is_main:
-            require_writable(self.directory)
-            shutil.rmtree(target, ignore_errors=True)
-            target.mkdir(parents=True)
-        self._world.barrier()
+        self._world.on_main(lambda: _make_room(target))
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in pieces}
         self._tag, self._state, self._written = tag, state, "its shard was not written"
         self._thread = threading.Thread(target=self._write, args=(target, copies), name=f"save-{tag}")
@@ -86,16 +90,18 @@ class Saver:
 
     def _write(self, target: Path, copies: dict[str, Tensor]) -> None:
         try:
+            target.mkdir(parents=True, exist_ok=True)  # it is there; a file server may not have told this machine yet
             path = target / shard_file(self._world.rank)
             write_shard(path, copies)
-            self._written = {path.name: _entry(path)}
+            self._written = {path.name: {**_entry(path), "pieces": layout(copies)}}
         except OSError as error:
             self._written = error.strerror or str(error)
 
     def finish(self) -> None:
         """Wait for every rank's shard and commit the checkpoint; keep the newest complete ones.
 
-        Raises UserError where a rank could not write; what was complete before is left as it was.
+        Raises UserError on all ranks where one could not write; what was complete before is left as it was. That an old
+        checkpoint cannot be removed is said, and tried again at the next one.
         """
         if self._tag is None or self._thread is None:
             return
@@ -103,106 +109,110 @@ class Saver:
         tag, target = self._tag, self.directory / self._tag
         self._tag = self._thread = None
         written = gather(self._written, self._world)
+        self._world.on_main(lambda: self._commit(target, written))
+        if self._world.is_main:
+            self._prune(tag)
+
+    def _commit(self, target: Path, written: list[dict[str, Any] | str]) -> None:
+        """Write index and manifest; raises UserError, and leaves nothing, where a rank or this fails."""
         failed = next(((rank, reason) for rank, reason in enumerate(written) if isinstance(reason, str)), None)
-        if self._world.is_main and failed is None:
-            files = {name: entry for each in written for name, entry in each.items()}
-            manifest = {
-                "format": FORMAT,
-                "tag": tag,
-                "world_size": self._world.size,
-                "state": self._state,
-                "files": dict(sorted(files.items())),
-            }
+        if failed is None:
+            entries = {name: dict(entry) for each in written if isinstance(each, dict) for name, entry in each.items()}
             try:
+                write_index(target / INDEX, {name: entry.pop("pieces") for name, entry in entries.items()})
+                entries[INDEX] = _entry(target / INDEX)
+                manifest = {
+                    "format": FORMAT,
+                    "tag": target.name,
+                    "world_size": self._world.size,
+                    "state": self._state,
+                    "files": dict(sorted(entries.items())),
+                }
                 write_json(target / MANIFEST, manifest)
-                _prune(self.directory, tag, self._keep, self._keep_every)
+                return
             except OSError as error:
                 failed = (0, error.strerror or str(error))
-        failed = gather(failed, self._world)[0]
-        if failed is not None:
-            if self._world.is_main:
-                shutil.rmtree(target, ignore_errors=True)
-            left = [checkpoint.path.name for checkpoint in complete_checkpoints(self.directory)]
-            raise UserError(
-                f"cannot save {target}: {failed[1]} (rank {failed[0]}); the newest checkpoint is "
-                f"{left[-1] if left else 'none'}; mend that, and the same command continues from there"
-            )
+        with suppress(OSError):
+            remove_checkpoint(target)
+        left = complete_checkpoints(self.directory)
+        raise UserError(
+            f"cannot save {target}: {failed[1]} (rank {failed[0]}); the newest checkpoint is "
+            f"{left[-1].path.name if left else 'none'}; mend that, and the same command continues from there"
+        )
+
+    def _prune(self, tag: str) -> None:
+        """Remove old checkpoints; the new one is committed, so that nothing here may end the run."""
+        try:
+            failed = prune_checkpoints(self.directory, tag, self._keep, self._keep_every)
+        except (OSError, UserError) as error:
+            self._say(f"old checkpoints in {self.directory} cannot be listed and stay: {error}")
+            return
+        for path, reason in failed.items():
+            if path not in self._lamented:
+                self._lamented.add(path)
+                self._say(
+                    f"cannot remove the old checkpoint {path}: {reason.strerror or reason}; the run goes on, and each "
+                    "later save tries again"
+                )
 
 
 def gather(value: Any, world: World) -> list[Any]:
     """`value` of every rank, on every rank."""
-    values = [value] * world.size
-    if world.size > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def complete_checkpoints(directory: Path) -> list[Checkpoint]:
-    """Committed checkpoints, oldest first, by manifest and file sizes; content is checked by `newest_checkpoint`."""
-    found = []
-    for path in sorted(directory.glob("step-*")):
-        manifest = _manifest(path)
-        if manifest is not None:
-            sizes = {name: (path / name).stat().st_size for name in manifest["files"] if (path / name).is_file()}
-            if sizes == {name: entry["bytes"] for name, entry in manifest["files"].items()}:
-                found.append(Checkpoint(path, manifest))
-    return found
+    return world.gather(value)
 
 
 def newest_checkpoint(directory: Path, world: World, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint whose every file has the committed size and hash; passes over others and says so.
 
-    All ranks come to the same answer: each hashes its share of the files and they agree.
+    All ranks come to the same answer: the main rank lists, each hashes its share of the files, and they agree.
     """
-    complete = complete_checkpoints(directory)
-    known = {checkpoint.path for checkpoint in complete}
-    for path in sorted(directory.glob("step-*")):
-        if path not in known:
-            say(f"checkpoint {path.name} is incomplete and is passed over")
-    for checkpoint in reversed(complete):
-        expected = {name: entry["xxh64"] for name, entry in checkpoint.manifest["files"].items()}
-        actual = {name: entry["xxh64"] for name, entry in _hashed(checkpoint.path, world, list(expected)).items()}
+    complete, incomplete = world.on_main(lambda: _listed(directory))
+    for name in incomplete:
+        say(f"checkpoint {name} is incomplete and is passed over")
+    for name, manifest in reversed(complete):
+        path = directory / name
+        expected = {name: entry["xxh64"] for name, entry in manifest["files"].items()}
+        actual = _hashed(path, world, list(expected))
         if actual == expected:
-            return checkpoint
+            return Checkpoint(path, manifest)
         broken = next(name for name in expected if actual[name] != expected[name])
-        say(f"checkpoint {checkpoint.path.name} is damaged ({broken}) and is passed over")
+        say(f"checkpoint {path.name} is damaged ({broken}) and is passed over")
     return None
 
 
-def _prune(directory: Path, tag: str, keep: int, keep_every: int | None) -> None:
-    """Of the complete checkpoints up to `tag` keep the newest, and those of every `keep_every` steps; no others.
-
-    Later ones belong to a past that this run did not continue, because they were torn or damaged; counting them as the
-    newest would throw away the good ones.
-    """
-    past = [checkpoint for checkpoint in complete_checkpoints(directory) if checkpoint.path.name <= tag]
-    kept = [checkpoint.path for checkpoint in past[-keep:]]
-    if keep_every is not None:
-        kept += [checkpoint.path for checkpoint in past if checkpoint.state["step"] % keep_every == 0]
-    for path in directory.glob("step-*"):
-        if path not in kept:
-            (path / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted checkpoint does not count
-            shutil.rmtree(path)
+def _listed(directory: Path) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
+    """Complete checkpoints with their manifests, and the names of others; oldest first."""
+    complete = [(found.path.name, found.manifest) for found in complete_checkpoints(directory)]
+    known = {name for name, _ in complete}
+    return complete, [path.name for path in checkpoint_directories(directory) if path.name not in known]
 
 
-def _manifest(path: Path) -> dict[str, Any] | None:
-    """What was committed at `path`; None if nothing was, or if the manifest can no longer be read."""
+def _make_room(target: Path) -> None:
+    """An empty directory for a checkpoint; raises UserError."""
+    require_writable(target.parent)
     try:
-        manifest = read_json(path / MANIFEST, "checkpoint manifest")
-    except UserError:
-        return None
-    if not isinstance(manifest, dict) or "format" not in manifest:
-        return None
-    if manifest["format"] != FORMAT:
-        raise UserError(f"{path} has checkpoint format {manifest['format']}; this version reads format {FORMAT}")
-    return manifest
+        (target / MANIFEST).unlink(missing_ok=True)
+        if is_ours(target):
+            with suppress(OSError):  # what stays is in no manifest
+                remove_checkpoint(target)
+        make_directory(target)
+    except OSError as error:
+        raise UserError(f"cannot save {target}: {error.strerror or error}; mend that, and start again") from None
 
 
-def _hashed(directory: Path, world: World, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Size and hash of each file of a checkpoint, the work shared among ranks."""
-    mine = {name: _entry(directory / name) for name in names[world.rank :: world.size]}
-    merged = {name: entry for share in gather(mine, world) for name, entry in share.items()}
+def _hashed(directory: Path, world: World, names: list[str]) -> dict[str, str]:
+    """Hash of each file of a checkpoint, the work shared among ranks; of a file that cannot be read, why."""
+    mine = {name: _hash_of(directory / name) for name in names[world.rank :: world.size]}
+    merged = {name: found for share in gather(mine, world) for name, found in share.items()}
     return {name: merged[name] for name in names}
+
+
+def _hash_of(path: Path) -> str:
+    try:
+        appears(path)
+        return str(_entry(path)["xxh64"])
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def _entry(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from bd3_ds.config.check_diffusion import (
     diffusion_shapes,
     exported_sizes,
 )
-from bd3_ds.config.schema import AR, BD3, OBJECTIVES, SEDD, RunConfig, block_size
+from bd3_ds.config.schema import AR, AUTO, BD3, OBJECTIVES, SEDD, RunConfig, block_size
 from bd3_ds.runtime.errors import UserError, did_you_mean
 
 ATTENTION = ("auto", "dense", "sdpa", "flex", "stripes")
@@ -75,15 +75,18 @@ def _estimator(run: RunConfig, asked: str, option: str, tokens: int | None, toge
     size = block_size(run) if together is None else together
     if run.objective.name == AR or asked != "exact" or size <= EXACT_ALWAYS:
         return []
+    # In words of what the user wrote: full diffusion has no block size.
+    what = f"objective.block_size is {size}"
+    if together is not None:
+        what = f"{size} tokens of one block are to be scored"
+    elif size == run.data.length:
+        what = f"{run.objective.name} denoises all {size} tokens of a sequence together here"
     if size > EXACT_LIMIT:
-        return [
-            f"{option}=exact needs 2^L' - 1 noisy views and takes block sizes up to {EXACT_LIMIT}, not {size}; "
-            "use stratified"
-        ]
+        return [f"{option}=exact tries all sets of masks of up to {EXACT_LIMIT} tokens, and {what}; use stratified"]
     if tokens is None or tokens > EXACT_TOKENS:
         return [
-            f"{option}=exact at block size {size} needs {2**size - 1:,} noisy views and takes at most "
-            f"{EXACT_TOKENS:,} tokens, not {'a whole set' if tokens is None else f'{tokens:,}'}; use stratified"
+            f"{option}=exact needs {2**size - 1:,} noisy views, as {what}, and takes at most {EXACT_TOKENS:,} tokens, "
+            f"not {'a whole set' if tokens is None else f'{tokens:,}'}; use stratified"
         ]
     return []
 
@@ -106,6 +109,9 @@ def _choices(run: RunConfig) -> list[str]:
     ):
         if value not in known:
             problems.append(f"{key}={value} is unknown; {did_you_mean(value, known)}")
+    if (name := run.train.validate_set) is not None and name not in run.eval.sets:
+        hint = did_you_mean(name, run.eval.sets) if run.eval.sets else "eval.sets is empty, name its directory there"
+        problems.append(f"train.validate_set={name} is not one of eval.sets; {hint}")
     return problems
 
 
@@ -127,9 +133,10 @@ def _ranges(run: RunConfig) -> list[str]:
         "optim.clip": optim.clip,
         "train.total_steps": train.total_steps,
         "train.global_batch": train.global_batch,
-        "train.micro_batch": train.micro_batch,
+        "train.micro_batch": 1 if train.micro_batch == AUTO else train.micro_batch,
         "train.sequence_parallel": train.sequence_parallel,
         "train.log_every": train.log_every,
+        "train.validate_sequences": train.validate_sequences,
         "train.checkpoint_every": train.checkpoint_every,
         "train.keep_checkpoints": train.keep_checkpoints,
         "train.export_every": train.export_every,
@@ -159,6 +166,7 @@ def _ranges(run: RunConfig) -> list[str]:
         "optim.min_lr": optim.min_lr,
         "guards.max_skipped": run.guards.max_skipped,
         "guards.stall_seconds": run.guards.stall_seconds,
+        "train.validate_every": train.validate_every or 0,
         "eval.samples": run.eval.samples,
         "eval.variance_batches": run.eval.variance_batches,
     }
@@ -213,7 +221,7 @@ def _shapes(run: RunConfig) -> list[str]:
         )
     if size is not None and run.objective.name != BD3 and size != block_size(run):
         problems.append(
-            f"objective.block_size={size} belongs to objective.name=bd3, not {run.objective.name}; leave it out"
+            f"objective.block_size={size} belongs to objective.name=bd3, not {run.objective.name}; set it to null"
         )
     elif length % block_size(run):
         divisors = [d for d in range(1, length + 1) if length % d == 0]
@@ -239,14 +247,29 @@ def _batch(run: RunConfig, world_size: int) -> list[str]:
             f"train.sequence_parallel={share} does not divide the number of ranks, {world_size}; start the run on a "
             f"multiple of {share} ranks, or set train.sequence_parallel=1"
         ]
-    part = train.micro_batch * world_size // share
+    groups, given, ranks = world_size // share, train.micro_batch, ranks_at_work(run, world_size)
+    part = groups * (1 if given == AUTO else given)
     if train.global_batch % part == 0:
         return []
+    near = max(part, round(train.global_batch / part) * part)
+    other = f"or, as another training, the nearest train.global_batch that is: {near}"
+    if train.global_batch % groups == 0:
+        fits = max(size for size in divisors(train.global_batch // groups) if size <= given)
+        return [
+            f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch={given} x {ranks} = "
+            f"{part}; set train.micro_batch={fits}, or auto; {other}"
+        ]
+    fewer = share * max(size for size in divisors(train.global_batch) if size < groups)
     return [
-        f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch={train.micro_batch} x "
-        f"{ranks_at_work(run, world_size)} = {part}; "
-        f"the nearest that is: {max(part, round(train.global_batch / part) * part)}"
+        f"train.global_batch={train.global_batch} is not a multiple of {ranks}, whatever train.micro_batch is; start "
+        f"{fewer} ranks, {other}"
     ]
+
+
+def divisors(number: int) -> list[int]:
+    """All whole numbers that divide it, in ascending order."""
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def _sequence_parallel(run: RunConfig) -> list[str]:
@@ -260,13 +283,34 @@ def _sequence_parallel(run: RunConfig) -> list[str]:
     ]
 
 
+def unreached(run: RunConfig) -> list[str]:
+    """Sentences for what the run ends before, as a short trial of a long recipe does; nothing of it is an error."""
+    total, optim, search = run.train.total_steps, run.optim, run.objective.clip_search
+    notes = []
+    if optim.warmup_steps >= total:
+        notes.append(
+            f"optim.warmup_steps={optim.warmup_steps:,} is not below train.total_steps={total:,}: the learning rate "
+            f"only rises, to {optim.lr * total / optim.warmup_steps:.3g}"
+        )
+    if stages := [step for step in run.objective.block_schedule if step >= total]:
+        notes.append(
+            f"objective.block_schedule changes at step {min(stages):,}, and train.total_steps={total:,} ends before"
+        )
+    if search.method != "none" and search.every > total:
+        notes.append(
+            f"objective.clip_search.every={search.every:,} is more than train.total_steps={total:,}: no search is made"
+        )
+    frequency = run.objective.frequency
+    if frequency.power and frequency.curriculum_steps >= total:
+        notes.append(
+            f"objective.frequency.curriculum_steps={frequency.curriculum_steps:,} is not below "
+            f"train.total_steps={total:,}: the power {frequency.power:g} is not reached"
+        )
+    return notes
+
+
 def _optim(run: RunConfig) -> list[str]:
     problems = []
-    if run.optim.decay == "cosine" and run.optim.warmup_steps >= run.train.total_steps:
-        problems.append(
-            f"optim.warmup_steps={run.optim.warmup_steps} must be below train.total_steps={run.train.total_steps} "
-            "for a cosine decay"
-        )
     if run.optim.min_lr > run.optim.lr:
         problems.append(f"optim.min_lr={run.optim.min_lr} must not exceed optim.lr={run.optim.lr}")
     return problems

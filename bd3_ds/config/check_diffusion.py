@@ -10,6 +10,14 @@ from bd3_ds.config.schema import AR, BD3, SEDD, RunConfig, block_size
 SCHEDULES = ("log_linear", "square", "square_root", "logarithmic", "cosine", "gaussian", "bimodal")
 WEIGHTS = ("elbo", "edm", "iddpm", "sigmoid", "fm", "simple")
 CLIP_SEARCHES = ("none", "grid", "moments")
+# Values with which a key of `objective` changes nothing.
+_NEUTRAL = {
+    "schedule.name": "log_linear",
+    "schedule.defensive": 0,
+    "weight.name": "elbo",
+    "frequency.power": 0,
+    "clip_search.method": "none",
+}
 EXACT_ALWAYS, EXACT_LIMIT = 8, 16  # block sizes scored exactly: any number of tokens, and
 EXACT_TOKENS = 4096  # at most so many
 
@@ -90,15 +98,11 @@ def _block_schedule(run: RunConfig) -> list[str]:
         return []
     key = "objective.block_schedule"
     if run.objective.name != BD3:
-        return [f"{key} belongs to objective.name=bd3, not {run.objective.name}; leave it out"]
+        return [f"{key} belongs to objective.name=bd3, not {run.objective.name}; set it to {{}}"]
     problems = []
     if 0 not in stages:
         problems.append(f"{key} begins at step {min(stages)}; give the block sizes from step 0 on")
-    problems += [
-        f"{key} has the step {step}; steps lie in 0 … train.total_steps - 1 = {run.train.total_steps - 1}"
-        for step in stages
-        if not 0 <= step < run.train.total_steps
-    ]
+    problems += [f"{key} has the step {step}; steps are counted from 0" for step in stages if step < 0]
     problems += [f"{key} gives no block size at step {step}" for step, sizes in stages.items() if not sizes]
     problems += [
         f"{key} has the block size {size} at step {step}; it must divide data.length={length}"
@@ -107,12 +111,17 @@ def _block_schedule(run: RunConfig) -> list[str]:
         if size < 1 or length % size
     ]
     problems = problems or [
-        f"objective.block_size={block_size(run)} is what the exports of the stage from step {step} on are scored and "
+        f"objective.block_size={_given_size(run)} is what the exports of the stage from step {step} on are scored and "
         f"sampled with, but {key} trains {', '.join(map(str, sizes))} there; make it one of them"
         for step, sizes in stages.items()
         if (len(sizes) > 1 or step == max(stages)) and block_size(run) not in sizes
     ]
     return problems
+
+
+def _given_size(run: RunConfig) -> str:
+    size = run.objective.block_size
+    return f"null (all {run.data.length} tokens)" if size is None else str(size)
 
 
 def exported_sizes(run: RunConfig) -> list[int | None]:
@@ -124,24 +133,24 @@ def exported_sizes(run: RunConfig) -> list[int | None]:
 def _ignored(run: RunConfig) -> list[str]:
     """Settings that change the noise but not for this objective."""
     objective = run.objective
-    set_ones = {
-        "schedule.name": objective.schedule.name if objective.schedule.name != "log_linear" else None,
-        "schedule.defensive": objective.schedule.defensive or None,
-        "weight.name": objective.weight.name if objective.weight.name != "elbo" else None,
-        "frequency.power": objective.frequency.power or None,
-        "clip_search.method": objective.clip_search.method if objective.clip_search.method != "none" else None,
+    values = {
+        "schedule.name": objective.schedule.name,
+        "schedule.defensive": objective.schedule.defensive,
+        "weight.name": objective.weight.name,
+        "frequency.power": objective.frequency.power,
+        "clip_search.method": objective.clip_search.method,
     }
     if objective.name == AR:
         return [
-            f"objective.{key}={value} is for diffusion; objective.name=ar masks nothing: leave it out"
-            for key, value in set_ones.items()
-            if value is not None
+            f"objective.{key}={value} is for diffusion; objective.name=ar masks nothing: set it to {_NEUTRAL[key]}"
+            for key, value in values.items()
+            if value != _NEUTRAL[key]
         ]
     sizes = {size for stage in objective.block_schedule.values() for size in stage} or {block_size(run)}
     if objective.frequency.power and sizes == {1}:
         return [
             f"objective.frequency.power={objective.frequency.power} moves masks between the tokens of a block, and "
-            "blocks of 1 have but one; leave it out"
+            "blocks of 1 have but one; set it to 0"
         ]
     if objective.name == SEDD and objective.frequency.power:
         return [
@@ -161,7 +170,7 @@ def _search(run: RunConfig) -> list[str]:
     if schedule.t_min == schedule.t_max and run.objective.weight.name not in ("elbo", "simple"):
         return [
             f"objective.schedule.t_min=t_max={schedule.t_min} trains at a single rate, where "
-            f"objective.weight.name={run.objective.weight.name} is but a factor; leave the weight out"
+            f"objective.weight.name={run.objective.weight.name} is but a factor; set it to elbo"
         ]
     if search.method == "none":
         return []

@@ -10,7 +10,7 @@ from bd3_ds.config import ds_names
 from bd3_ds.config.check import accumulation_steps
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.runtime.errors import UserError, did_you_mean
-from bd3_ds.runtime.files import read_json, require_writable
+from bd3_ds.runtime.files import parse_json, require_writable, unique_keys
 
 DEFAULT = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
 
@@ -59,7 +59,7 @@ def load_ds_json(path: Path) -> dict[str, Any]:
             f"ds_configs/{p.name}" for p in DEFAULT.parent.glob("*.json")
         ]
         raise UserError(f"--deepspeed_config {path} not found; {did_you_mean(str(path), known)}")
-    content = read_json(path, "--deepspeed_config")
+    content = parse_json(path, "--deepspeed_config", _hjson)
     if not isinstance(content, dict):
         raise UserError(f"--deepspeed_config {path} must hold one JSON object")
     problems = [
@@ -74,6 +74,13 @@ def load_ds_json(path: Path) -> dict[str, Any]:
     if problems:
         raise UserError(*(f"--deepspeed_config {path} {problem}" for problem in problems))
     return content
+
+
+def _hjson(text: str) -> Any:
+    """As DeepSpeed reads its files: JSON, with comments and commas at the end where they are."""
+    import hjson
+
+    return hjson.loads(text, object_pairs_hook=unique_keys)
 
 
 def check_place(content: dict[str, Any], world_size: int, local_size: int | None = None) -> None:
@@ -124,7 +131,9 @@ def _names_and_kinds(content: dict[str, Any], section: str, known: dict[str, Any
     """Keys that are not taken and values of another kind, in this section and those inside it."""
     for key, value in content.items():
         name = f"{section}.{key}" if section else key
-        if key not in known:
+        if key in (foreign := ds_names.NOT_TAKEN.get(section, {})):
+            yield f"sets {name}, which this trainer does not take though DeepSpeed knows it; {foreign[key]}"
+        elif key not in known:
             yield f"sets {name}, which this trainer does not take; {did_you_mean(key, known)}"
         elif value == "auto":
             yield f"sets {name} to 'auto', which nobody fills in here; leave it out for DeepSpeed's default"

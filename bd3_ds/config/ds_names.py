@@ -22,6 +22,27 @@ TOP = {
     "disable_python_gc": bool,
 }
 
+_ALWAYS = "leave it out: the trainer sets it"
+
+TOP_NOT_TAKEN: dict[str, str] = {
+    "zero_allow_untested_optimizer": _ALWAYS,
+    "zero_force_ds_cpu_optimizer": "leave it out: offload_optimizer decides",
+    "prescale_gradients": "leave it out: gradients are averaged",
+    "gradient_predivide_factor": "leave it out: gradients are averaged",
+    "sparse_gradients": "leave it out",
+    "fp32_allreduce": 'set communication_data_type to "fp32" instead',
+    "grad_accum_dtype": "set it inside data_types",
+    "elasticity": "leave it out: python -m bd3_ds.launch fits a run to the hosts that answer",
+    "autotuning": "leave it out: run.py check plans micro-batch, stage and recomputation",
+    "load_universal_checkpoint": "leave it out: a checkpoint continues on any number of ranks anyway",
+    "dataloader_drop_last": "leave it out: the data order is the recipe's (data.*)",
+    "pipeline": "leave it out: there are no pipeline stages here",
+    "tensor_parallel": "leave it out; ranks share a sequence by train.sequence_parallel",
+    "compression_training": "leave it out",
+    "monitor_config": "leave it out: records and TensorBoard's files are in run_dir",
+    "comet": "leave it out: records and TensorBoard's files are in run_dir",
+}
+
 ZERO: dict[str, type] = {
     "stage": int,
     "contiguous_gradients": bool,
@@ -50,28 +71,31 @@ ZERO: dict[str, type] = {
     "enable_sanity_checks": bool,
 }
 
+_OWN_FILES = "leave it out: checkpoints and exports have a form of their own here"
+_NOT_HERE = "leave it out"
+
 # DeepSpeed knows these as well. They are deprecated there, concern its own checkpoints, which are not used here, belong
-# to other optimizers, or change what is computed.
-ZERO_NOT_TAKEN = (
-    "compute_grad_norm",
-    "cpu_offload",
-    "cpu_offload_param",
-    "cpu_offload_use_pin_memory",
-    "elastic_checkpoint",
-    "ignore_unused_parameters",
-    "leaf_module",
-    "legacy_stage1",
-    "load_from_fp32_weights",
-    "override_module_apply",
-    "parameter_alignment",
-    "pipeline_loading_checkpoint",
-    "round_robin_gradients",
-    "save_muon_momentum_buffer_in_memory",
-    "stage3_gather_16bit_weights_on_model_save",
-    "stage3_gather_fp16_weights_on_model_save",
-    "zenflow",
-    "zero_quantized_nontrainable_weights",
-)
+# to other optimizers, or change what is computed. With each, what to do instead.
+ZERO_NOT_TAKEN: dict[str, str] = {
+    "compute_grad_norm": "leave it out: the norm is always computed",
+    "cpu_offload": 'set zero_optimization.offload_optimizer to {"device": "cpu"} instead',
+    "cpu_offload_param": 'set zero_optimization.offload_param to {"device": "cpu"} instead',
+    "cpu_offload_use_pin_memory": "set pin_memory in zero_optimization.offload_optimizer instead",
+    "elastic_checkpoint": "leave it out: a checkpoint continues on any number of ranks anyway",
+    "ignore_unused_parameters": _NOT_HERE,
+    "leaf_module": _NOT_HERE,
+    "legacy_stage1": "leave it out, or set zero_optimization.stage to 1",
+    "load_from_fp32_weights": _OWN_FILES,
+    "override_module_apply": _NOT_HERE,
+    "parameter_alignment": _NOT_HERE,
+    "pipeline_loading_checkpoint": _OWN_FILES,
+    "round_robin_gradients": "leave it out: it deals gradients to the ranks in another order",
+    "save_muon_momentum_buffer_in_memory": "leave it out: the optimizer is AdamW (optim.*)",
+    "stage3_gather_16bit_weights_on_model_save": _OWN_FILES,
+    "stage3_gather_fp16_weights_on_model_save": _OWN_FILES,
+    "zenflow": _NOT_HERE,
+    "zero_quantized_nontrainable_weights": "leave it out: all weights are trained (zero_quantized_weights)",
+}
 
 OFFLOAD_OPTIMIZER: dict[str, type] = {
     "device": str,
@@ -84,7 +108,11 @@ OFFLOAD_OPTIMIZER: dict[str, type] = {
 }
 
 # A part of the optimizer on the accelerator would miss the learning rate that the trainer sets at every step.
-OFFLOAD_OPTIMIZER_NOT_TAKEN = ("cpuadam_cores_perc", "ratio", "super_offload")
+OFFLOAD_OPTIMIZER_NOT_TAKEN: dict[str, str] = {
+    "cpuadam_cores_perc": _NOT_HERE,
+    "ratio": "leave it out: all of the optimizer is offloaded, or none",
+    "super_offload": _NOT_HERE,
+}
 
 OFFLOAD_PARAM: dict[str, type] = {
     "device": str,
@@ -109,3 +137,10 @@ DATA_TYPES: dict[str, type] = {"grad_accum_dtype": str}
 STAGE_3_ALONE = tuple(
     key for key in ZERO if key.startswith(("stage3_", "zero_")) or key in ("offload_param", "sub_group_size")
 )
+
+# By section, "" being the top.
+NOT_TAKEN = {
+    "": TOP_NOT_TAKEN,
+    "zero_optimization": ZERO_NOT_TAKEN,
+    "zero_optimization.offload_optimizer": OFFLOAD_OPTIMIZER_NOT_TAKEN,
+}

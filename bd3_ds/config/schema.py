@@ -11,6 +11,7 @@ from typing import Dict, List, Optional  # OmegaConf reads annotations at run ti
 
 AR, MDLM, SEDD, BD3 = "ar", "mdlm", "sedd", "bd3"
 OBJECTIVES = (AR, MDLM, SEDD, BD3)
+AUTO = -1  # train.micro_batch: auto, until `train/micro_batch.py` has put a number in its place
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,9 @@ class TrainConfig:
     sequence_parallel: int
     init_from: Optional[str]
     log_every: int
+    validate_every: Optional[int]
+    validate_set: Optional[str]
+    validate_sequences: int
     checkpoint_every: int
     keep_checkpoints: int
     keep_every: Optional[int]

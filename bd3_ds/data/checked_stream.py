@@ -16,6 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import bd3_ds.data.streaming_ready  # noqa: F401
+
+# isort: split
 from streaming import Stream, StreamingDataset
 from streaming.base.compression import decompress
 from streaming.base.dataset import _ShardState
@@ -60,7 +63,7 @@ class CheckedStream(Stream):
             grown: int = super().prepare_shard(shard)
         except OSError as error:
             name = shard.file_pairs[0][0].basename
-            if self.remote is not None:
+            if self.remote is not None or Path(self.local) != Path(self.pack).resolve():
                 raise cannot_write(error, self.local, f"shard {name}") from None
             raise UserError(
                 f"data pack '{self.pack}': shard {name} cannot be unpacked beside its compressed file: "

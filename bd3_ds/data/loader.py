@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader, get_worker_info
 from bd3_ds.config.check_data import packs, size_in_bytes
 from bd3_ds.config.schema import DataConfig
 from bd3_ds.data.mixture import samples_of_epoch
-from bd3_ds.data.pack import document_numbers, read_manifest, read_shard_cut, read_starts
+from bd3_ds.data.pack import document_numbers, is_same_pack, read_manifest, read_shard_cut, read_starts
+from bd3_ds.data.read_only import shard_directory
 from bd3_ds.data.remote import fetch_facts, pack_directory
 from bd3_ds.data.shared_memory import clear_stale, hold
 from bd3_ds.data.streaming_import import import_streaming
@@ -118,7 +119,8 @@ class Loader:
         counts = samples_of_epoch(data, [manifest.chunks for manifest in manifests]) if data.mix else [None]
         with _one_run_at_a_time(share):
             streams = [
-                CheckedStream(pack, place, count) for (pack, place), count in zip(places.items(), counts, strict=True)
+                CheckedStream(pack, shard_directory(pack, data.cache), count)
+                for pack, count in zip(places, counts, strict=True)
             ]
             leads = share.rank % share.local_size == 0
             if leads:
@@ -171,8 +173,7 @@ class Loader:
                     self.dataset,
                     batch_size=self.share.micro_batch,
                     num_workers=self._data.workers,
-                    # A new interpreter would import streaming without the help of `import_streaming`.
-                    multiprocessing_context="fork" if self._data.workers else None,
+                    multiprocessing_context=start_method() if self._data.workers else None,
                     collate_fn=functools.partial(failure_or, collate),
                     worker_init_fn=obey_parent_alone,
                     drop_last=True,
@@ -190,14 +191,23 @@ class Loader:
                 step += 1
 
 
+def start_method() -> str:
+    """How loader processes start: anew beside a GPU, whose driver and NCCL do not survive a fork; else by a fork, which
+    takes no time. They are children of the trainer either way, so that `obey_parent_alone` knows whom to obey.
+    """
+    return "spawn" if torch.cuda.is_available() else "fork"
+
+
 def identity(data: DataConfig) -> dict[str, Any]:
     """What tells the packs of a run from others, data.train first: hashes of their tokens, and of their shards' cut.
 
     Both make the order of samples; where the packs lie and how their shards are compressed does not.
     """
     places = [pack_directory(pack, data.cache) for pack in packs(data)]
+    manifests = [read_manifest(place) for place in places]
     return {
-        "pack_hashes": [read_manifest(place).pack_hash for place in places],
+        "pack_hashes": [manifest.pack_hash for manifest in manifests],
+        "content_hashes": [manifest.content_hash for manifest in manifests],
         "shard_cuts": [read_shard_cut(place) for place in places],
     }
 
@@ -213,13 +223,21 @@ def require_same_packs(data: DataConfig, saved: dict[str, Any], saved_by: str) -
         raise UserError(f"data.mix has another number of packs than {saved_by} was started with; {mend}")
     for i, pack in enumerate(packs(data)):
         key = "data.mix" if i else "data.train"
-        for name, differ in (("pack_hashes", "another pack"), ("shard_cuts", "the same tokens cut into other shards")):
-            before, after = saved.get(name, now[name])[i], now[name][i]
-            if before != after:
-                raise UserError(
-                    f"{key}: '{pack}' is {differ} (hash {after[:12]}) than {saved_by} was started with (hash "
-                    f"{before[:12]}), so its samples have another order; {mend}"
-                )
+        manifest = read_manifest(pack_directory(pack, data.cache))
+        before, cut_before = (
+            saved.get("pack_hashes", now["pack_hashes"])[i],
+            saved.get("shard_cuts", now["shard_cuts"])[i],
+        )
+        content = saved["content_hashes"][i] if "content_hashes" in saved else None
+        differ, after = "another pack", manifest.pack_hash
+        if is_same_pack(before, content, manifest):
+            differ, before, after = "the same tokens cut into other shards", cut_before, now["shard_cuts"][i]
+            if before == after:
+                continue
+        raise UserError(
+            f"{key}: '{pack}' is {differ} (hash {after[:12]}) than {saved_by} was started with (hash "
+            f"{before[:12]}), so its samples have another order; {mend}"
+        )
 
 
 def failure_or(collate: Any, samples: list[Any]) -> Any:

@@ -14,13 +14,14 @@ the chunk's end; streaming's array columns cannot be empty, and these often are)
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.errors import UserError, alike, did_you_mean
 from bd3_ds.runtime.files import read_json
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class TokenizerInfo:
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> TokenizerInfo:
         """The facts of a loaded tokenizer."""
-        return cls(**{field.name: getattr(tokenizer, field.name) for field in fields(cls)})
+        return cls(**{fact.name: getattr(tokenizer, fact.name) for fact in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,13 @@ class Manifest:
     whole chunk at the end or, with the packing `no-split`, did not fit its document's chunk. `padding` counts the
     places that hold no text. The BOS and EOS of the frame `bos-eos` are in none of these. `bytes` is UTF-8 bytes of the
     text as it was encoded, after the detokenizer. `packing` is one of data_prep's PACKINGS, or `given`; `revision` the
-    source's where it has one. `pack_hash` is the SHA-256 of all chunks in order as little-endian uint32, whatever the
-    shards. `settings` are the options that made the pack, compared when it is asked for again.
+    source's where it has one. `settings` are the options that made the pack, compared when it is asked for again.
+    `files` are the files that were read, in order, each with its bytes; `left_out` counts the documents without text.
+
+    `content_hash` is the SHA-256 of all chunks in order as little-endian uint32, whatever the shards; `pack_hash` is
+    that of the protocol: of the content's, the length, the frame and where padding lies (`hash_of_pack`). The manifest
+    of an older pack has the content's alone, as `pack_hash`. `read_manifest` gives both; but where an older pack has
+    padding, of whose places the manifest does not tell, `pack_hash` stays the content's too.
     """
 
     format: str
@@ -83,6 +89,9 @@ class Manifest:
     dtype: str
     pack_hash: str
     settings: dict[str, Any]
+    content_hash: str = ""
+    files: Sequence[tuple[str, int]] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `manifest.json` holds them."""
@@ -95,17 +104,36 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise UserError(f"data pack '{directory}' is remote; copy it to a local directory and name that")
     path = Path(directory)
     if not path.is_dir():
-        raise UserError(f"data pack not found: '{directory}'; {_HELP}")
+        raise UserError(f"data pack not found: '{directory}'; {_near(path, path.parent)}")
     if not (path / MANIFEST).is_file():
-        raise UserError(f"'{directory}' is not a data pack (it has no {MANIFEST}); {_HELP}")
+        raise UserError(f"'{directory}' is not a data pack (it has no {MANIFEST}); {_near(path, path)}")
     value = read_json(path / MANIFEST, "data pack manifest")
     found = value.get("format") if isinstance(value, dict) else None
     if found != FORMAT:
         raise UserError(f"'{directory}' has the format {found!r}, not '{FORMAT}'; {_HELP}")
     try:
-        return Manifest(**value | {"tokenizer": TokenizerInfo(**value["tokenizer"])})
+        manifest = Manifest(**value | {"tokenizer": TokenizerInfo(**value["tokenizer"])})
     except (TypeError, KeyError) as error:
         raise UserError(f"data pack manifest {path / MANIFEST} is damaged ({error}); {_HELP}") from None
+    return manifest if manifest.content_hash else _with_both_hashes(manifest)
+
+
+def _with_both_hashes(manifest: Manifest) -> Manifest:
+    """Of a pack made when there was the hash of the content alone."""
+    content = manifest.pack_hash
+    now = content if manifest.padding else hash_of_pack(content, manifest.length, manifest.frame, _NO_PADDING)
+    return replace(manifest, pack_hash=now, content_hash=content)
+
+
+def _near(path: Path, folder: Path) -> str:
+    """The pack in `folder` that may be meant by `path`: one named alike, or the only ones where `path` holds packs."""
+    try:
+        packs = [place.name for place in folder.iterdir() if (place / MANIFEST).is_file()]
+    except OSError:
+        packs = []
+    inside = [str(folder / name) for name in sorted(packs)] if folder == path else []
+    named = [str(folder / name) for name in alike(path.name, packs)] if folder != path else inside
+    return did_you_mean(str(path), [], first=named, otherwise=_HELP)
 
 
 def list_shards(directory: Path) -> list[dict[str, Any]]:
@@ -166,19 +194,54 @@ def read_token_counts(directory: str | Path) -> np.ndarray:
     return counts.astype("int64")
 
 
+_NO_PADDING = "none"
+
+
+def hash_of_pack(content: str, length: int, frame: str, padding: str) -> str:
+    """What tells a protocol from others: the hash of the tokens, how they are cut and framed, and a hash of padding."""
+    facts = {"content": content, "length": length, "frame": frame, "padding": padding}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 class PackHash:
-    """SHA-256 over chunks of tokens, independent of how they are stored."""
+    """SHA-256 over chunks of tokens, and one over the places of padding in them, independent of how they are stored."""
 
     def __init__(self) -> None:
-        self._digest = hashlib.sha256()
+        self._content, self._padding = hashlib.sha256(), hashlib.sha256()
+        self._chunks, self._padded = 0, False
 
-    def add(self, tokens: np.ndarray) -> None:
-        """Append chunks; tokens [L] or [N, L]."""
-        self._digest.update(tokens.astype("<u4").tobytes())
+    def add(self, tokens: np.ndarray, padded: np.ndarray | None = None) -> None:
+        """Append chunks; tokens [N, L], and bool [N, L] of which places are padding, None where none is."""
+        import numpy as np
 
-    def hexdigest(self) -> str:
-        """The hash of all chunks so far."""
-        return self._digest.hexdigest()
+        self._content.update(tokens.astype("<u4").tobytes())
+        if padded is not None:
+            for row in np.flatnonzero(padded.any(axis=1)):
+                number = int(self._chunks + row).to_bytes(8, "little")
+                self._padding.update(number + np.packbits(padded[row]).tobytes())
+                self._padded = True
+        self._chunks += len(tokens)
+
+    def content(self) -> str:
+        """The hash of all tokens so far: `Manifest.content_hash`."""
+        return self._content.hexdigest()
+
+    def pack(self, length: int, frame: str) -> str:
+        """The hash of the protocol: `Manifest.pack_hash`."""
+        padding = self._padding.hexdigest() if self._padded else _NO_PADDING
+        return hash_of_pack(self.content(), length, frame, padding)
+
+
+def is_same_pack(pack_hash: str, content_hash: str | None, manifest: Manifest) -> bool:
+    """Whether the hashes that were kept of a pack are those of `manifest`.
+
+    What was kept before there were two hashes is the content's alone, and `content_hash` None; an older pack with
+    padding has the content's under both names.
+    """
+    if pack_hash == manifest.pack_hash:
+        return True
+    only_content = pack_hash == (content_hash or pack_hash) or manifest.pack_hash == manifest.content_hash
+    return only_content and (content_hash or pack_hash) == manifest.content_hash
 
 
 class Pack:

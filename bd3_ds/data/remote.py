@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3_ds.config.check_data import is_remote
-from bd3_ds.data.pack import COUNTS, INDEX, MANIFEST, TOKENIZER_DIR, read_manifest
+from bd3_ds.data.pack import COUNTS, INDEX, MANIFEST, TOKENIZER_DIR, is_same_pack, read_manifest
 from bd3_ds.data.streaming_import import import_streaming
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import require_writable
@@ -74,7 +74,7 @@ def fetch_facts(pack: str, cache: str) -> Path:
     require_writable(directory.parent)
     directory.mkdir(parents=True, exist_ok=True)
     get = opener(pack)
-    with _turn(directory), tempfile.TemporaryDirectory(dir=directory, prefix=".facts-") as folder:
+    with turn(directory), tempfile.TemporaryDirectory(dir=directory, prefix=".facts-") as folder:
         aside = Path(folder)
         if (directory / MANIFEST).is_file():
             if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -175,11 +175,12 @@ def _require_unchanged(pack: str, directory: Path, get: Callable[[str, Path], No
     except Exception as error:  # what is kept here may be all that is needed
         say(f"{pack} cannot be asked whether it has changed ({' '.join(str(error).split())}); using {directory}")
         return
-    there, here = read_manifest(aside).pack_hash, read_manifest(directory).pack_hash
+    there, here = read_manifest(aside), read_manifest(directory)
     mend = "remove that directory, or name another data.cache"
-    if there != here:
+    if not is_same_pack(there.pack_hash, there.content_hash, here):
         raise UserError(
-            f"'{pack}' has the pack hash {there[:12]} and {directory} keeps parts of another, {here[:12]}; {mend}"
+            f"'{pack}' has the pack hash {there.pack_hash[:12]} and {directory} keeps parts of another, "
+            f"{here.pack_hash[:12]}; {mend}"
         )
     # The pack hash does not know how the tokens are cut into shards, and shards of both would be read as damaged.
     if (aside / INDEX).read_bytes() != (directory / INDEX).read_bytes():
@@ -197,7 +198,8 @@ def _status(error: Exception) -> int | None:
 
 
 @contextmanager
-def _turn(directory: Path) -> Iterator[None]:
+def turn(directory: Path) -> Iterator[None]:
+    """Processes of a node that work on `directory` do so one after the other."""
     with open(directory / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

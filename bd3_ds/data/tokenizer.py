@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bd3_ds.data.added_tokens import ADDED_FILE, add_tokens, read_added_tokens, require_none_added
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json, sha256, write_json
 
@@ -107,6 +108,10 @@ class SentencepieceTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode(self._text_ids(ids))
+
+    def pieces(self) -> dict[int, str]:
+        """The pieces of the model by their ids."""
+        return {i: self._model.id_to_piece(i) for i in range(self._model.vocab_size())}
 
     def _piece(self, token: int) -> str:
         return self._model.id_to_piece(token).replace("▁", " ")
@@ -228,7 +233,9 @@ def _load_directory(directory: Path) -> Tokenizer:
         return CharacterTokenizer.load(directory)
     if (directory / HF_FILE).is_file() or not (directory / SENTENCEPIECE_FILE).is_file():
         return _load_hugging_face(directory)
-    return SentencepieceTokenizer(directory / SENTENCEPIECE_FILE)
+    tokenizer = SentencepieceTokenizer(directory / SENTENCEPIECE_FILE)
+    require_none_added(directory, tokenizer.pieces())
+    return tokenizer
 
 
 def _load_hugging_face(directory: Path) -> Tokenizer:
@@ -263,6 +270,7 @@ def _load_hugging_face(directory: Path) -> Tokenizer:
         raise
     except Exception as error:  # the library raises bare Exception for any damage
         raise UserError(f"the tokenizer files in {directory} cannot be read ({error})") from None
+    add_tokens(backend, read_added_tokens(directory), directory)
     named = {key: token for key, value in settings.items() if key.endswith("_token") and (token := _token(value))}
     return HuggingFaceTokenizer(backend, named, str(directory))
 
@@ -278,7 +286,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    wanted = [HF_FILE, SENTENCEPIECE_FILE, "vocab.json", "merges.txt", "vocab.txt", *HF_CONFIGS[1:]]
+    wanted = [HF_FILE, SENTENCEPIECE_FILE, ADDED_FILE, "vocab.json", "merges.txt", "vocab.txt", *HF_CONFIGS[1:]]
     local = "give a local directory with tokenizer.json, vocab.json + merges.txt, vocab.txt or tokenizer.model instead"
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, etag_timeout=5))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -60,10 +61,16 @@ def make_noise(
 
 def stratified_times(seed: int, step: int, slots: np.ndarray, global_batch: int, blocks: int) -> Tensor:
     """u in [0, 1) per block, [len(slots), blocks] fp64, for these slots of the step's global batch."""
+    return torch.from_numpy(_times_of_step(seed, step, global_batch, blocks)[slots])
+
+
+@lru_cache(maxsize=1)  # the micro-batches of a step take their rows of one table
+def _times_of_step(seed: int, step: int, global_batch: int, blocks: int) -> np.ndarray:
+    """u in [0, 1) of every block of the step's global batch, [global_batch, blocks] fp64."""
     total = global_batch * blocks
-    order = generator(seed, Purpose.RATE_STRATA, step).permutation(total).reshape(global_batch, blocks)
-    jitter = generator(seed, Purpose.RATE_JITTER, step).random(total).reshape(global_batch, blocks)
-    return torch.from_numpy((order[slots] + jitter[slots]) / total)
+    order = generator(seed, Purpose.RATE_STRATA, step).permutation(total)
+    jitter = generator(seed, Purpose.RATE_JITTER, step).random(total)
+    return ((order + jitter) / total).reshape(global_batch, blocks)
 
 
 def mask_draws(seed: int, step: int, slots: np.ndarray, length: int) -> Tensor:

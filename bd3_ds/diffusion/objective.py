@@ -17,6 +17,7 @@ from bd3_ds.diffusion.chunked_head import HeadLoss
 from bd3_ds.diffusion.noise import Noise, corrupt, next_tokens, scored_places
 from bd3_ds.diffusion.score_entropy import ScoreNats, sigma_of
 from bd3_ds.diffusion.subs import SubsNats
+from bd3_ds.runtime.transfer import send
 
 BINS = 10
 
@@ -24,6 +25,8 @@ BINS = 10
 class Denoiser(Protocol):
     """What `read` makes of the network's head at N places `at` of the flattened x_t.
 
+    `at` lies where x_t does, or, for a denoiser that says `places_on_host`, where the noise was drawn: what else it
+    makes of them may then have shapes that depend on values, for which a host would wait.
     Noisy x_t [b K, L], K views of each of the clean texts x0 [b, L]; sigma [b K] or None. `read` takes the hidden
     states, the output matrix and its bias, or through `of_logits` the logits [N, V].
     """
@@ -38,12 +41,14 @@ class Loss:
     """`loss` is what training descends, `nelbo` the estimate of the bound; both nats per scored token, scalars.
 
     block_nats [b K, B], fp64: each block's summed nats over its maskable tokens, unweighted; nan where it has none,
-    None for AR. `bin_nats` and `bin_masked` [BINS], fp64, sum -log p(x0) and masked tokens by masking rate.
+    None for AR; block_weight [b K, B], fp64, the noise's bound_weight, where they lie. `bin_nats` and `bin_masked`
+    [BINS], fp64, sum -log p(x0) and masked tokens by masking rate.
     """
 
     loss: Tensor
     nelbo: Tensor
     block_nats: Tensor | None
+    block_weight: Tensor | None
     bin_nats: Tensor
     bin_masked: Tensor
 
@@ -87,20 +92,22 @@ def training_loss(
     fair = torch.ones_like(rate_at) if noise.token_rate is None else rate_at / noise.token_rate.flatten()[at]
     weight = noise.loss_weight.repeat_interleave(spread, dim=1).flatten()[at].float() / scored
     targets = clean.flatten()[at]
+    places = at
     x_t, x0, at, rate_at, fair, weight, targets, bound_weight = (
         send(tensor, device) for tensor in (x_t, x0, at, rate_at, fair, weight, targets, noise.bound_weight)
     )
+    asked = places if _on_host(denoiser) else at
     if name == SEDD:
         sigma = send(sigma_of(rate[:, 0]).float(), device)
         loss, nats = denoiser(
             x_t,
             None,
             sigma=sigma,
-            at=at,
+            at=asked,
             read=ScoreNats(targets=targets, sigma=sigma[at // length], mask_id=mask_id, weight=weight),
         )
     else:
-        loss, nats = denoiser(x_t, x0, sigma=None, at=at, read=SubsNats(targets, mask_id, weight))
+        loss, nats = denoiser(x_t, x0, sigma=None, at=asked, read=SubsNats(targets, mask_id, weight))
 
     known = nats.double()
     by_token = torch.zeros(rows * length, dtype=torch.float64, device=device).index_copy_(0, at, known * fair)
@@ -109,15 +116,14 @@ def training_loss(
         loss,
         ((bound_weight * by_block).sum() / scored).float(),
         by_block / send(can_be.view(rows, blocks, spread).sum(-1).double(), device),
+        bound_weight,
         *_by_rate(known, rate_at.float()),
     )
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """To the device, whose host does not wait for it."""
-    if tensor.device == device:
-        return tensor
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+def _on_host(denoiser: Denoiser) -> bool:
+    """Whether it wants its places where the noise was drawn."""
+    return bool(getattr(denoiser, "places_on_host", False))
 
 
 def _autoregressive(
@@ -125,10 +131,11 @@ def _autoregressive(
 ) -> Loss:
     """Token i from tokens before it; every position is a masked position at rate 1."""
     at, of = next_tokens(x0, documents)
-    at, targets, x0 = (send(tensor, device) for tensor in (at, x0.flatten()[of], x0))
+    targets = send(x0.flatten()[of], device)
+    at, x0 = at if _on_host(denoiser) else send(at, device), send(x0, device)
     weight = torch.full(at.shape, 1 / (len(x0) * per_sequence), device=device)
     loss, nats = denoiser(x0, None, sigma=None, at=at, read=SubsNats(targets, mask_id, weight))
-    return Loss(loss, loss.detach(), None, *_by_rate(nats.double(), torch.ones_like(nats)))
+    return Loss(loss, loss.detach(), None, None, *_by_rate(nats.double(), torch.ones_like(nats)))
 
 
 def _by_rate(nats: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:

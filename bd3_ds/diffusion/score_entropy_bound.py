@@ -1,4 +1,4 @@
-"""The bound of a SEDD network, from its own score entropy: Monte Carlo over time (docs: MATH.md, "SEDD")."""
+"""The bound of a SEDD network, from its own score entropy: Monte Carlo over time (docs/objective.md)."""
 
 from __future__ import annotations
 

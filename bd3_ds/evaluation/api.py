@@ -4,62 +4,54 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bd3_ds.checkpoint.export import Export, find_export
-from bd3_ds.config.check import estimator_used
-from bd3_ds.config.schema import BD3, MDLM, SEDD, RunConfig, block_size
+from bd3_ds.checkpoint.export import Export
+from bd3_ds.config.check import EXACT_ALWAYS, estimator_used
+from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, RunConfig, block_size
 from bd3_ds.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_ds.evaluation.arguments import (
     Ids,
+    Prompt,
+    are_texts,
     check_rows,
     check_seed,
     make_options,
     noise_levels,
+    number_and_prompt,
     places_to_score,
     token_ids,
     usable_device,
 )
+from bd3_ds.evaluation.exports import open_export
 from bd3_ds.evaluation.network import load_model
 from bd3_ds.evaluation.options import PRECISIONS
 from bd3_ds.evaluation.perplexity import bound_of
-from bd3_ds.runtime.errors import UserError
+from bd3_ds.evaluation.score import Score
+from bd3_ds.evaluation.text_scores import score_texts
+from bd3_ds.runtime.errors import UserError, did_you_mean
+from bd3_ds.sampling.memory import free_memory, memory_needed, require_memory
 from bd3_ds.sampling.options import EOS, Course, Options, make_course
-from bd3_ds.sampling.sampler import Progress, Samples, denoiser_of, sample
+from bd3_ds.sampling.sampler import Progress, Samples, Stopped, denoiser_of, sample
 
 TOKENS_AT_ONCE = 2**16  # noisy tokens that one pass of `score` may take in,
 VIEWS_AT_ONCE = 256  # and noisy sequences
 ROWS_AT_ONCE = 64  # texts sampled together
 
-Prompt = str | Sequence[str] | Ids | None
-
-
-@dataclass(frozen=True)
-class Score:
-    """The one bound, in nats.
-
-    nelbo [B, L] fp64 by token, 0 where it is not scored (position 0 is given); a block's bound is spread over its
-    scored tokens, so only sums over whole blocks have meaning. stderr [B]: what the estimator adds to each row's sum, 0
-    when exact. forwards: passes of the network over a sequence. tokens: scored ones.
-    """
-
-    nelbo: Tensor
-    stderr: Tensor
-    forwards: int
-    tokens: int
+__all__ = ["LanguageModel", "Prompt", "Score", "load"]
 
 
 def load(place: str, device: str | torch.device = "cpu", precision: str = "fp32") -> LanguageModel:
-    """Open the export at `place`, or the newest export of the run at `place`; raises UserError where there is none.
+    """Open the export at `place`, the newest export of the run at `place`, or a folder of `convert --to hf`.
 
-    precision: fp32, or bf16 to draw texts faster; scores want fp32.
+    precision: of weights and arithmetic, fp32, or bf16 to draw texts faster; scores want fp32. Raises UserError where
+    there is no such model, for a device that is not there and for another precision.
     """
-    return LanguageModel(find_export(str(place)), usable_device(device), precision)
+    return LanguageModel(open_export(str(place)), usable_device(device), precision)
 
 
 class LanguageModel:
@@ -71,7 +63,7 @@ class LanguageModel:
 
     def __init__(self, export: Export, device: torch.device, precision: str = "fp32"):
         if precision not in PRECISIONS:
-            raise UserError(f"precision={precision} is unknown; known: {', '.join(PRECISIONS)}")
+            raise UserError(f"precision={precision} is unknown; {did_you_mean(str(precision), PRECISIONS)}")
         self.export = export
         self.device = device
         self.run: RunConfig = export.run
@@ -116,24 +108,32 @@ class LanguageModel:
     @torch.no_grad()
     def score(
         self,
-        tokens: Ids,
+        tokens: Ids | str | Sequence[str],
         estimator: str | None = None,
         views: int = 8,
         seed: int = 0,
         scored: Any = None,
         first_row: int = 0,
     ) -> Score:
-        """The bound of clean tokens [B, L], or of some given the others; the likelihood for AR and block size 1.
+        """The bound of a text or several, or of clean tokens [B, L]; the likelihood for AR and block size 1.
+
+        Texts: strings of any length, as `text_scores.score_texts` takes them; `.nats`, `.by_row` (tokens scored) and
+        `.ppl` have one number a text. Of tokens, all but position 0 are scored, or some given the others:
 
         estimator: exact (where no block has more than 8 tokens to score, 16 for few tokens; AR is always exact),
         stratified or mc, both with `views` noisy views a sequence, drawn by (seed, row); the first row has number
-        `first_row`. SEDD takes mc alone. None: exact, for SEDD mc.
+        `first_row`. SEDD takes mc alone. None: exact where it can be had, else stratified, for SEDD mc; `.estimator`
+        tells.
 
         scored: boolean [B, L], the tokens to score; None: all but position 0, which is never scored. The mask id stands
         for a token that is neither scored nor known: no view shows it. It may stand in a row's last scored block and
         behind, and a last block that is not whole is filled with it. A block's bound is that of writing its scored
         tokens before its unknown ones, beside its given ones (`diffusion/likelihood.py`).
         """
+        if isinstance(tokens, str) or are_texts(tokens):
+            if scored is not None or first_row:
+                raise UserError("scored and first_row are for token ids; give the tokens of these texts instead")
+            return score_texts(self, [tokens] if isinstance(tokens, str) else tokens, estimator, views, seed)
         x0 = self._ids("tokens", tokens)
         count, length = x0.shape
         run = self._run_at(length)
@@ -145,7 +145,7 @@ class LanguageModel:
         missing = -length % size
         x0, places = pad(x0, (0, missing), value=self.mask_id), pad(places, (0, missing), value=False)
         together = int(places.view(count, -1, size).sum(-1).max())
-        asked = estimator or ("mc" if run.objective.name == SEDD else "exact")
+        asked = estimator or self._estimator(together)
         used = estimator_used(run, asked, "estimator", int(places.sum()), together)
         if used == "report":
             raise UserError("estimator=report is no bound; `run.py evaluate --estimator report` prints it beside one")
@@ -164,16 +164,20 @@ class LanguageModel:
             )
             for first in range(0, count, rows)
         ]
+        stderr = torch.cat([bound.stderr.double() for bound in bounds])
         return Score(
             torch.cat([bound.nelbo.double() for bound in bounds])[:, :length],
-            torch.cat([bound.stderr.double() for bound in bounds]),
+            stderr if used == "exact" or views > 1 else torch.full_like(stderr, torch.nan),
             sum(bound.forwards for bound in bounds),
             sum(bound.tokens for bound in bounds),
+            places.sum(1),
+            used,
         )
 
     def generate(
         self,
-        num: int = 4,
+        start: int | Prompt = None,
+        /,
         length: int | None = None,
         prompt: Prompt = None,
         seed: int = 0,
@@ -181,15 +185,19 @@ class LanguageModel:
         nucleus: float | None = None,
         **how: Any,
     ) -> list[str]:
-        """`num` texts, the prompt included, each cut where it first ends (EOS); arguments as for `sample`."""
-        self._require_tokenizer()
+        """Texts, the prompt included, each cut where it first ends (EOS); arguments as for `sample`.
+
+        generate("Returns", num=2), generate(["Returns", "Raises"]), generate(num=4, length=256, prompt=None, seed=0)
+        """
+        self.require_tokenizer()
         how.setdefault("stop", (EOS,))
-        return self.decode(self.sample(num, length, prompt, seed, temperature, nucleus, **how))
+        return self.decode(self.sample(start, length, prompt, seed, temperature, nucleus, **how))
 
     @torch.no_grad()
     def sample(
         self,
-        num: int = 4,
+        start: int | Prompt = None,
+        /,
         length: int | None = None,
         prompt: Prompt = None,
         seed: int = 0,
@@ -197,20 +205,61 @@ class LanguageModel:
         nucleus: float | None = None,
         progress: Progress | None = None,
         batch: int = ROWS_AT_ONCE,
+        stopped: Stopped | None = None,
+        num: int | None = None,
         **how: Any,
     ) -> Samples:
         """`num` token rows of `length` (default L; beyond L the window slides), with their counts.
+
+        The first word is `num`, or the prompt. num: default 4, or one for each text of a list of prompts.
 
         prompt: a text, a list of `num` texts, or ids [P] or [num, P] from position 0 (BOS) on, in which the mask id
         stands for a token to write; given tokens stay as they are. temperature 0 takes the most likely token; `nucleus`
         keeps the smallest set of tokens that reaches this probability; `how` are further fields of
         `sampling.options.Options`, such as steps=64, threshold=0.9, top_k=50, stop=("eos", "entropy"). Rows are drawn
         `batch` at a time; row r depends on (seed, r), not on `num` or `batch`. `progress` is told how many tokens have
-        just been written.
+        just been written. Once `stopped()` is true, no more is drawn: rows that were not begun are missing, those that
+        had not ended are cut ("interrupted"). Texts that the machine's memory cannot hold are refused.
         """
+        num, prompt = number_and_prompt(start, num, prompt)
         options = make_options({"temperature": temperature, "nucleus": nucleus} | how)
-        options.check(self.run.objective.name)
         length = self.run.data.length if length is None else length
+        course, given = self.check_sample(num, length, prompt, seed, batch, options)
+        eos_id = None if self.tokenizer is None else self.tokenizer.eos_id
+        require_memory(
+            lambda tokens: self.memory_to_sample(num, tokens, batch, course.window),
+            free_memory(self.device),
+            num,
+            length,
+        )
+        denoiser = denoiser_of(self.network, course.block)
+        parts: list[Samples] = []
+        for first in range(0, num, batch):
+            if parts and stopped is not None and stopped():
+                break
+            parts.append(
+                sample(
+                    denoiser,
+                    course,
+                    given.expand(num, -1)[first : first + batch],
+                    num=min(batch, num - first),
+                    mask_id=self.mask_id,
+                    options=options,
+                    eos_id=eos_id,
+                    timed=self.run.objective.name == SEDD,
+                    seed=seed,
+                    first_row=first,
+                    progress=progress,
+                    stopped=stopped,
+                )
+            )
+        return Samples.joined(parts)
+
+    def check_sample(
+        self, num: int, length: int, prompt: Prompt, seed: int, batch: int, options: Options
+    ) -> tuple[Course, Tensor]:
+        """The windows of `sample`, and the given ids [1 or num, P]; raises UserError for what does not go together."""
+        options.check(self.run.objective.name)
         course = self._course(length, options)
         check_rows(num, batch, seed)
         given = self.prompt_ids(prompt, course.window)
@@ -218,31 +267,21 @@ class LanguageModel:
             raise UserError(f"prompt has {len(given)} rows for num={num} texts; give one row, or one a text")
         if given.shape[1] > length:
             raise UserError(f"prompt takes {given.shape[1]} tokens, BOS included, but length={length}; shorten it")
-        eos_id = None if self.tokenizer is None else self.tokenizer.eos_id
-        if EOS in options.stop and eos_id is None:
+        if EOS in options.stop and (self.tokenizer is None or self.tokenizer.eos_id is None):
             raise UserError(f"stop=eos needs a tokenizer, and {self.export.path} has none; convert it with --tokenizer")
-        denoiser = denoiser_of(self.network, course.block)
-        parts = [
-            sample(
-                denoiser,
-                course,
-                given.expand(num, -1)[first : first + batch],
-                num=min(batch, num - first),
-                mask_id=self.mask_id,
-                options=options,
-                eos_id=eos_id,
-                timed=self.run.objective.name == SEDD,
-                seed=seed,
-                first_row=first,
-                progress=progress,
-            )
-            for first in range(0, num, batch)
-        ]
-        return Samples.joined(parts)
+        return course, given
+
+    def memory_to_sample(
+        self, num: int, length: int, batch: int = ROWS_AT_ONCE, window: int | None = None, as_json: bool = False
+    ) -> int:
+        """Bytes that `sample` takes beside the model; `as_json`: and the record of `run.py sample --json`."""
+        window = self.run.data.length if window is None else window
+        width = next(self.network.parameters()).element_size()
+        return memory_needed(self.network.network, num, length, batch, window, width, as_json)
 
     def decode(self, samples: Samples) -> list[str]:
         """The texts of token rows, each up to its end; special tokens are left out."""
-        tokenizer = self._require_tokenizer()
+        tokenizer = self.require_tokenizer()
         rows = zip(samples.tokens.tolist(), samples.lengths.tolist(), strict=True)
         return [tokenizer.decode(row[:length]) for row, length in rows]
 
@@ -252,8 +291,8 @@ class LanguageModel:
         Texts of unequal length are filled up with the mask id. `longest`: tokens that the network sees at once (None:
         L); a longer prompt is refused.
         """
-        if prompt is None or isinstance(prompt, str) or _texts(prompt):
-            tokenizer = self._require_tokenizer("; or give prompt=[id, …] from the first token on")
+        if prompt is None or isinstance(prompt, str) or are_texts(prompt):
+            tokenizer = self.require_tokenizer("; or give prompt=[id, …] from the first token on")
             texts = list(prompt) if prompt is not None and not isinstance(prompt, str) else [prompt or ""]
             rows = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(texts)]
             for text, row in zip(texts, rows, strict=True):
@@ -279,19 +318,22 @@ class LanguageModel:
     def _ids(self, name: str, value: Any, one_row: bool = False) -> Tensor:
         return token_ids(name, value, self.vocab_size, self.run.data.length, self.device, one_row)
 
+    def _estimator(self, together: int) -> str:
+        """What scores blocks of so many tokens where nothing is asked for."""
+        if self.run.objective.name == SEDD:
+            return "mc"
+        return "exact" if self.run.objective.name == AR or together <= EXACT_ALWAYS else "stratified"
+
     def _run_at(self, length: int) -> RunConfig:
         """The run as if its sequences were `length` long: MDLM and SEDD take a shorter text as one shorter block."""
         if self.run.objective.name not in (MDLM, SEDD):
             return self.run
         return dataclasses.replace(self.run, data=dataclasses.replace(self.run.data, length=length))
 
-    def _require_tokenizer(self, otherwise: str = "") -> Tokenizer:
+    def require_tokenizer(self, otherwise: str = "") -> Tokenizer:
+        """The tokenizer; raises UserError where there is none, with what would do `otherwise`."""
         if self.tokenizer is None:
             raise UserError(
                 f"{self.export.path} has no tokenizer and knows no texts; convert it with --tokenizer{otherwise}"
             )
         return self.tokenizer
-
-
-def _texts(prompt: Any) -> bool:
-    return isinstance(prompt, list | tuple) and len(prompt) > 0 and all(isinstance(part, str) for part in prompt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from bd3_ds.runtime.errors import UserError, did_you_mean
 from bd3_ds.sampling.options import Options
 
 Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
+Prompt = str | Sequence[str] | Ids | None
+
+TEXTS = 4  # that are drawn where nothing is said
 
 
 def token_ids(
@@ -97,6 +100,28 @@ def make_options(values: dict[str, Any]) -> Options:
     return Options(**values | {"stop": (stop,) if isinstance(stop, str) else tuple(stop)})
 
 
+def are_texts(value: Any) -> TypeGuard[Sequence[str]]:
+    """Whether this is a list (or tuple) of strings; an empty one is none."""
+    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(part, str) for part in value)
+
+
+def number_and_prompt(start: Any, num: int | None, prompt: Prompt) -> tuple[int, Prompt]:
+    """How many texts, and their prompt, where the first word of a call may be either."""
+    if isinstance(start, int):
+        if num is not None:
+            raise UserError(f"num is given twice, as {start} and as num={num}; give it once")
+        num = start
+    elif start is not None:
+        if prompt is not None:
+            raise UserError("the prompt is given twice, as the first word and as prompt=…; give it once")
+        prompt = start
+    if num is None:
+        num = len(prompt) if prompt is not None and are_texts(prompt) else TEXTS
+    if not isinstance(num, int) or isinstance(num, bool):
+        raise UserError(f"num={num!r} must be a whole number of texts")
+    return num, prompt
+
+
 def check_rows(num: int, batch: int, seed: int) -> None:
     """Raise UserError for numbers of texts that cannot be drawn, or a seed that no generator takes."""
     for name, value in (("num", num), ("batch", batch)):
@@ -116,7 +141,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     try:
         opened = torch.device(device)
         torch.empty(0, device=opened)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"device={device} cannot be used ({reason}); 'cpu' always can") from None
     return opened

@@ -9,22 +9,20 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bd3_ds.config.check import EXACT_ALWAYS
-from bd3_ds.config.schema import AR, SEDD
+from bd3_ds.config.schema import AR
 from bd3_ds.evaluation.api import TOKENS_AT_ONCE, LanguageModel
 from bd3_ds.evaluation.arguments import check_seed, make_options
 from bd3_ds.evaluation.greedy import is_greedy
+from bd3_ds.evaluation.text_windows import Piece, TextWindows, filled, grouped, places
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.sampling.options import EOS, RULES
 
 ROWS_AT_ONCE = 64  # texts between two steps of a progress bar
-FILL = 32  # tokens; texts of nearly one length go together where what follows a text does not matter
 NEW_TOKENS = 256  # of a text that is gone on with, where nothing is said
 VIEWS = 128  # more than the masks of 7 tokens: shorter continuations are exact
 
@@ -32,15 +30,6 @@ VIEWS = 128  # more than the masks of 7 tokens: shorter continuations are exact
 NAMES = {"top_p": "nucleus", "max_new_tokens": "max_gen_toks", "max_tokens": "max_gen_toks"}
 
 Progress = Callable[[int], None]  # told how many texts have just been dealt with
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Tokens that a network sees at once, of which all but the first `given` are scored for text number `text`."""
-
-    tokens: list[int]
-    given: int
-    text: int
 
 
 class Continuations:
@@ -67,8 +56,7 @@ class Continuations:
         self.seed = seed
         self.how = how
         self.length: int = model.run.data.length
-        self.one_block = model.block_size == self.length  # as long as the text itself, or all L of it
-        self.grid = 1 if self.one_block else model.block_size
+        self.windows = TextWindows(self.length, model.block_size)
 
     def loglikelihood(
         self, pairs: Sequence[tuple[str, str]], progress: Progress | None = None
@@ -104,11 +92,11 @@ class Continuations:
             count = _request(options)[1]
             room = max(self.length - count, self.length // 2)
             tokens = [self.tokenizer.bos_id, *ids]
-            tokens = tokens[self._on_grid(len(tokens) - room) :]
-            groups[json.dumps(options, sort_keys=True), self._width(len(tokens))].append((index, tokens))
+            tokens = tokens[self.windows.on_grid(len(tokens) - room) :]
+            groups[json.dumps(options, sort_keys=True), self.windows.width(len(tokens))].append((index, tokens))
         for (wish, _), rows in groups.items():
             until, count, how = _request(json.loads(wish))
-            prompts = _filled([tokens for _, tokens in rows], self.model.mask_id)
+            prompts = filled([tokens for _, tokens in rows], self.model.mask_id)
             samples = self.model.sample(len(rows), prompts.shape[1] + count, prompts, self.seed, **self._sampler(how))
             for (index, tokens), row, length in zip(
                 rows, samples.tokens.tolist(), samples.lengths.tolist(), strict=True
@@ -131,19 +119,8 @@ class Continuations:
         return [self.tokenizer.bos_id, *given, *rest], 1 + len(given)
 
     def pieces(self, tokens: list[int], given: int, text: int = 0) -> Iterator[Piece]:
-        """Windows of the model's length over `tokens`, in which each token behind the `given` first is scored once.
-
-        Windows begin at a multiple of the block size, so that a text's blocks are the same in all of them, with at
-        least one token before the first that is scored, and otherwise as late as that they are as few as can be; the
-        last has as much context as it holds.
-        """
-        done = given
-        while done < len(tokens):
-            latest = (done - 1) // self.grid * self.grid
-            start = min(latest, self._on_grid(len(tokens) - self.length))
-            stop = min(len(tokens), start + self.length)
-            yield Piece(tokens[start:stop], done - start, text)
-            done = stop
+        """Windows over `tokens`, in which each token behind the `given` first is scored once (`text_windows.py`)."""
+        return self.windows.pieces(tokens, given, text)
 
     def _scored(
         self, pieces: list[Piece], texts: int, progress: Progress | None, with_greedy: bool = False
@@ -151,18 +128,15 @@ class Continuations:
         """Sums over the pieces of each text: log-likelihoods, and whether all that is scored would be written."""
         values, greedy = [0.0] * texts, [True] * texts
         left = [0] * texts
-        groups: dict[tuple[int, str], list[Piece]] = defaultdict(list)
         for piece in pieces:
             left[piece.text] += 1
-            groups[self._width(len(piece.tokens)), self._estimator(piece)].append(piece)
+        groups = grouped(pieces, self.windows, [self._estimator(piece) for piece in pieces])
         number = 0  # of the first piece of a pass: each has its own random numbers
-        for (width, estimator), group in sorted(groups.items()):
+        for (width, estimator), group in groups.items():
             for first in range(0, len(group), ROWS_AT_ONCE):
                 part = group[first : first + ROWS_AT_ONCE]
-                x0 = _filled([piece.tokens for piece in part], self.model.mask_id, width)
-                place = torch.arange(width)
-                begin, end = (torch.tensor(ends)[:, None] for ends in ([p.given for p in part], _lengths(part)))
-                scored = (place >= begin) & (place < end)
+                x0 = filled([piece.tokens for piece in part], self.model.mask_id, width)
+                scored = places(part, width)
                 score = self.model.score(x0, estimator, self.views, self.seed, scored, first_row=number)
                 number += len(part)
                 written = self._greedy(x0, scored) if with_greedy else [True] * len(part)
@@ -176,7 +150,7 @@ class Continuations:
 
     def _greedy(self, x0: Tensor, scored: Tensor) -> list[bool]:
         model, width = self.model, x0.shape[1]
-        size = width if self.one_block else self.grid
+        size = width if self.windows.one_block else self.windows.grid
         rows = max(1, TOKENS_AT_ONCE // (2 * width))  # noisy tokens beside clean ones
         parts = zip(x0.to(model.device).split(rows), scored.to(model.device).split(rows), strict=True)
         right = [is_greedy(model.network, model.run.objective.name, *part, size, model.mask_id) for part in parts]
@@ -185,23 +159,9 @@ class Continuations:
     def _estimator(self, piece: Piece) -> str:
         """What scores the piece, by its own tokens alone."""
         objective = self.model.run.objective.name
-        if self.estimator is not None or objective in (AR, SEDD):
-            return self.estimator or ("exact" if objective == AR else "mc")
-        size = len(piece.tokens) if self.one_block else self.grid
-        block = [0] * -(-len(piece.tokens) // size)
-        for place in range(piece.given, len(piece.tokens)):
-            block[place // size] += 1
-        most = max(block)
-        return "exact" if most <= EXACT_ALWAYS and 2**most - 1 <= self.views else "stratified"
-
-    def _width(self, tokens: int) -> int:
-        """What a text of so many tokens is filled up to: nobody sees what comes after, but in a single block."""
-        step = 1 if self.one_block else self.grid * max(1, FILL // self.grid)
-        return tokens if tokens > self.length else min(self.length, -(-tokens // step) * step)
-
-    def _on_grid(self, tokens: int) -> int:
-        """The least multiple of the block size that is not below `tokens`; 0 for less."""
-        return max(0, -(-tokens // self.grid) * self.grid)
+        if self.estimator is not None:
+            return self.estimator
+        return self.windows.estimator(piece, objective, masks=(self.views + 1).bit_length() - 1)
 
     def _sampler(self, how: dict[str, Any]) -> dict[str, Any]:
         """The sampler's options for a request's own."""
@@ -232,16 +192,6 @@ def _request(options: dict[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
     elif sampled:
         named.setdefault("temperature", 1.0)
     return [until] if isinstance(until, str) else list(until), count, named
-
-
-def _filled(rows: list[list[int]], mask_id: int, width: int | None = None) -> Tensor:
-    """Rows of tokens as [N, width], filled up with the mask id; None: the longest row's length."""
-    width = max(map(len, rows)) if width is None else width
-    return torch.tensor([row + [mask_id] * (width - len(row)) for row in rows])
-
-
-def _lengths(pieces: list[Piece]) -> list[int]:
-    return [len(piece.tokens) for piece in pieces]
 
 
 def _cut(text: str, until: list[str]) -> str:

@@ -7,8 +7,12 @@ made of one (`convert_to`).
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bd3_ds.checkpoint.export import find_export
@@ -20,6 +24,7 @@ from bd3_ds.runtime.files import read_json
 
 SOURCES = ("upstream", "hf", "export")
 TARGETS = ("export", "hf", "upstream")
+_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))
 _MODEL_TYPES = {"hf": "bd3-ds", "upstream": "bd3lm"}  # by which a folder that may be replaced is known
 
 
@@ -32,6 +37,17 @@ def main(argv: list[str]) -> int:
         from bd3_ds.hub.transfer import require_token
 
         require_token(options.push)
+    with told_of_full_disks(options.dst):
+        _convert(options)
+    print(f"wrote {options.dst}")
+    if options.push is not None:
+        from bd3_ds.hub.transfer import push
+
+        print(f"pushed to {push(options.dst, options.push, options.private)}")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         made = options.dst if options.target == "export" else Path(scratch) / "export"
         if options.source == "export":
@@ -44,12 +60,21 @@ def main(argv: list[str]) -> int:
             write_hugging_face(export, options.dst)
         elif options.target == "upstream":
             write_upstream(export, options.dst)
-    print(f"wrote {options.dst}")
-    if options.push is not None:
-        from bd3_ds.hub.transfer import push
 
-        print(f"pushed to {push(options.dst, options.push, options.private)}")
-    return 0
+
+@contextmanager
+def told_of_full_disks(dst: Path) -> Iterator[None]:
+    """Raise UserError where a disk is full, in whatever error a library wraps what the system said."""
+    try:
+        yield
+    except Exception as error:
+        if not any(words in str(error) for words in _FULL):
+            raise
+        scratch = tempfile.gettempdir()
+        raise UserError(
+            f"no room is left on the disk of {dst}, or of {scratch}, where a model lies while it is converted; nothing "
+            "was written: free some, or choose another DST, or another TMPDIR"
+        ) from None
 
 
 def _check(options: argparse.Namespace) -> None:

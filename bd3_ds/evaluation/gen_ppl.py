@@ -29,9 +29,11 @@ from torch import Tensor
 
 from bd3_ds.checkpoint.export import find_export, list_exports
 from bd3_ds.data.streaming_import import mend_torchvision
+from bd3_ds.evaluation.exports import open_export
 from bd3_ds.evaluation.judge import ExportJudge, Judge
 from bd3_ds.evaluation.text_statistics import mean_and_stderr, ratio_and_stderr
 from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.files import read_json
 
 TOKENS_AT_ONCE = 4096  # of a pass, padding included; the logits of GPT-2's vocabulary then take 0.8 GB
 PROBE = 8  # tokens of the pass that shows whether a model is causal
@@ -216,6 +218,9 @@ def open_judge(place: str, device: torch.device) -> Judge:
     """
     path = Path(place).expanduser()
     if (path / "config.json").is_file():
+        kind = read_json(path / "config.json", "config.json")
+        if isinstance(kind, dict) and kind.get("model_type") == "bd3-ds":
+            return ExportJudge(place, open_export(str(path)), device)
         return TransformersJudge(place, path, device)
     if path.is_dir():
         if not (path / "export.json").is_file() and not list_exports(path):

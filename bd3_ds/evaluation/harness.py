@@ -64,13 +64,13 @@ def harness_model() -> type:
             super().__init__()
             if export is None:
                 raise UserError("--model_args lacks export=RUN_DIR, or a directory under RUN_DIR/exports")
-            from bd3_ds.checkpoint.export import find_export
             from bd3_ds.evaluation.api import LanguageModel
             from bd3_ds.evaluation.arguments import usable_device
             from bd3_ds.evaluation.continuations import Continuations
+            from bd3_ds.evaluation.exports import open_export
 
             place = open_device(None) if device is None else usable_device(device)
-            self.continuations = Continuations(LanguageModel(find_export(str(export)), place), **options)
+            self.continuations = Continuations(LanguageModel(open_export(str(export)), place), **options)
 
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             return self._answer("loglikelihood", [request.args for request in requests], disable_tqdm)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("cpu", "cuda")
 PRECISIONS = ("fp32", "bf16")
+EXIT_INTERRUPTED = 130  # what shells give for Ctrl-C
 
 
 def number_of_chunks(text: str) -> int:

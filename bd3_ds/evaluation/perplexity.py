@@ -1,4 +1,4 @@
-"""The perplexity of an export on a frozen set: the one bound of MATH.md, with its standard error."""
+"""The perplexity of an export on a frozen set: the one bound (docs/objective.md), with its standard error."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def evaluate_pack(
 ) -> dict[str, Any]:
     """The record of one (export, set); `nelbo` and `stderr` in nats per scored token, `ppl` = exp(nelbo).
 
-    `stderr` is what the estimator itself adds, for this text: 0 where the value is exact. `batch` bounds the noisy
+    `stderr` is what the estimator itself adds, for this text: 0 where the value is exact; `ppl_stderr` = ppl x stderr
+    is that of the perplexity. The first `chunks` of the set's `chunks_in_set` are scored. `batch` bounds the noisy
     sequences of a forward pass; weights and arithmetic are fp32. Raises UserError for a set that the export cannot
     read or that has nothing to score, an estimator that does not fit, and a bound that is not finite. `report` adds
     `report_loss` (nats per scored token) and `report_ppl` = its exp, which the project's report printed, to the
@@ -65,6 +66,11 @@ def evaluate_pack(
             "from longer documents"
         )
     used = estimator_used(export.run, estimator, "estimator", scored)
+    if used != "exact" and views == 1 and len(tokens) == 1:
+        raise UserError(
+            f"set {set_name}: one view of one sequence tells nothing of its own error; give --views 2 (eval.views) or "
+            "more sequences"
+        )
     size = block_size(export.run)
     together = _sequences_at_once(used, size, views, batch)
     start = time.perf_counter()
@@ -104,20 +110,24 @@ def evaluate_pack(
     if used != "exact" and views == 1 and len(tokens) > 1:
         # One view knows nothing of its own error; the spread over sequences, text included, is an upper estimate.
         total_variance = len(tokens) * by_sequence.var()
+    stderr = float(total_variance.sqrt()) / scored
     return {
         "export": export.name,
         "step": export.step,
         "set": set_name,
         "estimator": used,
         "nelbo": nelbo,
-        "stderr": float(total_variance.sqrt()) / scored,
+        "stderr": stderr,
         "ppl": _exp(nelbo),
+        "ppl_stderr": _exp(nelbo) * stderr,
         "tokens": scored,
         "pack_hash": manifest.pack_hash,
+        "content_hash": manifest.content_hash,
         "forwards": forwards,
         "seconds": time.perf_counter() - start,
         "views": views if used != "exact" else None,
         "chunks": len(tokens),
+        "chunks_in_set": manifest.chunks,
         **({"report_loss": reported / scored, "report_ppl": _exp(reported / scored)} if used == "report" else {}),
     }
 

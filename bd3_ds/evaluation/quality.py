@@ -20,6 +20,7 @@ from bd3_ds.evaluation.judge import Judge
 from bd3_ds.evaluation.text_statistics import distinct, entropy, lengths, mean_and_stderr
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.samples import ENDS
+from bd3_ds.runtime.text_files import read_lines
 
 LEAST_FOR_MAUVE = 20  # texts on either side: MAUVE makes a cluster of ten texts, and at least two clusters
 
@@ -125,7 +126,7 @@ def sampling_figures(samples: dict[str, Any]) -> dict[str, Any]:
 def read_texts(path: Path, option: str = "--reference") -> list[str]:
     """The "text" of each line of a JSONL file; raises UserError for a file that has none, or a line without it."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f'{option} {path} cannot be read ({error}); give a .jsonl file with a text a line, {{"text": …}}'

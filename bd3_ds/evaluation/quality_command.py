@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bd3_ds.evaluation.options import DEVICES, open_device
+from bd3_ds.evaluation.options import DEVICES, EXIT_INTERRUPTED, open_device
 from bd3_ds.runtime.cli import Parser, at_least_one
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import require_writable, write_json
@@ -33,31 +33,51 @@ def main(argv: list[str]) -> int:
     fit_windows(options.window, options.stride, None)
     reference = read_texts(options.reference) if options.reference is not None else None
     judge = open_judge(options.judge, open_device(options.device))
-    records, readings = [], []
-    with tqdm(desc="judged", unit="token", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False) as bar:
-        quality = Quality(judge, options.window, options.stride, options.truncate, bar.update)
-        for name, samples in files.items():
-            try:
-                record, reading = quality.of_samples(samples)
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from None
-            records.append({"file": name} | record)
-            readings.append(reading)
-        if reference is not None:
-            longest = max(samples["length"] for samples in files.values()) if options.truncate else None
-            read = quality.read(reference, longest)
-    if reference is not None:
-        _add_mauve(quality, records, readings, read)
-        records.append({"file": options.reference.as_posix()} | read.figures)
-    used = records[0]["judge"]
-    print(
-        f"judge {used['name']}, windows of {used['window']} tokens, stride {used['stride']}"
-        + (f" (asked: {used['window_asked']}, {used['stride_asked']})" if _was_fitted(used) else "")
-    )
-    print(format_table(records))
-    if options.json is not None:
-        write_json(options.json, records)
+    records: list[dict[str, Any]] = []
+    try:
+        with tqdm(desc="judged", unit="token", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False) as bar:
+            quality = Quality(judge, options.window, options.stride, options.truncate, bar.update)
+            readings = _judge_files(quality, files, records, options.json)
+            if reference is not None:
+                longest = max(samples["length"] for samples in files.values()) if options.truncate else None
+                read = quality.read(reference, longest)
+                _add_mauve(quality, records, readings, read)
+                records.append({"file": options.reference.as_posix()} | read.figures)
+        if options.json is not None:
+            write_json(options.json, records)
+    except KeyboardInterrupt:
+        kept = f"; kept in {options.json}" if options.json is not None and records else ""
+        print(f"stopped: {len(records)} of {len(files)} files are judged{kept}", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+    finally:
+        if records:
+            used = records[0]["judge"]
+            print(
+                f"judge {used['name']}, windows of {used['window']} tokens, stride {used['stride']}"
+                + (f" (asked: {used['window_asked']}, {used['stride_asked']})" if _was_fitted(used) else "")
+            )
+            print(format_table(records))
     return 0
+
+
+def _judge_files(
+    quality: Quality, files: dict[str, Any], records: list[dict[str, Any]], json: Path | None
+) -> list[Reading]:
+    """Append the record of each file to `records`, and write them to `json` as they come; what the judge made of each.
+
+    Raises UserError, with the file's name, for texts that cannot be judged.
+    """
+    readings = []
+    for name, samples in files.items():
+        try:
+            record, reading = quality.of_samples(samples)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        records.append({"file": name} | record)
+        readings.append(reading)
+        if json is not None:
+            write_json(json, records)
+    return readings
 
 
 def format_table(records: list[dict[str, Any]]) -> str:

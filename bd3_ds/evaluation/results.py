@@ -1,16 +1,25 @@
-"""What workers have found out about a run: one line per result, never two for the same thing."""
+"""What workers, and `evaluate --record`, have found out about a run: one line per result, never two for the same thing.
+
+A worker's result does not replace one that is on record. What a user asks for by `evaluate --record` does: the newest
+evaluation of an (export, set) stands in records/eval.jsonl, and the line that it took the place of is kept in
+records/eval-replaced.jsonl.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bd3_ds.runtime import records
+from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.files import write_text
 
 EVALUATIONS = "records/eval.jsonl"  # one line per (export, set)
+REPLACED = "records/eval-replaced.jsonl"  # lines of EVALUATIONS that a newer one of the same key replaced
 SAMPLES = "records/samples.jsonl"  # one line per export
 ERRORS = "records/eval-errors.jsonl"  # one line per set and sentence
 LEASES = "leases"  # directory of claims and locks in a run directory
@@ -38,15 +47,41 @@ class Results:
             records.append(self._run_dir / file, record)
         return True
 
+    def replace(self, record: dict[str, Any]) -> bool:
+        """Put an evaluation on record in place of those of its (export, set), which are kept aside; says if any were.
+
+        Raises UserError on a file system without locks: there a worker's line could be lost.
+        """
+        keys = _KEYS[EVALUATIONS]
+        with self._alone() as locked:
+            if not locked:
+                raise UserError(
+                    f"--record: the file system of {self._run_dir} has no file locks, so a worker's line could be "
+                    "lost; use --json FILE"
+                )
+            lines = records.read(self._run_dir / EVALUATIONS)
+            old = [line for line in lines if all(line.get(key) == record[key] for key in keys)]
+            if not old:
+                records.append(self._run_dir / EVALUATIONS, record)
+                return False
+            records.append(self._run_dir / REPLACED, *old)
+            kept = [line for line in lines if line not in old]
+            text = "".join(json.dumps(line) + "\n" for line in [*kept, record])
+            write_text(self._run_dir / EVALUATIONS, text)
+        return True
+
     def _read(self, file: str) -> list[dict[str, Any]]:
         return [line for line in records.read(self._run_dir / file) if all(key in line for key in _KEYS[file])]
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keep other workers out; the kernel ends the lock with the process, however that ends."""
+    def _alone(self) -> Iterator[bool]:
+        """Keep others out, False where that cannot be; the kernel ends the lock with the process, however that ends."""
         path = self._run_dir / LEASES / "records.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w") as lock:
-            with contextlib.suppress(OSError):  # a file system without locks: the leases alone keep workers apart
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+                locked = True
+            except OSError:  # a file system without locks: the leases alone keep workers apart
+                locked = False
+            yield locked

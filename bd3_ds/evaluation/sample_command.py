@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import time
 from pathlib import Path
@@ -17,10 +18,14 @@ from bd3_ds.runtime.files import require_writable, write_json
 from bd3_ds.sampling.options import EOS, Options
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bd3_ds.evaluation.api import LanguageModel
     from bd3_ds.sampling.sampler import Samples
 
 RULE = "-" * 80
+EXIT_INTERRUPTED = 130  # what shells say of a program that Ctrl-C ended
+SMALL, FEW = 20e6, 100e6  # parameters and tokens below which no model writes sentences
 
 
 def main(argv: list[str]) -> int:
@@ -40,23 +45,72 @@ def main(argv: list[str]) -> int:
     from bd3_ds.evaluation.api import LanguageModel
 
     model = LanguageModel(export, open_device(asked.device), asked.precision)
-    num = len(prompt) if isinstance(prompt, list) else asked.num
+    prompts = prompt if isinstance(prompt, list) else None
+    num = asked.num if prompts is None else len(prompts)
     length = asked.length or model.run.data.length
-    given = (model.prompt_ids(prompt, asked.window) != model.mask_id).sum(1).expand(num)  # [N]
-    with _Bar(num * length - int(given.sum())) as bar:
+    _, ids = model.check_sample(num, length, prompt, asked.seed, asked.batch, options)
+    given = (ids != model.mask_id).sum(1).expand(num)  # [N]
+    _announce(model, num, length, asked)
+    with Interruption() as interruption, _Bar(num * length - int(given.sum())) as bar:
         start = time.perf_counter()
-        samples = model.sample(num, length, prompt, asked.seed, progress=bar.update, batch=asked.batch, **vars(options))
+        how = vars(options) | {"batch": asked.batch, "progress": bar.update, "stopped": interruption.asked}
+        samples = model.sample(num, length, prompt, asked.seed, **how)
         seconds = time.perf_counter() - start
-    record = _record(model, samples, given.tolist(), seconds)
-    for text, ended in zip(record["texts"], record["ended"], strict=True):
-        print(RULE)
-        print(text if ended == "length" else f"{text}\n[ended: {ended}]")
-    print(RULE)
-    print(_summary(record, model.run.objective.name == AR))
-    if asked.json is not None:
-        words = {"prompt": prompt, "seed": asked.seed, "batch": asked.batch, "precision": asked.precision}
-        write_json(asked.json, record | words | {"length": length, "options": options.as_record()})
+    rows = samples.begun(given)
+    samples, given = samples.rows(rows), given[rows]
+    _show(model, samples, given, seconds)
+    kept = ""
+    if asked.json is not None and len(rows):
+        record = _record(model, samples, given.tolist(), seconds)
+        words = {"prompt": prompt if prompts is None else [prompts[row] for row in rows.tolist()], "seed": asked.seed}
+        words |= {"batch": asked.batch, "precision": asked.precision, "length": length, "options": options.as_record()}
+        write_json(asked.json, record | words)
+        kept = f"; {asked.json} holds them"
+    if interruption.asked():
+        print(f"interrupted: {len(rows)} of {num} texts were begun, and are above{kept}", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
+
+
+def _announce(model: LanguageModel, num: int, length: int, asked: Any) -> None:
+    """Say what is about to be drawn and what it takes; raises UserError where the machine's memory cannot hold it."""
+    from bd3_ds.sampling.memory import free_memory, require_memory
+
+    window = asked.window or model.run.data.length
+
+    def needed(tokens: int) -> int:
+        return model.memory_to_sample(num, tokens, asked.batch, window, asked.json is not None)
+
+    free, takes = free_memory(model.device), needed(length)
+    require_memory(needed, free, num, length)
+    memory = f", in about {takes / 2**30:.1f} of {free / 2**30:.1f} GiB that are free" if takes > 2**28 else ""
+    print(f"drawing {num:,} texts of {length:,} tokens from {model.export.path}{memory}", file=sys.stderr, flush=True)
+
+
+def _show(model: LanguageModel, samples: Samples, given: Tensor, seconds: float) -> None:
+    """The texts, what they cost, and what can be expected of them."""
+    from bd3_ds.sampling.sampler import ENDED
+
+    for text, why in zip(model.decode(samples), samples.ended.tolist(), strict=True):
+        print(RULE)
+        print(text if ENDED[why] == "length" else f"{text}\n[ended: {ENDED[why]}]")
+    print(RULE)
+    print(_summary(samples, given, seconds, model.run.objective.name == AR))
+    note = _expectation(model)
+    if note:
+        print(note)
+
+
+def _expectation(model: LanguageModel) -> str | None:
+    """A sentence for models that cannot write yet; None for those that may, and those that others have trained."""
+    run, parameters = model.run, sum(parameter.numel() for parameter in model.network.parameters())
+    seen = model.export.step * run.train.global_batch * run.data.length
+    if seen == 0 or (parameters >= SMALL and (seen >= FEW or run.train.init_from is not None)):
+        return None
+    return (
+        f"{parameters / 1e6:,.1f} M parameters after {seen / 1e6:,.1f} M tokens: expect words without sense; models "
+        "that write sentences have a hundred times the parameters and have read billions of tokens"
+    )
 
 
 def _record(model: LanguageModel, samples: Samples, given: list[int], seconds: float) -> dict[str, Any]:
@@ -73,6 +127,7 @@ def _record(model: LanguageModel, samples: Samples, given: list[int], seconds: f
     written = sum(lengths) - sum(given)
     tokenizer = model.tokenizer
     assert tokenizer is not None
+    pieces = {token: tokenizer.piece(token) for token in {token for row in ids for token in row}}
     return {
         "export": model.export.name,
         "run": str(model.export.path.parent.parent),
@@ -82,7 +137,7 @@ def _record(model: LanguageModel, samples: Samples, given: list[int], seconds: f
         "given": given,
         "texts": model.decode(samples),
         "token_ids": ids,
-        "pieces": [[tokenizer.piece(token) for token in row] for row in ids],
+        "pieces": [[pieces[token] for token in row] for row in ids],
         "ended": [ENDED[why] for why in samples.ended.tolist()],
         "low_entropy": [bool(low_entropy(samples.tokens[i, :n][None])) for i, n in enumerate(lengths)],
         "nfe": samples.nfe.tolist(),
@@ -96,12 +151,13 @@ def _record(model: LanguageModel, samples: Samples, given: list[int], seconds: f
     }
 
 
-def _summary(record: dict[str, Any], causal: bool) -> str:
-    nfe, writes = sum(record["nfe"]), sum(record["cache_forwards"])
+def _summary(samples: Samples, given: Tensor, seconds: float, causal: bool) -> str:
+    tokens = int(samples.lengths.sum()) - int(given.sum())
+    nfe, writes = int(samples.nfe.sum()), int(samples.cache_forwards.sum())
     beside = "" if causal else f" and {writes} forwards that only wrote the cache"
     return (
-        f"{record['tokens']} tokens, {nfe} denoiser evaluations{beside}, {record['tokens_per_forward']:.2f} tokens an "
-        f"evaluation, {record['seconds']:.2f} s, {record['tokens_per_second']:.1f} tokens/s"
+        f"{tokens} tokens, {nfe} denoiser evaluations{beside}, {tokens / max(1, nfe):.2f} tokens an evaluation, "
+        f"{seconds:.2f} s, {tokens / seconds:.1f} tokens/s"
     )
 
 
@@ -111,10 +167,12 @@ def _stops(words: str) -> tuple[str, ...]:
 
 def _read_prompts(asked: Any) -> list[str]:
     """One prompt a line."""
+    from bd3_ds.runtime.text_files import read_lines
+
     if asked.prompt is not None:
         raise UserError("--prompt and --prompts cannot both be given")
     try:
-        lines = asked.prompts.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(asked.prompts)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--prompts {asked.prompts} cannot be read ({error}); give a text file, one prompt a line"
@@ -124,13 +182,44 @@ def _read_prompts(asked: Any) -> list[str]:
     return list(lines)
 
 
+class Interruption:
+    """While it is entered, the first Ctrl-C is noted in `asked`; the second ends the program at once."""
+
+    def __init__(self) -> None:
+        self._noted = False
+
+    def asked(self) -> bool:
+        """Whether the user wants no more."""
+        return self._noted
+
+    def __enter__(self) -> Interruption:
+        self._before = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def _note(self, *_: object) -> None:
+        self._noted = True
+        signal.signal(signal.SIGINT, self._before)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+
 class _Bar:
-    """A tqdm bar on stderr, for people alone."""
+    """A tqdm bar on stderr; where that is a file, a line now and then, once it takes long."""
 
     def __init__(self, total: int):
         from tqdm import tqdm
 
-        self._bar: Any = tqdm(total=total, unit="token", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
+        calm = not sys.stderr.isatty()
+        self._bar: Any = tqdm(
+            total=total,
+            unit="token",
+            file=sys.stderr,
+            leave=False,
+            delay=10.0 if calm else 0.0,
+            mininterval=10.0 if calm else 0.1,
+        )
         self.update = self._bar.update
 
     def __enter__(self) -> _Bar:

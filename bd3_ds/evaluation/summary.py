@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from bd3_ds.config.load import load_resolved
-from bd3_ds.config.schema import RunConfig, block_size
+from bd3_ds.config.schema import BD3, RunConfig, block_size
 from bd3_ds.data.remote import fetch_facts
+from bd3_ds.evaluation import figures
 from bd3_ds.evaluation.results import EVALUATIONS
 from bd3_ds.evaluation.unigram import unigram_perplexity
 from bd3_ds.runtime import records
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
     rows: list[str] = list(dict.fromkeys(key for values in columns for key in values))
     width = max(len(row) for row in rows) + 2
     for row in rows:
-        print(row.ljust(width) + "".join(values.get(row, "-").rjust(22) for values in columns))
+        print(row.ljust(width) + "".join(values.get(row, "-").rjust(36) for values in columns))
     return 0
 
 
@@ -46,7 +47,7 @@ def column(run_dir: Path) -> dict[str, str]:
     per_step = run.train.global_batch * run.data.length
     values = {
         "run": run_dir.name,
-        "objective, block size": f"{run.objective.name}, {block_size(run)}",
+        "objective, block size": run.objective.name + (f", {block_size(run)}" if run.objective.name == BD3 else ""),
         "steps, tokens": f"{steps[-1]['step']:,}, {steps[-1]['tokens']:,}",
         f"train loss (nats, last {LAST})": f"{statistics.fmean(line['loss'] for line in steps[-LAST:]):.3f}",
         "tokens/s": f"{per_step / statistics.median(line['seconds'] for line in steps):,.0f}",
@@ -61,13 +62,15 @@ def column(run_dir: Path) -> dict[str, str]:
 
 
 def _perplexities(run: RunConfig, name: str, pack: str, line: dict[str, Any]) -> dict[str, str]:
-    unigram = unigram_perplexity(fetch_facts(run.data.train, run.data.cache), pack, run.eval.max_chunks)
+    taken = line.get("chunks", run.eval.max_chunks)  # the same text, whoever scored it
+    unigram = unigram_perplexity(fetch_facts(run.data.train, run.data.cache), pack, taken)
     error = line["ppl"] * line["stderr"]
     kind = "held-out" if name == "valid" else "zero-shot"
     assert math.isfinite(error)
     return {
         f"{kind} perplexity: {name}": f"{line['ppl']:.1f} +- {error:.1f}",
         f"  unigram perplexity: {name}": f"{unigram:.1f}",
+        f"  sequences, estimator: {name}": f"{figures.sequences(line)}, {figures.estimator(line)}".removeprefix(", "),
     }
 
 

@@ -16,7 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd3_ds.config.schema import AR, RunConfig, block_size
+from bd3_ds.checkpoint.export import Export
+from bd3_ds.config.schema import AR, EvalConfig, RunConfig, block_size
+from bd3_ds.data.pack import open_pack, read_token_counts
+from bd3_ds.data.remote import fetch_facts
 from bd3_ds.diffusion.clip_search import Spread, spread_sums
 from bd3_ds.diffusion.frequency import power_at, rarity
 from bd3_ds.diffusion.noise import make_noise, mask_draws, scored_places, stratified_times
@@ -124,3 +127,27 @@ def variances(
         var_block=None if proposal is None else Spread.of(blocks).variance,
         var_gradient=spread / (batches - 1) if gradient else None,
     )
+
+
+def variances_of(
+    model: DiT, export: Export, directory: str, wanted: EvalConfig, progress: Callable[[], None]
+) -> dict[str, float | None]:
+    """The variances that an evaluation worker puts on record for a set, by their names there."""
+    run, pack, counts = export.run, open_pack(directory), None
+    if run.objective.frequency.power > 0:
+        counts = read_token_counts(fetch_facts(run.data.train, run.data.cache))
+    documents = pack.all_documents(wanted.max_chunks, apart=run.data.document_mask)
+    measured = variances(
+        model,
+        run,
+        torch.from_numpy(pack.all_tokens(wanted.max_chunks)),
+        None if documents is None else torch.from_numpy(documents),
+        batches=wanted.variance_batches,
+        sequences=wanted.batch,
+        at_once=wanted.batch,
+        gradient=True,
+        step=export.step,
+        progress=progress,
+        token_counts=counts,
+    )
+    return {key: getattr(measured, key) for key in ("var_nelbo", "var_block", "var_gradient")}

@@ -29,13 +29,13 @@ def main(argv: list[str]) -> int:
         require_writable(options.json.resolve().parent)
     intervals = [_interval(word) for word in options.intervals.split(",")] if options.intervals else [None]
 
-    from bd3_ds.checkpoint.export import find_export
     from bd3_ds.config.check import check_run
     from bd3_ds.config.load import override
     from bd3_ds.data.pack import open_pack, read_token_counts
     from bd3_ds.data.remote import fetch_facts
+    from bd3_ds.evaluation.exports import open_export
 
-    export = find_export(options.export)
+    export = open_export(options.export)
     run = override(as_trained_now(export.run), options.overrides, FREE)
     check_run(run, world_size=run.train.sequence_parallel)  # measured on one device, however many share a sequence
     if options.intervals and run.objective.name == AR:

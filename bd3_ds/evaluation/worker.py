@@ -6,6 +6,7 @@ TensorBoard out. A slow or dead worker cannot stall the run; any number of worke
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import socket
@@ -15,8 +16,11 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bd3_ds.evaluation import figures
+from bd3_ds.evaluation.cost import Pace, TooSlow, pace_of
 from bd3_ds.evaluation.leases import Lease, claim
-from bd3_ds.evaluation.options import DEVICES, open_device
+from bd3_ds.evaluation.machine import idle_device, idle_threads
+from bd3_ds.evaluation.options import DEVICES, EXIT_INTERRUPTED, number_of_chunks, open_device
 from bd3_ds.evaluation.results import ERRORS, EVALUATIONS, LEASES, SAMPLES, TEXTS, Results
 from bd3_ds.runtime.cli import Parser, at_least_one
 from bd3_ds.runtime.errors import EXIT_USER_ERROR, UserError, run_command
@@ -39,42 +43,83 @@ class Stopped(Exception):
 
 def main(argv: list[str]) -> int:
     """Evaluate until the run has finished and nothing is left, or with --once what is there now."""
-    parser = Parser(prog="run.py eval-worker", description="Evaluate a run's exports as they appear.")
-    add = parser.add_argument
-    add("run_dir", type=Path, metavar="RUN_DIR", help="the run; it may start later")
-    add("--once", action="store_true", help="evaluate what is there now, then exit")
-    add("--poll", type=at_least_one, default=5, metavar="SECONDS", help="between looks for new exports (default 5)")
-    add("--device", choices=DEVICES, default="cpu", help="default cpu: the GPUs are the trainer's")
-    add(
-        "--threads", type=at_least_one, default=1, metavar="N", help="CPU threads (default 1: out of the trainer's way)"
-    )
-    options = parser.parse(argv)
+    options = worker_parser().parse(argv)
     if options.once and not (options.run_dir / RUN_YAML).is_file():
         raise UserError(f"{options.run_dir} is not a run (it has no run.yaml); without --once the worker waits for it")
 
-    import torch
-
+    if not options.max_hours > 0:
+        raise UserError(f"--max-hours {options.max_hours:g} must be above 0")
     os.nice(10)
-    torch.set_num_threads(options.threads)
-    worker = Worker(options.run_dir, open_device(options.device), options.poll)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: worker.stop())
+    device = None if options.device is None else open_device(options.device)
+    worker = Worker(options.run_dir, device, options.poll, options.threads, options.max_chunks, options.max_hours)
+    asked = _stop_on_signals(worker)
     try:
         worker.follow(options.once)
     except Stopped:
         worker.say("asked to stop; what is not on record is left to the next worker")
+        return EXIT_INTERRUPTED if signal.SIGINT in asked else worker.exit_code
     finally:
         worker.close()
     return worker.exit_code
 
 
-class Worker:
-    """Follows one run; see `main`. `exit_code` is 0, or 2 or 1 once something could not be done."""
+def _stop_on_signals(worker: Worker) -> list[int]:
+    """Let SIGTERM and Ctrl-C stop the worker after its batch, a second one at once; the list fills with them."""
+    asked: list[int] = []
 
-    def __init__(self, run_dir: Path, device: torch.device, poll: float):
+    def handle(number: int, _: object) -> None:
+        asked.append(number)
+        worker.stop()
+        if len(asked) > 1:
+            raise Stopped
+        if number == signal.SIGINT:
+            worker.say("stopping after this batch (Ctrl-C again: at once)")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+    return asked
+
+
+def worker_parser() -> Parser:
+    """The options of `run.py eval-worker`."""
+    parser = Parser(prog="run.py eval-worker", description="Evaluate a run's exports as they appear.")
+    add = parser.add_argument
+    add("run_dir", type=Path, metavar="RUN_DIR", help="the run; it may start later")
+    add("--once", action="store_true", help="evaluate what is there now, then exit")
+    add("--poll", type=at_least_one, default=5, metavar="SECONDS", help="between looks for new exports (default 5)")
+    add(
+        "--device",
+        choices=DEVICES,
+        help="default: the GPU with most free memory, or the CPU where all are in use",
+    )
+    add("--threads", type=at_least_one, metavar="N", help="CPU threads (default: OMP_NUM_THREADS, or the idle cores)")
+    add("--max-chunks", type=number_of_chunks, metavar="N|all", help="sequences of a set (default: eval.max_chunks)")
+    add("--max-hours", type=float, default=24.0, metavar="H", help="refuse exports that take longer (default 24)")
+    return parser
+
+
+class Worker:
+    """Follows one run; see `main`. `exit_code` is 0, or 2 or 1 once something could not be done.
+
+    device, threads: None for what is idle when the first export is there, as a trainer then holds what it uses.
+    max_chunks: None for the run's own. max_hours: the most that an export may take.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        device: torch.device | None,
+        poll: float,
+        threads: int | None = None,
+        max_chunks: int | None = None,
+        max_hours: float = 24.0,
+    ):
         self.run_dir = run_dir
-        self.device = device
         self.poll = poll
+        self._device, self._threads, self._ready = device, threads, False
+        self._max_chunks, self._max_hours = max_chunks, max_hours
+        self._pace: Pace | None = None
+        self._planned = False
         self.results = Results(run_dir)
         self.exit_code = 0
         self._failed: set[tuple[str, str]] = set()  # (export, set); each worker tries what fails once
@@ -128,6 +173,8 @@ class Worker:
         from bd3_ds.checkpoint.export import list_exports
 
         wanted = self._run().eval
+        if self._max_chunks is not None:
+            wanted = dataclasses.replace(wanted, max_chunks=self._max_chunks)
         done = self.results.done()
         left = False
         for path in list_exports(self.run_dir):
@@ -157,6 +204,9 @@ class Worker:
             for item in missing:
                 self._fail(path.name, item, str(error), EXIT_USER_ERROR)
             return
+        if not self._planned:
+            self._planned = True
+            self._pace = pace_of(model.run, wanted, self.run_dir, self._max_hours, self.say)
         for item in missing:
             if not lease.held():
                 return
@@ -165,7 +215,7 @@ class Worker:
                     self._sample(model, wanted)
                 else:
                     self._score(model, item, wanted)
-            except Stopped:
+            except (Stopped, TooSlow):
                 raise
             except UserError as error:
                 self._fail(path.name, item, str(error), EXIT_USER_ERROR)
@@ -178,15 +228,35 @@ class Worker:
         from bd3_ds.evaluation.api import LanguageModel
 
         try:
-            return LanguageModel(find_export(str(path)), self.device)
+            return LanguageModel(find_export(str(path)), self.device())
         except UserError:
             self._wait(2)  # a run that was set back may just be replacing the export
-            return LanguageModel(find_export(str(path)), self.device)
+            return LanguageModel(find_export(str(path)), self.device())
+
+    def device(self) -> torch.device:
+        """Where the worker computes, chosen when it is first asked for."""
+        if not self._ready:
+            import torch
+
+            self._device = self._device or idle_device()
+            threads = self._threads or idle_threads()
+            torch.set_num_threads(threads)
+            self._ready = True
+            self.say(f"on {self._device}, {threads} CPU thread{'' if threads == 1 else 's'}")
+        assert self._device is not None
+        return self._device
 
     def _score(self, model: LanguageModel, name: str, wanted: EvalConfig) -> None:
         from bd3_ds.evaluation.perplexity import evaluate_pack
+        from bd3_ds.evaluation.variance import variances_of
 
         export = model.export
+
+        def progress(done: int, total: int) -> None:
+            self._check()
+            if self._pace is not None:
+                self._pace.note(name, done, total, time.monotonic())
+
         record = evaluate_pack(
             model.network,
             export,
@@ -196,13 +266,13 @@ class Worker:
             views=wanted.views,
             batch=wanted.batch,
             max_chunks=wanted.max_chunks,
-            device=self.device,
-            progress=self._check,
+            device=self.device(),
+            progress=progress,
         )
         tags = ["ppl", "nelbo", "stderr"]
         if wanted.variance_batches > 1:
             try:
-                record |= self._variances(model, name, wanted)
+                record |= variances_of(model.network, export, wanted.sets[name], wanted, self._check)
                 tags += ["var_nelbo", "var_block", "var_gradient"]
             except UserError as error:  # the perplexity is worth having all the same
                 self.say(f"{export.name} {name}: no variances ({error})")
@@ -213,33 +283,10 @@ class Worker:
             self._tensorboard().add_scalar(f"eval/{name}/{tag}", record[tag], export.step)
         self._tensorboard().flush()
         if self.results.add(EVALUATIONS, record):
-            self.say(f"{export.name} {name}: ppl {record['ppl']:.2f} (nelbo {record['nelbo']:.4f} nats a token)")
-
-    def _variances(self, model: LanguageModel, name: str, wanted: EvalConfig) -> dict[str, float | None]:
-        import torch
-
-        from bd3_ds.data.pack import open_pack, read_token_counts
-        from bd3_ds.data.remote import fetch_facts
-        from bd3_ds.evaluation.variance import variances
-
-        run, pack, counts = model.run, open_pack(wanted.sets[name]), None
-        if run.objective.frequency.power > 0:
-            counts = read_token_counts(fetch_facts(run.data.train, run.data.cache))
-        documents = pack.all_documents(wanted.max_chunks, apart=run.data.document_mask)
-        measured = variances(
-            model.network,
-            run,
-            torch.from_numpy(pack.all_tokens(wanted.max_chunks)),
-            None if documents is None else torch.from_numpy(documents),
-            batches=wanted.variance_batches,
-            sequences=wanted.batch,
-            at_once=wanted.batch,
-            gradient=True,
-            step=model.export.step,
-            progress=self._check,
-            token_counts=counts,
-        )
-        return {key: getattr(measured, key) for key in ("var_nelbo", "var_block", "var_gradient")}
+            self.say(
+                f"{export.name} {name}: ppl {figures.perplexity(record)} (nelbo {figures.nats(record)} nats a token; "
+                f"{figures.estimator(record)}; {figures.sequences(record)} sequences)"
+            )
 
     def _sample(self, model: LanguageModel, wanted: EvalConfig) -> None:
         export = model.export

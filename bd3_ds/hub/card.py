@@ -93,7 +93,7 @@ def _recipe(export: Export) -> list[tuple[str, str]]:
     model, optim, train = run.model, run.optim, run.train
     rows = [
         ("objective", run.objective.name),
-        ("block size", str(block_size(run))),
+        *([("block size", str(block_size(run)))] if run.objective.name == BD3 else []),
         ("sequence length", str(run.data.length)),
         ("vocabulary, [MASK] included", str(model.vocab_size)),
         ("layers, width, heads", f"{model.layers}, {model.hidden_size}, {model.heads}"),
@@ -134,8 +134,10 @@ def _perplexities(evaluations: list[dict[str, Any]]) -> str:
     rows = []
     for line in sorted(evaluations, key=lambda line: str(line["set"])):
         error = f" ± {line['ppl'] * line['stderr']:.2g}" if line.get("stderr") else ""
+        taken, there = line.get("chunks"), line.get("chunks_in_set")
+        part = f" (the first {taken:,} of {there:,} sequences)" if taken and there and taken < there else ""
         ppl = f"{line['ppl']:.2f}{error}" if math.isfinite(line["ppl"]) else "not finite"
-        rows.append((str(line["set"]), ppl, str(line.get("estimator", "")), f"{line.get('tokens', 0):,}"))
+        rows.append((str(line["set"]), ppl, str(line.get("estimator", "")), f"{line.get('tokens', 0):,}{part}"))
     words = (
         "Each is exp of a bound on the negative log-likelihood (of the likelihood itself for AR), ± one standard error."
     )

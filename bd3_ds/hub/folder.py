@@ -59,7 +59,7 @@ def write_folder(export: Export, dst: Path, evaluations: list[dict[str, Any]]) -
         config.save_pretrained(aside)
         unlike = None
         if export.tokenizer is not None:
-            unlike = write_auto_tokenizer(export.tokenizer, aside)
+            unlike = write_auto_tokenizer(export.tokenizer, aside, export.run.data.length)
             shutil.copytree(export.tokenizer, aside / TOKENIZER)
         parameters = sum(tensor.numel() for tensor in weights.values())
         write_text(aside / "README.md", model_card(export, evaluations, parameters, unlike))
@@ -90,6 +90,14 @@ def config_of(export: Export) -> BD3Config:
 
 def read_folder(src: Path) -> Folder:
     """What `write_folder` (or `save_pretrained`) wrote; raises UserError for what is missing or damaged."""
+    run, step = read_run(src)
+    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in read_tensors(src).items()}
+    tokenizer = src / TOKENIZER
+    return Folder(run, step, weights, tokenizer if tokenizer.is_dir() else None)
+
+
+def read_run(src: Path) -> tuple[RunConfig, int]:
+    """The run of such a folder and the step of its weights; raises UserError for what is missing or damaged."""
     path = src / "config.json"
     content = read_json(path, "config.json")
     if not isinstance(content.get("run"), dict) or not isinstance(content.get("step"), int):
@@ -102,6 +110,6 @@ def read_folder(src: Path) -> Folder:
         given = content.get(key, value)
         if given != (list(value) if isinstance(value, tuple) else value):
             raise UserError(f"{path} says {key}={given}, but {value} in its run; make the two equal")
-    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in read_tensors(src).items()}
-    tokenizer = src / TOKENIZER
-    return Folder(run, content["step"], weights, tokenizer if tokenizer.is_dir() else None)
+    if run.model.vocab_size is None or run.model.mask_id is None:
+        raise UserError(f"{path} lacks model.vocab_size or model.mask_id in its run; was it made by this program?")
+    return run, content["step"]

@@ -131,15 +131,40 @@ class BD3Model(PreTrainedModel):
         clean_ids: Tensor | None = None,
         sigma: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
         **more: Any,
     ) -> Any:
         """`.logits` [B, T, V], raw network output, for tokens [B, T]: noisy ones, or for AR clean ones.
 
         bd3 sees the earlier blocks of `clean_ids` [B, T]; the others do not look at them. sedd, and it alone, takes the
         noise levels `sigma` [B]. AR's logits at i are for token i + 1. Padding, 0 in `attention_mask` [B, T], is hidden
-        from all other tokens; it does not shift their positions.
+        from all other tokens; it does not shift their positions. `labels` are refused, and so is all else that would
+        change nothing.
         """
-        return MaskedLMOutput(logits=self._logits(input_ids, clean_ids, sigma, attention_mask))
+        if labels is not None:
+            raise ValueError(self._no_loss())
+        _refuse(token_type_ids, more)
+        output = MaskedLMOutput(logits=self._logits(input_ids, clean_ids, sigma, attention_mask))
+        return output.to_tuple() if return_dict is False else output
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *words: Any, **more: Any) -> Any:
+        """The embedding as it is: the vocabulary is fixed. Raises ValueError for another size."""
+        if new_num_tokens not in (None, self.config.vocab_size):
+            raise ValueError(
+                f"resize_token_embeddings({new_num_tokens}): this model has {self.config.vocab_size} tokens, [MASK] at "
+                f"{self.config.mask_token_id}, and cannot be resized; train with a tokenizer that has the tokens"
+            )
+        return self.network.embed
+
+    def _no_loss(self) -> str:
+        if self.config.objective == AR:
+            return "labels: AutoModel gives logits alone; load this model with AutoModelForCausalLM for a loss"
+        return (
+            f"labels: no loss is computed here, since that of {self.config.objective} depends on how the noise was "
+            "drawn; bd3_ds.load(FOLDER).score(texts) gives the bound of clean texts, `run.py train` trains"
+        )
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding, whose rows beyond vocab_size are of no token."""
@@ -161,6 +186,10 @@ class BD3Model(PreTrainedModel):
             clean = None
         if (objective == SEDD) != (sigma is not None):
             raise ValueError(f"sigma [B] is needed by sedd and taken by it alone; this model is {objective}")
+        if attention_mask is not None and attention_mask.shape != tokens.shape:
+            raise ValueError(
+                f"attention_mask is {list(attention_mask.shape)}; it must be {list(tokens.shape)}, as input_ids"
+            )
         hidden = attention_mask is not None and not bool(attention_mask.bool().all())
         documents = (
             attention_mask.long() - 1 if hidden and attention_mask is not None else None
@@ -193,23 +222,47 @@ class BD3ForCausalLM(BD3Model, GenerationMixin):  # type: ignore[misc]
             self.generation_config.suppress_tokens = [config.mask_token_id]
 
     def forward(  # type: ignore[override]
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **more: Any
-    ) -> CausalLMOutput:
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **more: Any,
+    ) -> Any:
         """Logits [B, T, V] at i for token i + 1, and with `labels` [B, T] the mean loss in nats a token.
 
         No text holds [MASK]: the loss gives it no probability, as training does.
         """
+        _refuse(token_type_ids, more)
         logits = self._logits(input_ids, None, None, attention_mask)
         loss = None
         if labels is not None:
-            count = {key: more[key] for key in ("num_items_in_batch",) if key in more}
+            count = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             masks = torch.arange(logits.shape[-1], device=logits.device) == self.config.mask_token_id
             possible = logits.masked_fill(masks, -torch.inf)
             loss = self.loss_function(logits=possible, labels=labels, vocab_size=self.config.vocab_size, **count)
-        return CausalLMOutput(loss=loss, logits=logits)
+        output = CausalLMOutput(loss=loss, logits=logits)
+        return output.to_tuple() if return_dict is False else output
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **more: Any,
     ) -> dict[str, Any]:
         """The whole text for each new token: what transformers keeps between them is not ours to fill."""
+        _refuse(token_type_ids, {})
         return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _refuse(token_type_ids: Tensor | None, more: dict[str, Any]) -> None:
+    """Raise ValueError for what a caller wants and this network does not have."""
+    if token_type_ids is not None and bool(token_type_ids.any()):
+        raise ValueError("token_type_ids other than 0: this network knows one kind of text; leave them out")
+    wanted = [name for name, value in more.items() if value is not None and value is not False]
+    if wanted:
+        known = "input_ids, attention_mask, labels (ar), clean_ids (bd3), sigma (sedd)"
+        raise ValueError(f"{', '.join(sorted(wanted))}: not taken by this model, which takes {known}; leave it out")

@@ -26,8 +26,10 @@ _SPACE = "▁"  # how sentencepiece writes a space
 _UNIGRAM, _BPE = 1, 2  # kinds of model there
 
 
-def write_auto_tokenizer(directory: Path, folder: Path) -> str | None:
+def write_auto_tokenizer(directory: Path, folder: Path, length: int | None = None) -> str | None:
     """Write the tokenizer in `directory` (of an export) to `folder` as AutoTokenizer loads it.
+
+    `length`, the tokens that the model reads, becomes its model_max_length.
 
     None where that is done; else nothing is written, and what comes back says why not.
     """
@@ -49,6 +51,8 @@ def write_auto_tokenizer(directory: Path, folder: Path) -> str | None:
     unlike = first_difference(ours, theirs)
     if unlike is not None:
         return f"its counterpart in transformers splits some texts otherwise, such as that which begins {unlike[:40]!r}"
+    if length is not None:
+        theirs.model_max_length = length  # not before: it warns of longer texts
     theirs.save_pretrained(str(folder))
     return None
 
@@ -85,7 +89,12 @@ def _fast(backend: Any, ours: Tokenizer) -> Any:
             return None
     roles = {"bos": ours.bos_id, "eos": ours.eos_id, "pad": ours.pad_id, "mask": ours.mask_id}
     named = {f"{role}_token": backend.id_to_token(token) for role, token in roles.items()}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **named)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # token_type_ids say nothing to these models
+        **named,
+    )
 
 
 def _of_characters(ours: CharacterTokenizer) -> Any:

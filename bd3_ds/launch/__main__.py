@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bd3_ds.config.ds_json import DEFAULT
 from bd3_ds.config.load import load_recipe
-from bd3_ds.config.schema import RunConfig
+from bd3_ds.config.schema import AUTO, RunConfig
 from bd3_ds.launch.plan import Host, Plan, explain, make_plan, read_hostfile
 from bd3_ds.launch.processes import LOCAL, ROOT, answering, ranks_on
 from bd3_ds.launch.supervisor import Progress, Supervisor
@@ -66,7 +66,8 @@ class DeepSpeedLaunch:
 
 def planned(words: list[str], plan: Plan) -> list[str]:
     """The words of a run with the plan's micro-batch in place of the user's."""
-    return [word for word in words if not word.startswith(f"{MICRO_BATCH}=")] + [f"{MICRO_BATCH}={plan.micro_batch}"]
+    number = "auto" if plan.micro_batch == AUTO else plan.micro_batch
+    return [word for word in words if not word.startswith(f"{MICRO_BATCH}=")] + [f"{MICRO_BATCH}={number}"]
 
 
 def free_port() -> int:

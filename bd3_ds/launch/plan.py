@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bd3_ds.config.schema import RunConfig
+from bd3_ds.config.schema import AUTO, RunConfig
 from bd3_ds.runtime.errors import UserError
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)")
@@ -23,7 +23,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Plan:
-    """`per_host` ranks on each of `hosts`, and the micro-batch that then divides train.global_batch."""
+    """`per_host` ranks on each of `hosts`, and the micro-batch that then divides train.global_batch, or AUTO."""
 
     hosts: tuple[str, ...]
     per_host: int
@@ -72,6 +72,8 @@ def make_plan(run: RunConfig, hosts: Sequence[Host]) -> Plan | None:
         groups, left = divmod(len(names) * per_host, shared)
         if left or run.train.global_batch % groups:
             continue
+        if run.train.micro_batch == AUTO:  # the ranks find it, who know their memory
+            return Plan(names, per_host, AUTO)
         part = run.train.global_batch // groups
         micro_batch = next(size for size in range(min(run.train.micro_batch, part), 0, -1) if part % size == 0)
         return Plan(names, per_host, micro_batch)

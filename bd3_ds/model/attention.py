@@ -16,6 +16,10 @@ from torch import Tensor
 from bd3_ds.model.masks import AttentionMask
 from bd3_ds.model.stripe_attention import attend_in_stripes
 
+COMPILER = "inductor"  # torch's own
+SHAPES = 8  # of passes without gradients that have code for just their lengths
+_OWN_CODE: set[Any] = set()
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, backend: str) -> Tensor:
     """Attention output [B, H, Q, d] for queries [B, H, Q, d] and keys and values [B, H, K, d].
@@ -33,7 +37,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, backend:
     if backend == "dense":
         return _dense(q, k, v, mask.dense)
     if backend == "flex":
-        return _compiled_flex()(q, k, v, block_mask=mask.flex, scale=1.0)
+        return _flex(q, k, v, mask)
     if mask.is_full:
         return F.scaled_dot_product_attention(q, k, v, scale=1.0)
     if mask.is_causal:
@@ -47,8 +51,31 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
     return (weights @ v.float()).to(q.dtype)
 
 
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Any:
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """Each shape has code of its own; without gradients lengths may be many, and those behind the first few share."""
+    shapes: Any = (q.shape, k.shape)
+    if not torch.is_grad_enabled() and shapes not in _OWN_CODE:
+        if len(_OWN_CODE) < SHAPES:
+            _OWN_CODE.add(shapes)
+        else:
+            shapes = None
+    compiled = _compiled_flex((q.dtype, q.device, mask.documents is not None, torch.is_grad_enabled(), shapes))
+    mixed: Tensor = compiled(q, k, v, mask.flex)
+    return mixed
+
+
+@lru_cache(maxsize=64)
+def _compiled_flex(key: tuple[Any, ...]) -> Any:
+    """flex_attention compiled for inputs of one kind.
+
+    torch gives up on a piece of code after eight compilations of it and runs it eagerly, which for flex is dense: one
+    compiled function for all shapes, types and gradient modes would come to that. So each has a copy of the code.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    def attend_in_tiles(q: Tensor, k: Tensor, v: Tensor, block_mask: Any) -> Any:
+        return flex_attention(q, k, v, block_mask=block_mask, scale=1.0)
+
+    # torch counts by code object, and two closures of one function share theirs.
+    attend_in_tiles.__code__ = attend_in_tiles.__code__.replace()
+    return torch.compile(attend_in_tiles, backend=COMPILER, dynamic=key[-1] is None)

@@ -19,6 +19,7 @@ from bd3_ds.model.layers import Head, Layer, Read, TimeEmbedding
 from bd3_ds.model.masks import AttentionMask, pass_mask
 from bd3_ds.model.network import Network
 from bd3_ds.model.rope import rotary_angles
+from bd3_ds.runtime.transfer import send
 
 
 def as_denoiser(network: Callable[..., Any], block_size: int, documents: Tensor | None = None) -> Callable[..., Any]:
@@ -161,6 +162,8 @@ class DiT(nn.Module):
         asked = None
         if at is not None and noisy_count and views == 1 and not torch.is_grad_enabled() and final.is_full:
             asked = _in_rows(at, len(x), noisy_count)
+            asked = None if asked is None else send(asked, x.device)
+        at = None if at is None else send(at, x.device)
         x = self.layers[-1](x, cond, cos, sin, final, cache, grow, asked)  # [B, Q, D], noisy tokens alone if any
         if asked is not None:
             at = torch.arange(len(x) * x.shape[1], device=x.device)
@@ -178,7 +181,10 @@ class DiT(nn.Module):
 
 
 def _in_rows(at: Tensor, rows: int, length: int) -> Tensor | None:
-    """Places [N] of flattened rows [B, T] by row, [B, N / B]; None where not every row has as many, in order."""
+    """Places [N] of flattened rows [B, T] by row, [B, N / B]; None where not every row has as many, in order.
+
+    Where they lie on a GPU, its host waits: who knows them on the host gives them there.
+    """
     if len(at) == 0 or len(at) % rows:
         return None
     by_row = at.view(rows, -1) - length * torch.arange(rows, device=at.device)[:, None]

@@ -18,12 +18,19 @@ class ForwardFlops:
 
 
 def forward_flops_per_sequence(
-    network: Network, objective: str, length: int, block_size: int, masked_share: float = 0.5, views: int = 1
+    network: Network,
+    objective: str,
+    length: int,
+    block_size: int,
+    masked_share: float = 0.5,
+    views: int = 1,
+    head_tokens: float | None = None,
 ) -> ForwardFlops:
     """Forward pass of one sequence of `length` clean tokens; `views` noisy views share them.
 
     A product of [m, k] and [k, n] costs 2 m k n. The head runs where a loss is due: everywhere for AR, at the masked
-    tokens for masked diffusion (half of them under the log-linear schedule). Pairs that only data.document_mask
+    tokens for masked diffusion (half of them under the log-linear schedule), or at `head_tokens` places of the sequence
+    and its views, where that is known. Pairs that only data.document_mask
     hides depend on the text and are counted, and so are padding and the rows that model.vocab_multiple adds.
     """
     width, layers = network.hidden_size, network.layers
@@ -41,6 +48,7 @@ def forward_flops_per_sequence(
         one_stream = earlier + block_size**2 * blocks
         noisy_pairs, clean_pairs = views * one_stream, one_stream if clean else 0
         scored = views * (length - 1) * masked_share
+    scored = scored if head_tokens is None else head_tokens
     pair = 4 * width
     # The last layer's clean tokens give keys and values, nothing more.
     full = (noisy + clean) * attention + (noisy_pairs + clean_pairs) * pair
@@ -53,10 +61,16 @@ def forward_flops_per_sequence(
 
 
 def training_flops_per_sequence(
-    network: Network, objective: str, length: int, block_size: int, masked_share: float = 0.5, views: int = 1
+    network: Network,
+    objective: str,
+    length: int,
+    block_size: int,
+    masked_share: float = 0.5,
+    views: int = 1,
+    head_tokens: float | None = None,
 ) -> float:
     """Forward and backward (3 x forward) on one sequence of `length` clean tokens; recomputation is not counted."""
-    forward = forward_flops_per_sequence(network, objective, length, block_size, masked_share, views)
+    forward = forward_flops_per_sequence(network, objective, length, block_size, masked_share, views, head_tokens)
     return 3.0 * (forward.attention + forward.mlp + forward.head)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bd3_ds.model.stripes import Layout, make_layout
+from bd3_ds.model.tiles import TILE, Tiles, tiles_of_documents, tiles_of_rule
 
 CLEAN = -1
 
@@ -69,10 +70,13 @@ class AttentionMask:
         self.keys = keys
         self.documents = documents
         self.layout = layout
+        self._whole = self  # the rule without documents
 
     def within(self, documents: Tensor) -> AttentionMask:
         """The same rule for B rows of documents [B, L]: a token sees none but its own document."""
-        return AttentionMask(self.queries, self.keys, documents, self.layout)
+        narrowed = AttentionMask(self.queries, self.keys, documents, self.layout)
+        narrowed._whole = self._whole
+        return narrowed
 
     @cached_property
     def dense(self) -> Tensor:
@@ -101,8 +105,8 @@ class AttentionMask:
 
     @cached_property
     def flex(self) -> object:
-        """A BlockMask for flex_attention."""
-        from torch.nn.attention.flex_attention import create_block_mask
+        """A BlockMask for flex_attention, whose tables come from block arithmetic (`tiles.py`)."""
+        from torch.nn.attention.flex_attention import BlockMask
 
         q, k = self.queries, self.keys
 
@@ -110,15 +114,24 @@ class AttentionMask:
             own_block = (q.view[i] == k.view[j]) & (q.block[i] == k.block[j])
             return own_block | ((k.view[j] == CLEAN) & (k.block[j] < q.block[i]))
 
-        device = str(q.view.device)
+        lengths = (len(q), len(k))
         if self.documents is None:
-            return create_block_mask(rule, None, None, len(q), len(k), device=device)
+            return BlockMask.from_kv_blocks(*self.tiles.ordered(), TILE, rule, lengths)
         q_document, k_document = self._documents_of(self.documents)
 
         def rule_within(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return rule(batch, head, i, j) & (q_document[batch, i] == k_document[batch, j])
 
-        return create_block_mask(rule_within, len(q_document), None, len(q), len(k), device=device)
+        return BlockMask.from_kv_blocks(*self.tiles.ordered(), TILE, rule_within, lengths)
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        """What its tiles hold; those of the rule are found once, those of documents for each micro-batch."""
+        if self.documents is not None:
+            return self._whole.tiles.within(tiles_of_documents(*self._documents_of(self.documents)))
+        q, k = self.queries, self.keys
+        views = int(torch.cat([q.view, k.view]).max()) + 1  # CLEAN alone: 0
+        return tiles_of_rule(q.view, q.block, k.view, k.block, views, CLEAN)
 
     def _documents_of(self, documents: Tensor) -> tuple[Tensor, Tensor]:
         """The document's number of each query [B, Q] and key [B, K]."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from bd3_ds.model.attention import attend
 from bd3_ds.model.dit import DiT
 from bd3_ds.model.masks import AttentionMask, Places
+from bd3_ds.runtime.transfer import send
 from bd3_ds.runtime.world import World
 
 
@@ -34,7 +35,7 @@ class Slice:
     def places(self, at: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Which of `at` [N], places in flattened texts [b, L], lie in this part, and where in the flattened [b, L/S].
 
-        The first are indices into `at`.
+        The first are indices into `at`. How many there are depends on values: where `at` lies on a GPU, its host waits.
         """
         part = length // self.count
         row, position = at // length, at % length
@@ -127,10 +128,11 @@ class Sequence:
         count, group = self.slice.count, self.group
 
         def shared(x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor, read: HeadLoss) -> Any:
-            mine, local = self.slice.places(at, x_t.shape[1])
+            mine, local = (send(part, x_t.device) for part in self.slice.places(at, x_t.shape[1]))
             loss, known = denoise(x_t, x0, sigma=sigma, at=local, read=read.part(mine))
-            nats = torch.zeros(at.shape, device=known.device, dtype=known.dtype).index_copy_(0, mine, known)
+            nats = torch.zeros(len(at), device=known.device, dtype=known.dtype).index_copy_(0, mine, known)
             torch.distributed.all_reduce(nats, group=group)
             return read.total(nats) + count * (loss - loss.detach()), nats
 
+        shared.places_on_host = True  # type: ignore[attr-defined]
         return shared

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,19 @@ from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.log import TRAIN_RECORDS
 
 EVALUATIONS = "records/eval.jsonl"
+REPORT = "report.md"
+AXES = {"steps": "optimizer step", "tokens": "tokens trained on", "seconds": "seconds of training steps"}
 _TRAIN_KEYS = ("step", "samples", "tokens", "loss", "nelbo", "grad_norm", "lr", "seconds")
 _EVALUATION_KEYS = ("export", "step", "set", "estimator", "nelbo", "stderr", "ppl", "tokens", "pack_hash")
 
 
 @dataclass(frozen=True)
 class RunRecords:
-    """A run's records, by step; `objective` and `block_size` as its configuration has them, None where unknown."""
+    """A run's records, by step.
+
+    `objective` and `block_size` as its configuration has them, None where unknown. config: dotted key -> value of all
+    its run.yaml, empty where that cannot be read.
+    """
 
     name: str
     path: Path
@@ -29,6 +38,7 @@ class RunRecords:
     block_size: int | None
     train: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sets(self) -> list[str]:
@@ -52,19 +62,68 @@ class RunRecords:
         ]
         return statistics.median(rates) if rates else math.nan
 
-    def final_nelbo(self, part: float = 0.1) -> float:
-        """Mean of train.nelbo over the last tenth of the steps, nats per token; nan without records.
+    def final_steps(self, part: float = 0.1) -> list[dict[str, Any]]:
+        """The last tenth of the training steps, at least one where there is one."""
+        return self.train[-max(1, int(len(self.train) * part)) :]
 
-        Steps whose noise gives no estimate of the bound (a clip, masking by frequency) do not count.
+    def final_nelbo(self) -> float:
+        """Mean of train.nelbo over the last tenth of the steps, nats per token; nan where none of them has one.
+
+        Steps whose noise gives no estimate of the bound (a clip, masking by frequency), and those that were not finite,
+        do not count.
         """
-        last = self.train[-max(1, int(len(self.train) * part)) :]
-        bounds = [line["nelbo"] for line in last if line.get("nelbo_is_bound", True)]
+        bounds = [line["nelbo"] for line in self.final_steps() if is_bound(line) and line["nelbo"] is not None]
         return statistics.fmean(bounds) if bounds else math.nan
 
+    @property
+    def has_bound(self) -> bool:
+        """Whether any training step estimated the bound."""
+        return any(is_bound(line) for line in self.train)
 
-def collect(places: list[str]) -> list[RunRecords]:
-    """The records of each run directory; raises UserError for one that is none or has no records yet."""
+    def at(self, steps: list[int], axis: str) -> list[float]:
+        """Where optimizer steps stand on an axis of AXES: `seconds` are those of all steps up to there.
+
+        Steps between two records stand at the earlier one; nan before the first one.
+        """
+        if axis == "steps":
+            return [float(step) for step in steps]
+        known = [int(line["step"]) for line in self.train]
+        if axis == "tokens":
+            values = [float(line["tokens"]) for line in self.train]
+        else:
+            values = list(accumulate(float(line["seconds"]) for line in self.train))
+        found = [bisect_right(known, step) - 1 for step in steps]
+        return [values[place] if place >= 0 else math.nan for place in found]
+
+
+def is_bound(line: dict[str, Any]) -> bool:
+    """Whether a training step's `nelbo` estimates the bound; records that do not say so do."""
+    return bool(line.get("nelbo_is_bound", True))
+
+
+def differences(runs: list[RunRecords]) -> list[dict[str, Any]]:
+    """For each run, the keys of its configuration whose values are not the same in all of `runs`; never run_dir.
+
+    A run whose configuration cannot be read takes no part.
+    """
+    read = [run.config for run in runs if run.config]
+    keys = dict.fromkeys(key for config in read for key in config)
+    differing = [
+        key for key in keys if key != "run_dir" and any(config.get(key) != read[0].get(key) for config in read)
+    ]
+    return [{key: run.config[key] for key in differing if key in run.config} for run in runs]
+
+
+def collect(places: list[str], out: Path | None = None) -> list[RunRecords]:
+    """The records of each run directory; raises UserError for one that is none or has no records yet.
+
+    What this program wrote before, at `out` or elsewhere, is no run and is left out: a pattern such as runs/* names it
+    too.
+    """
     paths = [Path(place) for place in dict.fromkeys(places)]
+    paths = [path for path in paths if not _is_report(path) and (out is None or path.resolve() != out.resolve())]
+    if not paths:
+        raise UserError(f"{', '.join(places)} holds reports alone; give the run_dir of a training run")
     names = [path.resolve().name for path in paths]
     unique = len(set(names)) == len(names)
     problems = [problem for path in paths if (problem := _problem(path))]
@@ -81,9 +140,15 @@ def _problem(path: Path) -> str | None:
     return None
 
 
+def _is_report(path: Path) -> bool:
+    """Whether a directory holds what `run.py report` writes, and no records."""
+    return (path / REPORT).is_file() and not (path / "records").exists()
+
+
 def _read(path: Path, name: str) -> RunRecords:
-    objective = _objective(path / "run.yaml")
-    return RunRecords(name, path, objective.get("name"), objective.get("block_size"), _train(path), _evaluations(path))
+    config = dict(_leaves(_configuration(path / "run.yaml")))
+    size = config.get("objective.block_size")
+    return RunRecords(name, path, config.get("objective.name"), size, _train(path), _evaluations(path), config)
 
 
 def _train(path: Path) -> list[dict[str, Any]]:
@@ -100,10 +165,18 @@ def _lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
     return sorted(whole, key=lambda line: int(line["step"]))
 
 
-def _objective(path: Path) -> dict[str, Any]:
+def _configuration(path: Path) -> dict[Any, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
-    objective = content.get("objective") if isinstance(content, dict) else None
-    return objective if isinstance(objective, dict) else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _leaves(node: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key -> value; an empty mapping is a value."""
+    for name, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -22,6 +22,7 @@ _END_NAMES = {
     "eos": "ended by EOS",
     "entropy": "ended by low entropy",
     "length": "ended by its length",
+    "interrupted": "interrupted",
 }
 _VISIBLE = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "␡", ord("\n"): "↵\n", ord("\t"): "→\t"}
 

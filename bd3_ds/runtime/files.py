@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from bd3_ds.runtime.errors import UserError
+
+LATE = 30.0  # seconds after which a file server has told every machine of a file that one of them wrote
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # file systems that have no such thing for directories
 
 
 def write_text(path: Path, text: str) -> None:
@@ -21,7 +27,7 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Replace `path` by `content` in one atomic step; readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not mkstemp: its files are private to the owner, and packs and runs are shared.
@@ -40,41 +46,97 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of indented JSON; floats keep full precision (`repr`)."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+    content = io.BytesIO()
+    for part in json.JSONEncoder(indent=2).iterencode(value):  # `dumps` would hold all parts at once, 5 times the file
+        content.write(part.encode())
+    content.write(b"\n")
+    write_bytes(path, content.getbuffer())
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Read JSON that a user may have damaged; `what` names the file's role in the error."""
+    """Read JSON that a user may have damaged; `what` names the file's role in the error.
+
+    A key that stands twice in an object is an error: of Python's reader the last would win, of others the first.
+    """
+    return parse_json(path, what, lambda text: json.loads(text, object_pairs_hook=unique_keys))
+
+
+def parse_json(path: Path, what: str, parse: Callable[[str], Any]) -> Any:
+    """`read_json` with a reader of its own, which raises ValueError for what it cannot read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{what} not found: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{what} {path} is not valid JSON ({error})") from None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `object_pairs_hook`: the object of these pairs; raises ValueError for a key that stands twice."""
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise ValueError(f"the key '{key}' stands twice in one object; keep one")
+        made[key] = value
+    return made
 
 
 @contextmanager
 def new_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     """Build a directory aside and rename it to `path` when the block ends without error.
 
-    An existing `path` is an error unless `replace`; what a killed process left aside is swept by the next one.
+    All files are on the disk before it has its name, so that a power cut leaves it whole or absent. An existing `path`
+    is an error unless `replace`, and goes only once the new one has its place. What a killed process left aside is
+    swept, or put back, by the next one.
     """
     require_writable(path.parent)
-    aside = path.parent / f".{path.name}.partial"
+    aside, old = (path.parent / f".{path.name}.{word}" for word in ("partial", "replaced"))
+    if old.exists() and not path.exists():
+        os.replace(old, path)  # killed between the two renames below
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    make_directory(aside)
     try:
         yield aside
-        sync(aside)
+        sync_tree(aside)
         if path.exists():
             if not replace:
                 raise UserError(f"{path} already exists")
-            shutil.rmtree(path)
-        os.replace(aside, path)
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+        try:
+            os.replace(aside, path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            raise
         sync(path.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    shutil.rmtree(old, ignore_errors=True)  # a reader on another machine may hold a file of it
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it that are missing; once this returns, a power cut does not lose them."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        sync(place.parent)
+
+
+def appears(path: Path, patience: float | None = None) -> bool:
+    """Whether a file is there, that another process has written; it may take a network file system time to say so.
+
+    `patience`: seconds to look again for, LATE unless given.
+    """
+    deadline = time.monotonic() + (LATE if patience is None else patience)
+    while not path.exists():
+        if time.monotonic() >= deadline:
+            return False
+        with suppress(OSError):
+            os.listdir(path.parent)  # has the client ask the server
+        time.sleep(0.1)
+    return True
 
 
 def require_writable(directory: Path) -> None:
@@ -106,8 +168,21 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC or not path.is_dir():
+            raise
     finally:
         os.close(handle)
+
+
+def sync_tree(directory: Path) -> None:
+    """`sync` of all files and directories in `directory`, and of itself last."""
+    for place, _, files in os.walk(directory, topdown=False):
+        for name in files:
+            file = Path(place, name)
+            if file.is_file():
+                sync(file)
+        sync(Path(place))
 
 
 def sha256(path: Path) -> str:

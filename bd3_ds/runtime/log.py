@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from bd3_ds.runtime import records
 
 TRAIN_RECORDS = "records/train.jsonl"
 INCIDENTS = "records/incidents.jsonl"
+VALIDATION = "records/validation.jsonl"
 FINISHED = "records/finished.json"
 
 
@@ -20,6 +23,7 @@ class RunLog:
     def __init__(self, run_dir: Path, speaks: bool, first_step: int):
         self._path = run_dir / TRAIN_RECORDS
         self._incidents = run_dir / INCIDENTS
+        self._validation = run_dir / VALIDATION
         self._pending: list[dict[str, Any]] = []
         self._writer: Any = None
         self._speaks = speaks
@@ -30,12 +34,14 @@ class RunLog:
             # they come again, and purge_step would hide the later steps of the evaluation worker in this directory too.
             records.truncate_after(self._path, first_step)
             records.truncate_after(self._incidents, first_step)
+            records.truncate_after(self._validation, first_step)
             self._writer = SummaryWriter(str(run_dir / "tensorboard"))
 
     def say(self, text: str) -> None:
         """A line on the console."""
         if self._speaks:
-            print(text, file=sys.stderr, flush=True)
+            tqdm.write(text, file=sys.stderr)  # above a progress bar, if there is one
+            sys.stderr.flush()
 
     def record(self, line: dict[str, Any]) -> None:
         """Keep one line of records/train.jsonl until `flush`."""
@@ -46,6 +52,11 @@ class RunLog:
         """One line of records/incidents.jsonl, at once."""
         if self._speaks:
             records.append(self._incidents, line)
+
+    def validation(self, line: dict[str, Any]) -> None:
+        """One line of records/validation.jsonl, at once."""
+        if self._speaks:
+            records.append(self._validation, line)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Points in TensorBoard."""

@@ -12,7 +12,7 @@ from typing import Any
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json
 
-ENDS = ("eos", "entropy", "length")  # why a text ended
+ENDS = ("eos", "entropy", "length", "interrupted")  # why a text ended
 ROUNDING = 1e-6
 
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+
+from bd3_ds.runtime.errors import UserError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,46 @@ class World:
         if self.size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, on every rank; anything that can be pickled."""
+        values = [value] * self.size
+        if self.size > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """Do `work` on the main rank alone; its result on every rank.
+
+        The UserError or OSError that it ends with is raised on every rank: none waits for one that has left.
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except (UserError, OSError) as error:
+                outcome[1] = error
+        result, failure = outcome
+        if self.size > 1:
+            told = [outcome]
+            torch.distributed.broadcast_object_list(told, src=0)
+            if not self.is_main:
+                result, failure = told[0]
+        if failure is not None:
+            raise failure
+        return result
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Do `work` on every rank; the first rank's UserError or OSError is raised on all of them."""
+        result, failure = None, None
+        try:
+            result = work()
+        except (UserError, OSError) as error:
+            failure = error
+        first = next((each for each in self.gather(failure) if each is not None), None)
+        if first is not None:
+            raise first
+        return result  # type: ignore[return-value]
 
 
 def prepare_environment() -> None:

@@ -17,7 +17,9 @@ from bd3_ds.model.dit import DiT
 from bd3_ds.model.kv_cache import KVCache
 from bd3_ds.sampling.draw import Drawn
 
-LOGITS_AT_ONCE = 2**22  # of which a few fp64 copies are held
+LOGITS_AT_ONCE = 2**22  # on a CPU, of which a few fp64 copies are held
+BYTES_A_LOGIT = 64  # of what is held while tokens are drawn: itself, sums, and for truncation sorted copies, in fp64
+SHARE = 0.25  # of a GPU's free memory that they may take
 
 # What is drawn from logits [n, V] of the places first, first + 1, … of those that were asked about.
 Read = Callable[[Tensor, int], Drawn]
@@ -45,6 +47,7 @@ class Denoiser(Protocol):
     def predict(self, block: Tensor, at: Tensor, sigma: Tensor | None, read: Read) -> Drawn:
         """What `read` makes of the logits at places `at` [M] of the flattened block [N, S] behind the clean tokens.
 
+        `at` may lie on the host, which then need not wait for a GPU to know whether each row has as many.
         sigma [N] is the noise level, for networks that are conditioned on it.
         """
 
@@ -161,11 +164,20 @@ class Recomputing(Cached):
         self.clean = None if self.clean is None else self.clean[rows]
 
 
+def logits_at_once(device: torch.device) -> int:
+    """How many logits tokens are drawn from in one go: as many as a GPU has room for, few enough for a CPU's cache."""
+    if device.type != "cuda":
+        return LOGITS_AT_ONCE
+    free, _ = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
+    return max(LOGITS_AT_ONCE, int(SHARE * (free + kept)) // BYTES_A_LOGIT)
+
+
 def in_parts(read: Read, vocab_size: int) -> Callable[[Tensor, Tensor, Tensor], Drawn]:
     """`read` as a network's head takes it (`layers.Read`), on so many logits at once that memory stays small."""
 
     def read_head(hidden: Tensor, matrix: Tensor, bias: Tensor) -> Drawn:
-        rows = max(1, LOGITS_AT_ONCE // vocab_size)
+        rows = max(1, logits_at_once(hidden.device) // vocab_size)
         parts = [
             read(F.linear(part, matrix[:vocab_size], bias), index * rows)
             for index, part in enumerate(hidden.split(rows))

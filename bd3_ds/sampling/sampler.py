@@ -22,16 +22,19 @@ from torch import Tensor
 from bd3_ds.diffusion.score_entropy import sigma_of
 from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.rng import Purpose, generator
+from bd3_ds.runtime.transfer import send
 from bd3_ds.sampling.denoiser import Cached, Causal, Denoiser
 from bd3_ds.sampling.draw import Drawn, draw
 from bd3_ds.sampling.options import Course, Options
 from bd3_ds.sampling.stopping import WINDOW, find_ends
-from bd3_ds.sampling.unmasking import Outlook, make_rule
+from bd3_ds.sampling.unmasking import Outlook, Rule, make_rule
 
 TIME, TOKEN = range(2)  # what the two uniform numbers of a place are for
-ENDED = ("length", "eos", "entropy")  # why a row ended, as numbered in `Samples.ended`
+ENDED = ("length", "eos", "entropy", "interrupted")  # why a row ended, as numbered in `Samples.ended`
+AHEAD = 256  # places; uniform numbers are made for so many at once
 
 Progress = Callable[[int], None]  # told how many tokens have just been written
+Stopped = Callable[[], bool]  # whether to end before the texts do
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,20 @@ class Samples:
     order: Tensor
     probability: Tensor
 
+    def rows(self, rows: Tensor) -> Samples:
+        """These rows [R] alone."""
+        return Samples(*(getattr(self, field.name)[rows] for field in fields(Samples)))
+
+    def begun(self, given: Tensor) -> Tensor:
+        """Numbers of the rows that ended by themselves, or hold more than their given [N] tokens."""
+        whole = self.ended != ENDED.index("interrupted")
+        return (whole | (self.lengths > given[: len(self.lengths)])).nonzero()[:, 0]
+
     @staticmethod
     def joined(parts: Sequence[Samples]) -> Samples:
         """Rows of several batches, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
         return Samples(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Samples)))
 
 
@@ -73,18 +87,20 @@ def sample(
     seed: int = 0,
     first_row: int = 0,
     progress: Progress | None = None,
+    stopped: Stopped | None = None,
 ) -> Samples:
     """`num` texts along `course`.
 
     prompt [P] or [num, P] holds the given tokens from position 0 (BOS) on, with mask_id where one is to be written. A
     length that ends inside a block is cut out of the whole block. `timed`: the network is conditioned on the noise
     level. eos_id ends texts (with options.stop) and fills what is behind; without it [MASK] does. `first_row` numbers
-    the rows when they come in parts.
+    the rows when they come in parts. Once `stopped` says so, the rows that have not ended are cut before the block that
+    they are in.
     """
     size = course.block
     total = course.length if course.whole else -(-course.length // size) * size
     state = _blank(num, total, mask_id, prompt, denoiser.device)
-    draws = uniform_draws(seed, first_row, state.tokens)
+    draws = UniformDraws(seed, first_row, num, denoiser.device)
     # EOS ends a text only behind all that is given.
     place = torch.arange(total, device=denoiser.device)
     given = (place + 1).where(state.tokens != mask_id, 0).max(1).values  # [N]
@@ -97,12 +113,18 @@ def sample(
             denoiser.restart()
         begin = origin if course.whole else position
         end = min(begin + size, total)
-        if bool((state.tokens[alive, begin:end] == mask_id).any()):
+        masked = (state.tokens[alive, begin:end] == mask_id).cpu()
+        if bool(masked.any()):
             known = origin + len(denoiser)
             if known < begin:
                 denoiser.extend(state.tokens[alive, known:begin])
                 state.cache_forwards[alive] += denoiser.cache_forwards
-            _denoise(denoiser, state, alive, begin, end, draws, mask_id, options, timed, progress)
+            chances = draws.between(begin, end)[alive]  # [A, S, 2]
+            rule = make_rule(options, chances[..., TIME].cpu(), denoiser.vocab_size)
+            block = _Block(alive, begin, end, masked, rule, chances[..., TOKEN])
+            if not _denoise(denoiser, state, block, mask_id, options, timed, progress, stopped):
+                _cut(state, alive, torch.full_like(alive, position), ENDED.index("interrupted"), eos_id, mask_id)
+                break
         position = end
         if options.stop:
             stands = _end_rows(state, alive, begin, end, given, options, eos_id, mask_id)
@@ -126,11 +148,26 @@ def denoiser_of(model: DiT, block_size: int) -> Cached:
     return Causal(model) if model.network.causal else Cached(model, block_size)
 
 
-def uniform_draws(seed: int, first_row: int, text: Tensor) -> Tensor:
-    """Uniform numbers [N, T, 2] fp64 for the places of each row; a longer text only adds to a shorter one's."""
-    num, length = text.shape
-    rows = [generator(seed, Purpose.SAMPLING, first_row + row).random((length, 2)) for row in range(num)]
-    return torch.from_numpy(np.stack(rows)).to(text.device)
+class UniformDraws:
+    """Uniform numbers for the places of N rows, made when the window comes to them.
+
+    A longer text only adds to a shorter one's.
+    """
+
+    def __init__(self, seed: int, first_row: int, rows: int, device: torch.device):
+        self._generators = [generator(seed, Purpose.SAMPLING, first_row + row) for row in range(rows)]
+        self._start = 0
+        self._kept = torch.empty((rows, 0, 2), dtype=torch.float64, device=device)  # of the places from _start on
+
+    def between(self, begin: int, end: int) -> Tensor:
+        """Those of the places [begin, end), [N, end - begin, 2] fp64; `begin` never goes back."""
+        known = self._start + self._kept.shape[1]
+        if end > known:
+            count = max(end - known, AHEAD)
+            fresh = torch.from_numpy(np.stack([rng.random((count, 2)) for rng in self._generators]))
+            self._kept = torch.cat([self._kept, fresh.to(self._kept.device)], dim=1)[:, begin - self._start :]
+            self._start = begin
+        return self._kept[:, begin - self._start : end - self._start]
 
 
 def _blank(num: int, total: int, mask_id: int, prompt: Tensor, device: torch.device) -> Samples:
@@ -144,28 +181,47 @@ def _blank(num: int, total: int, mask_id: int, prompt: Tensor, device: torch.dev
     return Samples(tokens, lengths, ended, nfe, cache_forwards, order, unknown)
 
 
+@dataclass(frozen=True)
+class _Block:
+    """The part [begin, end) of the rows `alive` [A], on the device. On the host: which places are `masked` [A, S], and
+    the rule by which they fall. uniform [A, S]: what tokens are drawn by.
+
+    Masks are kept on the host, where the numbers of places that depend on them are known without waiting for a GPU.
+    """
+
+    alive: Tensor
+    begin: int
+    end: int
+    masked: Tensor
+    rule: Rule
+    uniform: Tensor
+
+
 def _denoise(
     denoiser: Denoiser,
     state: Samples,
-    alive: Tensor,
-    begin: int,
-    end: int,
-    draws: Tensor,
+    part: _Block,
     mask_id: int,
     options: Options,
     timed: bool,
     progress: Progress | None,
-) -> None:
-    """Write all masks of the block [begin, end) in the rows `alive` [A]."""
-    block = state.tokens[alive, begin:end]  # [A, S]
-    order, probability, nfe = state.order[alive, begin:end], state.probability[alive, begin:end], state.nfe[alive]
-    chances = draws[alive, begin:end]  # [A, S, 2]
-    uniform = chances[..., TOKEN].flatten()
-    rule = make_rule(options, chances[..., TIME], denoiser.vocab_size)
-    masked = block == mask_id
+    stopped: Stopped | None,
+) -> bool:
+    """Write all masks of the block. Orders that look at predictions wait for these once an evaluation, others never.
+
+    False, and nothing is written, where it was `stopped` before the end.
+    """
+    alive, begin, end, rule, device = part.alive, part.begin, part.end, part.rule, denoiser.device
+    block, probability = state.tokens[alive, begin:end], state.probability[alive, begin:end]  # [A, S]
+    uniform = part.uniform.flatten()
+    masked = part.masked.clone()
+    order, nfe = torch.zeros(masked.shape, dtype=torch.long), torch.zeros(len(masked), dtype=torch.long)
     while bool(masked.any()):
+        if stopped is not None and stopped():
+            return False
         asked, t = rule.ask(masked)
-        places = asked.flatten().nonzero()[:, 0]  # [M]
+        at = asked.flatten().nonzero()[:, 0]  # [M]
+        places = send(at, device)
         u = uniform[places]
         seen = None
         if options.repetition_penalty > 1:
@@ -176,24 +232,28 @@ def _denoise(
             rows = slice(first, first + len(logits))
             return draw(logits, u[rows], mask_id, options, None if seen is None else seen[rows], rule.looks)
 
-        drawn = denoiser.predict(block, places, sigma_of(t) if timed else None, read)
+        drawn = denoiser.predict(block, at, send(sigma_of(t), device) if timed else None, read)
         nfe += asked.any(1)
-        falls = rule.fall(asked, _outlook(asked, drawn))
-        now = falls.flatten()[places]  # [M]
-        written = places[now]
-        block.view(-1)[written], probability.view(-1)[written] = drawn.tokens[now], drawn.probability[now]
-        order.view(-1)[written] = nfe[written // (end - begin)]
+        falls = rule.fall(asked, _outlook(asked, drawn)) if rule.looks else asked
+        now = falls.flatten()[at].nonzero()[:, 0]
+        written, chosen = send(at[now], device), send(now, device)
+        block.view(-1)[written], probability.view(-1)[written] = drawn.tokens[chosen], drawn.probability[chosen]
+        order[falls] = nfe[:, None].expand_as(order)[falls]
         masked &= ~falls
         if progress:
             progress(int(falls.sum()))
-    state.tokens[alive, begin:end], state.nfe[alive] = block, nfe
-    state.order[alive, begin:end], state.probability[alive, begin:end] = order, probability
+    state.tokens[alive, begin:end], state.probability[alive, begin:end] = block, probability
+    before, order = state.nfe[alive], send(order, device)
+    state.order[alive, begin:end] = torch.where(order > 0, order + before[:, None], state.order[alive, begin:end])
+    state.nfe[alive] = before + send(nfe, device)
+    return True
 
 
 def _outlook(asked: Tensor, drawn: Drawn) -> Outlook:
-    """What was said of the asked places, in their places."""
-    blank = torch.zeros(asked.shape, dtype=torch.float64, device=asked.device)
-    return Outlook(*(blank.masked_scatter(asked, part) for part in (drawn.surest, drawn.entropy, drawn.log_mass)))
+    """What was said of the asked places, in their places on the host, which waits for it."""
+    blank = torch.zeros(asked.shape, dtype=torch.float64)
+    said = torch.stack([drawn.surest, drawn.entropy, drawn.log_mass]).cpu()
+    return Outlook(*(blank.masked_scatter(asked, part) for part in said))
 
 
 def _end_rows(
@@ -210,10 +270,18 @@ def _end_rows(
     first = max(0, min(begin, end - WINDOW))  # what lies before was looked at when it was written
     length, why = find_ends(state.tokens[alive, first:end], given[alive] - first, options.stop, eos_id)  # [A], [A]
     over = why > 0
-    rows = alive[over]
-    state.lengths[rows], state.ended[rows] = length[over] + first, why[over]
-    behind = torch.arange(state.tokens.shape[1], device=alive.device) >= state.lengths[rows, None]  # [R, T]
-    state.tokens[rows] = state.tokens[rows].masked_fill(behind, mask_id if eos_id is None else eos_id)
-    state.order[rows] = state.order[rows].masked_fill(behind, 0)
-    state.probability[rows] = state.probability[rows].masked_fill(behind, torch.nan)
+    _cut(state, alive[over], length[over] + first, why[over], eos_id, mask_id)
     return ~over
+
+
+def _cut(state: Samples, rows: Tensor, lengths: Tensor, why: Tensor | int, eos_id: int | None, mask_id: int) -> None:
+    """End these rows [R] after `lengths` [R] tokens, and fill up what is behind."""
+    state.lengths[rows], state.ended[rows] = lengths, why
+    first = int(lengths.min()) if len(rows) else 0
+    behind = torch.arange(first, state.tokens.shape[1], device=rows.device) >= lengths[:, None]  # [R, T - first]
+    for tensor, filler in (
+        (state.tokens, mask_id if eos_id is None else eos_id),
+        (state.order, 0),
+        (state.probability, torch.nan),
+    ):
+        tensor[rows, first:] = tensor[rows, first:].masked_fill(behind, filler)

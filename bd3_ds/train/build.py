@@ -34,6 +34,7 @@ from bd3_ds.train.meter import Meter, peak_flops
 from bd3_ds.train.start import find_start, starting_weights
 from bd3_ds.train.state import TrainState
 from bd3_ds.train.step import Stepper
+from bd3_ds.train.validation import Validated, Validation
 
 
 @dataclass
@@ -46,11 +47,13 @@ class Trainer:
     ema: Ema
     stepper: Stepper
     clip_search: ClipSearch
+    validation: Validation
     loader: Loader
     saver: Saver
     log: RunLog
     meter: Meter
     state: TrainState
+    validated: Validated | None = None  # the newest value of this start
 
     @property
     def run_dir(self) -> Path:
@@ -153,6 +156,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         ema=ema,
         stepper=stepper,
         clip_search=ClipSearch(stepper, held_out),
+        validation=Validation(stepper),
         loader=Loader(run.data, share, state.samples),
         saver=Saver(
             run_dir / "checkpoints",
@@ -160,6 +164,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
             run.train.keep_checkpoints,
             behind=run.train.checkpoint_async,
             keep_every=run.train.keep_every,
+            say=log.say,
         ),
         log=log,
         meter=Meter(model.network, run, float(world.sum(peak))),

@@ -11,9 +11,11 @@ from bd3_ds.config.schema import block_sizes
 from bd3_ds.data.pack import Pack
 from bd3_ds.diffusion.clip_search import ENOUGH, HELD_OUT_BINS, binned, candidates, least, within
 from bd3_ds.diffusion.noise import make_noise
-from bd3_ds.diffusion.objective import send, training_loss
+from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import Interval, base_schedule, make_proposal
 from bd3_ds.runtime.rng import Purpose, generator
+from bd3_ds.runtime.transfer import send
+from bd3_ds.train.held_out import HeldOut
 from bd3_ds.train.state import TrainState
 from bd3_ds.train.step import Stepper
 
@@ -24,12 +26,9 @@ class ClipSearch:
     def __init__(self, stepper: Stepper, held_out: Pack | None):
         self.stepper = stepper
         self.run = run = stepper.run
-        self._tokens = self._documents = None
+        self._held_out: HeldOut | None = None
         if held_out is not None:
-            sequences = run.objective.clip_search.sequences
-            self._tokens = torch.from_numpy(held_out.all_tokens(sequences))
-            documents = held_out.all_documents(sequences, apart=run.data.document_mask)
-            self._documents = None if documents is None else torch.from_numpy(documents)
+            self._held_out = HeldOut(held_out, run.objective.clip_search.sequences, run.data.document_mask)
 
     def search(self, state: TrainState) -> tuple[TrainState, list[str], dict[str, float]]:
         """The state with a new interval for each block size being trained, a line about each, and scalars to plot."""
@@ -67,11 +66,11 @@ class ClipSearch:
     @torch.no_grad()
     def _forward(self, tried: list[Interval], size: int, step: int, progress: float) -> dict[Interval, float]:
         """Variance of a block's estimate under each interval, with the present weights and common random numbers."""
-        assert self._tokens is not None
+        assert self._held_out is not None
         run, world, engine = self.run, self.stepper.world, self.stepper.engine
         micro, length = run.train.micro_batch, run.data.length
         reader, readers = world.rank // run.train.sequence_parallel, world.size // run.train.sequence_parallel
-        per_rank = len(self._tokens) // (micro * readers) * micro
+        per_rank = len(self._held_out) // (micro * readers) * micro
         blocks, total = length // size, per_rank * readers * (length // size)
         rng = generator(run.seed, Purpose.CLIP_SEARCH, step, size)
         strata = (rng.permutation(total) + rng.random(total)).reshape(-1, blocks) / total  # [N, B]
@@ -80,11 +79,11 @@ class ClipSearch:
         engine.module.eval()
         for start in range(0, per_rank, micro):
             rows = np.arange(start, start + micro) * readers + reader
-            tokens = self._tokens[rows]
+            tokens, documents = self._held_out.rows(rows)
             wish = self.stepper.wish(tokens, step)
-            documents = None if self._documents is None else self._documents[rows]
             denoiser = self.stepper.denoiser(size, documents)
             u = torch.from_numpy(strata[rows])
+            place = send(u, world.device)
             masks = [generator(run.seed, Purpose.CLIP_SEARCH, step, size, 1 + int(row)).random(length) for row in rows]
             draws = torch.from_numpy(np.stack(masks))
             for number, interval in enumerate(tried):
@@ -93,9 +92,8 @@ class ClipSearch:
                 loss = training_loss(
                     run.objective.name, denoiser, tokens, noise, self.stepper.mask_id, world.device, documents
                 )
-                assert loss.block_nats is not None
-                weight, place = (send(x, world.device) for x in (noise.bound_weight, u))
-                sums[number] += binned(loss.block_nats, weight, place, bins)
+                assert loss.block_nats is not None and loss.block_weight is not None
+                sums[number] += binned(loss.block_nats, loss.block_weight, place, bins)
         engine.module.train()
         self.stepper.sum(sums)
         return {interval: within(each.cpu()) for interval, each in zip(tried, sums, strict=True)}

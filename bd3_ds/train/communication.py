@@ -13,7 +13,7 @@ from dataclasses import dataclass
 ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, ALL_TO_ALL = "all_reduce", "reduce_scatter", "all_gather", "all_to_all"
 
 # Assumptions, in bytes a second and direction: of a GPU to those in its node, and to those in others.
-NVLINK = 450e9  # fourth generation, as its maker states it
+NVLINK = 450e9  # fourth generation, as its maker states it; other GPUs' links stand in gpus.py
 NETWORK = 50e9  # 400 Gb/s for each GPU
 
 # Stage 3 frees a weight after use where the trace does not come back to it within so many numbers.
@@ -41,7 +41,11 @@ class Collective:
     @property
     def seconds(self) -> float:
         """At the bandwidths above; what latency adds is left out."""
-        return self.sent / (NVLINK if self.in_node else NETWORK)
+        return self.seconds_by(NVLINK)
+
+    def seconds_by(self, link: float) -> float:
+        """With another bandwidth inside a node, behind which the network's can only fall."""
+        return self.sent / (link if self.in_node else min(link, NETWORK))
 
 
 def zero_traffic(
@@ -112,6 +116,6 @@ def ulysses_traffic(
     return [Collective(ALL_TO_ALL, 2 * accumulation * numbers * width / ranks, ranks, True)]
 
 
-def seconds(collectives: list[Collective]) -> float:
+def seconds(collectives: list[Collective], link: float = NVLINK) -> float:
     """One after the other."""
-    return sum(collective.seconds for collective in collectives)
+    return sum(collective.seconds_by(link) for collective in collectives)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -17,20 +18,26 @@ from bd3_ds.runtime.files import write_json
 from bd3_ds.runtime.log import FINISHED, INCIDENTS
 from bd3_ds.runtime.world import World
 from bd3_ds.train.build import Trainer, build
+from bd3_ds.train.closing import closing_words, finished_before, nothing_to_do
 from bd3_ds.train.guards import StopRequest, Watchdog, is_spike
-from bd3_ds.train.meter import peak_memory_gb
+from bd3_ds.train.meter import memory_in_use_gb, peak_memory_gb
 from bd3_ds.train.state import SKIPPED_OF, TrainState
 from bd3_ds.train.step import StepResult
 
 
 def train(run: RunConfig, ds_json: dict[str, Any], world: World) -> TrainState:
     """Train to run.train.total_steps, or until asked to stop; returns where it stopped, all of it on disk."""
+    start = time.perf_counter()
+    if (step := finished_before(run, world)) is not None:
+        if world.is_main:
+            print(*nothing_to_do(run, step), sep="\n", file=sys.stderr, flush=True)
+        return TrainState(step=step)
     trainer = build(run, ds_json, world)
     finished = trainer.run_dir / FINISHED
     if world.is_main:
         finished.unlink(missing_ok=True)
     batches = iter(trainer.loader)
-    saver = trainer.saver
+    saver, begun, is_bound = trainer.saver, trainer.state.step, True
     with (
         StopRequest() as stop,
         Watchdog(run.guards.stall_seconds, world.rank) as watchdog,
@@ -40,6 +47,7 @@ def train(run: RunConfig, ds_json: dict[str, Any], world: World) -> TrainState:
             watchdog.beat(f"at step {trainer.state.step + 1}")
             before = trainer.state
             result = trainer.stepper.step(batches, before, stop.asked, saver.busy)
+            is_bound = result.nelbo_is_bound
             trainer.state = learn(before.advance(run.train.global_batch, run.data.length), result)
             report(trainer, result, bar)
             guard(trainer, result, before)
@@ -47,6 +55,9 @@ def train(run: RunConfig, ds_json: dict[str, Any], world: World) -> TrainState:
             if searches(run) and due(run.objective.clip_search.every, trainer.state.step) and not last:
                 watchdog.beat("searching the clip interval")
                 search_clip(trainer)
+            if trainer.validation.is_due(trainer.state.step, last):
+                watchdog.beat("validating")
+                validate(trainer)
             if due(run.train.export_every, trainer.state.step) or last:
                 watchdog.beat("exporting")
                 trainer.export()
@@ -60,6 +71,10 @@ def train(run: RunConfig, ds_json: dict[str, Any], world: World) -> TrainState:
         saver.finish()
     if trainer.state.step < run.train.total_steps:
         trainer.log.say(f"asked to stop: saved after step {trainer.state.step}; the same command continues")
+    else:
+        seconds = time.perf_counter() - start
+        for line in closing_words(run, trainer.state, begun, seconds, is_bound, trainer.validated):
+            trainer.log.say(line)
     trainer.log.close()
     if world.is_main and trainer.state.step >= run.train.total_steps:
         write_json(finished, {"step": trainer.state.step})
@@ -131,6 +146,16 @@ def search_clip(trainer: Trainer) -> None:
     trainer.log.scalars(scalars, trainer.state.step)
 
 
+def validate(trainer: Trainer) -> None:
+    """Take the bound on held-out text, say it and put it on record."""
+    start = time.perf_counter()
+    state, log = trainer.state, trainer.log
+    trainer.validated = found = trainer.validation.run(state.step)
+    log.validation(found.record(time.perf_counter() - start))
+    log.scalars(found.scalars(), state.step)
+    log.say(f"step {state.step}: validation {found}")
+
+
 def report(trainer: Trainer, result: StepResult, bar: Any) -> None:
     """One record a step; every log_every steps a point in TensorBoard and the numbers on the progress bar."""
     state, run = trainer.state, trainer.run
@@ -181,7 +206,16 @@ def report(trainer: Trainer, result: StepResult, bar: Any) -> None:
         scalars["train/block_variance"] = result.block_variance
     trainer.log.scalars(scalars, state.step)
     trainer.log.flush()
-    bar.set_postfix_str(f"nelbo {result.nelbo:.3f}, {rates['perf/tokens_per_s']:,.0f} tokens/s", refresh=False)
+    bar.set_postfix_str(console_line(trainer, result.nelbo, rates), refresh=False)
+
+
+def console_line(trainer: Trainer, nelbo: float, rates: dict[str, float]) -> str:
+    """What stands behind the steps done and the time left; memory is the main rank's."""
+    validated = "" if trainer.validated is None else f"val {trainer.validated.nelbo:.3f}, "
+    return (
+        f"nelbo {nelbo:.3f}, {validated}{rates['perf/tokens_per_s']:,.0f} tokens/s, "
+        f"{memory_in_use_gb(trainer.world.device):.1f} GiB, data wait {rates['perf/data_wait']:.1%}"
+    )
 
 
 def progress_bar(trainer: Trainer) -> Any:
@@ -194,4 +228,5 @@ def progress_bar(trainer: Trainer) -> Any:
         disable=not trainer.world.is_main,
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
         dynamic_ncols=True,
+        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_fmt}{postfix}]",
     )

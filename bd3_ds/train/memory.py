@@ -7,6 +7,7 @@ each ZeRO stage keeps was read in DeepSpeed's optimizers and is checked against 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -133,6 +134,7 @@ class Memory:
         return {**asdict(self), "moments": self.moments, "peak": self.peak}
 
 
+@cache
 def parameter_count(network: Network) -> int:
     """Weights of a network, each once; it is not made."""
     with torch.device("meta"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,43 +10,56 @@ import psutil
 import torch
 
 from bd3_ds.config.check import accumulation_steps
+from bd3_ds.config.ds_json import DEFAULT, load_ds_json, zero_stage
 from bd3_ds.config.schema import AR, RunConfig, block_sizes
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.model.dit import Network
 from bd3_ds.model.flops import recomputed_flops_per_sequence, training_flops_per_sequence
 from bd3_ds.train import communication
 from bd3_ds.train.activations import RECOMPUTE, pass_of
-from bd3_ds.train.gpus import GIB, find_gpu
+from bd3_ds.train.disk import disk_of
+from bd3_ds.train.gpus import find_gpu, gpu_of_driver
 from bd3_ds.train.memory import Memory, Zero, memory_of, parameter_count, zero_of
 from bd3_ds.train.meter import peak_flops
 
-USABLE = 0.92  # of a GPU's memory: its context, NCCL's buffers and fragments take the rest
+USABLE = 0.92  # of a device's memory: its context, NCCL's buffers and fragments take the rest; of a host's, the system
 MFU = 0.4  # a guess for the 40 % that dense transformers of this size reach; `perf/mfu` of a run tells
 
-KINDS = ("weights", "gathered", "gradients", "optimizer", "ema", "activations", "head", "logits", "working", "buckets")
+# Seconds for a sequence of up to 1,024 tokens from a rank's loader with no, one, or two and more worker processes
+# (docs/performance.md); longer ones take as much longer.
+LOADER_SECONDS = (1024 / 5.7e6, 1024 / 1.9e6, 1024 / 2.8e6)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What one rank has: bytes of memory that a run may fill, FLOP/s of matrix products; `cuda`: it is a GPU."""
+    """What one rank has: bytes of memory that a run may fill, FLOP/s of matrix products; `cuda`: it is a GPU.
+
+    `link`: bytes a second and direction to the other ranks of its node.
+    """
 
     name: str
     memory: float
     peak: float
     cuda: bool
+    link: float = communication.NVLINK
 
 
 def machine_of(gpu: str | None, precision: str, ranks_per_node: int) -> Machine:
     """The GPU of that name, else this machine; raises UserError for unknown names. fp32 is planned at 1/8 of bf16."""
     if gpu is not None:
         known = find_gpu(gpu, "--gpu")
-        return Machine(known.name, USABLE * known.memory, known.peak_bf16 / (1 if precision == "bf16" else 8), True)
+        peak = known.peak_bf16 / (1 if precision == "bf16" else 8)
+        return Machine(known.name, USABLE * known.memory, peak, True, known.link)
     if torch.cuda.is_available():
         device = torch.device("cuda")
-        memory = torch.cuda.get_device_properties(device).total_memory
-        return Machine(torch.cuda.get_device_name(device), USABLE * memory, peak_flops(device, precision), True)
-    memory = psutil.virtual_memory().total / ranks_per_node
-    return Machine("this machine's CPUs", memory, peak_flops(torch.device("cpu"), precision), False)
+        memory, name = torch.cuda.get_device_properties(device).total_memory, torch.cuda.get_device_name(device)
+        here = gpu_of_driver(name)
+        link = communication.NVLINK if here is None else here.link
+        return Machine(name, USABLE * memory, peak_flops(device, precision), True, link)
+    memory = USABLE * psutil.virtual_memory().total / ranks_per_node
+    # The rate is measured with all threads of this process, which ranks beside one another may not have.
+    cores = min(1.0, (os.cpu_count() or 1) / (torch.get_num_threads() * ranks_per_node))
+    return Machine("this machine's CPUs", memory, cores * peak_flops(torch.device("cpu"), precision), False)
 
 
 def make_plan(
@@ -57,7 +71,7 @@ def make_plan(
     machine: Machine,
     mfu: float,
 ) -> dict[str, Any]:
-    """The whole plan as plain values: bytes, FLOP, seconds; `plan_lines` says it in sentences."""
+    """The whole plan as plain values: bytes, FLOP, seconds; `plan_table` says it in a table."""
     shared, mode = run.train.sequence_parallel, run.train.activation_checkpointing
     accumulation = accumulation_steps(run, world_size)
     parameters = parameter_count(network)
@@ -69,7 +83,7 @@ def make_plan(
     memory = worst_memory(run, network, zero, world_size, mode, machine.cuda)
     table = _stages(run, network, ds_json, world_size, machine)
     traffic = _traffic(run, network, parameters, zero, world_size, world_size // nodes, accumulation)
-    compute = tokens_a_step / rate
+    compute, sending = tokens_a_step / rate, communication.seconds(traffic, machine.link)
     return {
         "parameters": parameters,
         "ranks": world_size,
@@ -93,6 +107,7 @@ def make_plan(
             "tokens": total,
             "days": total / rate / 86400,
         },
+        "bound": _bound(run, compute, sending, world_size),
         "memory": {**memory.as_dict(), "fits": memory.peak <= machine.memory},
         "stages": table,
         "smallest_stage": {
@@ -100,11 +115,27 @@ def make_plan(
             for mode in RECOMPUTE
         },
         "communication": {
-            "collectives": [{**asdict(c), "sent": c.sent, "seconds": c.seconds} for c in traffic],
+            "collectives": [{**asdict(c), "sent": c.sent, "seconds": c.seconds_by(machine.link)} for c in traffic],
             "sent": sum(c.sent for c in traffic),
-            "seconds": communication.seconds(traffic),
-            "of_compute": communication.seconds(traffic) / compute,
+            "seconds": sending,
+            "of_compute": sending / compute,
         },
+        "disk": disk_of(run, parameters).as_dict(),
+    }
+
+
+def _bound(run: RunConfig, compute: float, sending: float, world_size: int) -> dict[str, Any]:
+    """The longest of what a step does beside one another, and the days and tokens a second that it allows."""
+    each = LOADER_SECONDS[min(run.data.workers, 2)] * max(1.0, run.data.length / 1024)
+    reading = run.train.global_batch * run.train.sequence_parallel / world_size * each
+    seconds = {"compute": compute, "communication": sending, "data": reading}
+    name = max(seconds, key=lambda kind: seconds[kind])
+    return {
+        "name": name,
+        "seconds": seconds,
+        "step_seconds": seconds[name],
+        "tokens_per_s": run.train.global_batch * run.data.length / seconds[name],
+        "days": run.train.total_steps * seconds[name] / 86400,
     }
 
 
@@ -119,7 +150,7 @@ def flops_per_token(network: Network, run: RunConfig) -> tuple[float, float]:
     """Training FLOPs of a clean token, and those computed again; means over the stages of a block size that changes."""
     masked = 1.0 if run.objective.name == AR else make_proposal(run.objective.schedule).mean_rate
     length, steps, name, views = run.data.length, run.train.total_steps, run.objective.name, run.objective.views
-    begins = sorted({0, *run.objective.block_schedule})
+    begins = sorted({0, *(step for step in run.objective.block_schedule if step < steps)})
     total, again = 0.0, 0.0
     for begin, end in zip(begins, [*begins[1:], steps], strict=True):
         sizes = block_sizes(run, begin)
@@ -131,50 +162,16 @@ def flops_per_token(network: Network, run: RunConfig) -> tuple[float, float]:
     return total / length, again / length
 
 
-def plan_lines(plan: dict[str, Any]) -> list[str]:
-    """The plan in sentences, memory in GiB."""
-    memory, speed, machine, sent = plan["memory"], plan["speed"], plan["machine"], plan["communication"]
-    kinds = ", ".join(f"{kind} {memory[kind] / GIB:.2f}" for kind in KINDS if memory[kind])
-    moment = max(memory["moments"], key=memory["moments"].get)
-    smallest = {mode: stage for mode, stage in plan["smallest_stage"].items() if stage is not None}
-    lines = [
-        f"planned for {plan['ranks']} ranks on {plan['nodes']} nodes, each rank {machine['name']}: "
-        f"{machine['memory'] / GIB:.1f} GiB to fill, {machine['peak'] / 1e12:,.3g} TFLOP/s",
-        f"memory of a rank at ZeRO stage {plan['zero']['stage']}, in GiB: {kinds}",
-        f"most at once: {memory['peak'] / GIB:.2f} GiB, in the {moment}"
-        + (f"; {memory['host'] / GIB:.2f} GiB on the host" if memory["host"] else "")
-        + ("" if memory["fits"] else f"; that is more than {machine['memory'] / GIB:.1f} GiB"),
-        "most at once by ZeRO stage, nothing computed again / MLPs (selective) / layers (full), * fits:",
-    ]
-    for stage in range(4):
-        rows = [row for row in plan["stages"] if row["stage"] == stage]
-        cells = " / ".join(f"{row['peak'] / GIB:.2f}{'*' if row['fits'] else ''}" for row in rows)
-        lines.append(f"  stage {stage}: {cells} GiB")
-    if smallest:
-        told = ", ".join(f"{stage} with activation_checkpointing={mode}" for mode, stage in smallest.items())
-        lines.append(f"smallest stage that fits: {told}")
-    else:
-        lines.append(f"no stage fits {machine['name']}: lower train.micro_batch, offload, or take more ranks")
-    extra = plan["flops"]["recomputed_per_token"]
-    return [
-        *lines,
-        f"at {speed['mfu']:.0%} of the peak{f' ({extra / 1e6:,.1f} MFLOP a token computed again)' if extra else ''}: "
-        f"{speed['tokens_per_s']:,.0f} tokens/s, {speed['step_seconds']:.3g} s a step, "
-        f"{speed['days']:.3g} days to {speed['tokens']:,} tokens",
-        f"a rank sends {sent['sent'] / 1e9:.3g} GB a step, {sent['seconds']:.3g} s at "
-        f"{communication.NETWORK * 8 / 1e9:.0f} Gb/s between nodes and {communication.NVLINK / 1e9:.0f} GB/s inside, "
-        f"{sent['of_compute']:.1%} of the computing that can hide it",
-    ]
-
-
 def _stages(
     run: RunConfig, network: Network, ds_json: dict[str, Any], world_size: int, machine: Machine
 ) -> list[dict[str, Any]]:
-    """Every stage with every recomputation."""
+    """Every stage with every recomputation: the JSON's own as it stands, others as ds_configs/zero*.json have them."""
     rows = []
     for stage in range(4):
+        own = stage == zero_stage(ds_json)
+        zero = zero_of(ds_json if own else load_ds_json(DEFAULT.parent / f"zero{stage}.json"))
         for recompute in RECOMPUTE:
-            memory = worst_memory(run, network, zero_of(ds_json, stage), world_size, recompute, machine.cuda)
+            memory = worst_memory(run, network, zero, world_size, recompute, machine.cuda)
             fits = memory.peak <= machine.memory
             rows.append({"stage": stage, "recompute": recompute, "peak": memory.peak, "fits": fits})
     return rows

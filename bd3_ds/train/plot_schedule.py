@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,9 +14,20 @@ from bd3_ds.diffusion.proposal import Proposal, make_proposal
 from bd3_ds.diffusion.weighting import loss_weight
 from bd3_ds.runtime.files import share
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 def plot_schedule(run: RunConfig, path: Path) -> None:
     """Density, weight and masked share as a PNG at `path`; a schedule that moves is drawn at its start and its end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    schedule_figure(run).savefig(path, format="png", dpi=110)
+    share(path)
+
+
+def schedule_figure(run: RunConfig) -> Figure:
+    """The three panels. Probabilities and densities begin at 0, so that a flat one looks flat."""
     from matplotlib.figure import Figure
 
     moves = run.objective.schedule.name == "bimodal" and run.objective.schedule.bimodal.mu2_end is not None
@@ -23,25 +36,43 @@ def plot_schedule(run: RunConfig, path: Path) -> None:
     density, weight, share_of = figure.subplots(1, 3)
     for number, (name, progress) in enumerate(stages.items()):
         proposal = make_proposal(run.objective.schedule, progress)
-        style = {"color": f"C{number}", "label": name or run.objective.schedule.name}
+        color, label = f"C{number}", name or run.objective.schedule.name
         p, q, bound, loss = curves(run, proposal)
-        density.plot(p, q, **style)
-        weight.plot(p, bound, linestyle=":", color=f"C{number}", label=f"{style['label']}: bound")
-        weight.plot(p, loss, color=f"C{number}", label=f"{style['label']}: loss ({run.objective.weight.name})")
+        marker = {} if proposal.schedule is not None else {"marker": "o"}  # one rate: a point, no line
+        if proposal.schedule is None:
+            density.axvline(proposal.lowest, color=color, label=f"{label}: p = {proposal.lowest:g} alone")
+        else:
+            density.plot(p, q, color=color, label=label)
+        weight.plot(p, loss, color=color, label=f"{label}: loss ({run.objective.weight.name})", **marker)
+        weight.plot(
+            p, bound, linestyle=":", color="black" if len(stages) == 1 else color, label=f"{label}: bound", **marker
+        )
         count, chance = masked_counts(proposal, block_size(run))
-        share_of.step(count / block_size(run), chance, where="mid", **style)
+        share_of.step(count / block_size(run), chance, where="mid", color=color, label=label)
         mean = float((count * chance).sum()) / block_size(run)
-        share_of.axvline(mean, color=f"C{number}", linestyle=":", label=f"mean {mean:.3f}")
-    density.set(title="density q(p) of the masking rate", xlabel="masking rate p", ylim=(0, None))
-    weight.set(title="what a masked token counts", xlabel="masking rate p", yscale="log")
+        share_of.axvline(mean, color=color, linestyle=":", label=f"mean {mean:.3f}")
+    density.set(title="density q(p) of the masking rate", xlabel="masking rate p", ylim=_from_zero(density))
+    weight.set(title="weight of a masked token", xlabel="masking rate p", yscale="log", ylim=_a_decade(weight))
     share_of.set(title=f"masked share of a block of {block_size(run)}", xlabel="masked share", ylabel="probability")
+    share_of.set_ylim(*_from_zero(share_of))
     for axes in (density, weight, share_of):
-        axes.set_xlim(0, 1)
+        axes.set_xlim(-0.02, 1.02)  # the ends are seen: a rate of 0 or 1 may be all there is
         axes.legend()
         axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=110)
-    share(path)
+    return figure
+
+
+def _from_zero(axes: Axes) -> tuple[float, float]:
+    """From 0 to a tenth above the largest value drawn."""
+    top = axes.dataLim.ymax
+    return 0.0, 1.1 * top if 0 < top < math.inf else 1.0
+
+
+def _a_decade(axes: Axes) -> tuple[float, float]:
+    """All values drawn, and at least one decade: a constant weight is a line in the middle."""
+    low, high = axes.dataLim.ymin, axes.dataLim.ymax
+    middle = (low * high) ** 0.5
+    return min(low / 1.3, middle / 10**0.5), max(high * 1.3, middle * 10**0.5)
 
 
 def curves(run: RunConfig, proposal: Proposal) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -169,7 +169,7 @@ def _clip_search(run: RunConfig, world_size: int) -> list[str]:
     if search.method != "grid":
         return []
     there = read_manifest(run.eval.sets[search.set]).chunks
-    needed = run.train.micro_batch * world_size // run.train.sequence_parallel
+    needed = max(run.train.micro_batch, 1) * world_size // run.train.sequence_parallel
     if min(there, search.sequences) >= needed:
         return []
     return [

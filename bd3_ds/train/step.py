@@ -24,11 +24,12 @@ from bd3_ds.diffusion.noise import (
     scored_places,
     stratified_times,
 )
-from bd3_ds.diffusion.objective import BINS, send, training_loss
+from bd3_ds.diffusion.objective import BINS, training_loss
 from bd3_ds.diffusion.proposal import Draws, Exploring, Interval, base_schedule, make_proposal
 from bd3_ds.model.dit import as_denoiser
 from bd3_ds.parallel.sequence import Sequence
 from bd3_ds.runtime.rng import Purpose, integer_seed
+from bd3_ds.runtime.transfer import send
 from bd3_ds.runtime.world import World
 from bd3_ds.train.ema import Ema
 from bd3_ds.train.engine import Engine
@@ -42,9 +43,10 @@ class StepResult:
     """Means over the global batch, the same on every rank; loss and nelbo in nats per scored token of the batch.
 
     nats_by_rate: mean -log p(x0) of a masked token by its block's masking rate, in BINS equal bins; nan where a bin saw
-    none. masked_share: of all places but the given ones. block_variance: variance over the batch's blocks of their
-    estimates of the bound. moments: the batch's sums for the clip search. interval: that of the times drawn. The last
-    three are None for AR. skipped: there was no update, and numbers may not be finite. ids: this rank's samples.
+    none. masked_share: of the scored tokens, the share that is masked; head_tokens: places at which the head ran, those
+    of all views. block_variance: variance over the batch's blocks of their estimates of the bound. moments: the batch's
+    sums where the clip search goes by moments, else None. interval: that of the times drawn. AR has none of the three.
+    skipped: there was no update, and numbers may not be finite. ids: this rank's samples.
     """
 
     step: int
@@ -53,6 +55,7 @@ class StepResult:
     nelbo_is_bound: bool
     nats_by_rate: list[float]
     masked_share: float
+    head_tokens: int
     block_size: int
     interval: Interval | None
     block_variance: float | None
@@ -117,7 +120,8 @@ class Stepper:
         proposal = None if run.objective.name == AR else self.proposal(state, size)
         schedule = base_schedule(run.objective.schedule, done / run.train.total_steps)
         totals = torch.zeros(8 + 2 * BINS, device=self.world.device, dtype=torch.float64)
-        moments = torch.zeros(3, TIME_BINS, device=self.world.device, dtype=torch.float64)
+        keeps_moments = proposal is not None and run.objective.clip_search.method == "moments"
+        moments = torch.zeros(3, TIME_BINS if keeps_moments else 0, device=self.world.device, dtype=torch.float64)
         waited, scored = 0.0, 0
         micro_batches = self.accumulation * self.world.size // run.train.sequence_parallel  # of all ranks
         ids: list[int] = []
@@ -128,8 +132,6 @@ class Stepper:
             scored += int(scored_places(batch.tokens, batch.documents).sum())
             torch.manual_seed(integer_seed(run.seed, Purpose.DROPOUT, done, micro_step, self.world.rank))
             noise = self._noise(done, batch, size, proposal)
-            if noise is not None:
-                weight, rate = (send(x, self.world.device) for x in (noise.bound_weight, noise.rate))
             loss = training_loss(
                 run.objective.name,
                 self.denoiser(size, batch.documents),
@@ -145,9 +147,10 @@ class Stepper:
             totals[8:] += torch.cat([loss.bin_nats, loss.bin_masked])
             last = micro_step == self.accumulation - 1
             self.engine.step(lr, refuse=last and self._is_refused(totals[1], scored, state))
-            if noise is not None and loss.block_nats is not None:
-                totals[3:6] += spread_sums(loss.block_nats, weight)
-                moments += moment_sums(loss.block_nats, rate, schedule)
+            if noise is not None and loss.block_nats is not None and loss.block_weight is not None:
+                totals[3:6] += spread_sums(loss.block_nats, loss.block_weight)
+                if keeps_moments:
+                    moments += moment_sums(loss.block_nats, send(noise.rate, self.world.device), schedule)
         if not self.engine.skipped:
             self.ema.update()
         totals[2], totals[6], totals[7] = float(stop_asked), float(scored), float(still_saving)
@@ -162,11 +165,12 @@ class Stepper:
             nelbo=values[1] * per_token,
             nelbo_is_bound=proposal is None or ((proposal.covers_all or size == 1) and self._rarity is None),
             nats_by_rate=[n / m if m else float("nan") for n, m in zip(nats, masked, strict=True)],
-            masked_share=sum(masked) / (run.train.global_batch * run.objective.views * (run.data.length - 1)),
+            masked_share=sum(masked) / max(1.0, values[6] * run.objective.views),
+            head_tokens=round(sum(masked)),
             block_size=size,
             interval=None if proposal is None else state.clip(size).interval or configured,
             block_variance=None if proposal is None else Spread(*values[3:6]).variance,
-            moments=None if proposal is None else summed[len(totals) :].view(3, TIME_BINS),
+            moments=summed[len(totals) :].view(3, TIME_BINS) if keeps_moments else None,
             grad_norm=self.engine.grad_norm(),
             lr=lr,
             seconds=time.perf_counter() - start,

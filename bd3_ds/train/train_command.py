@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from bd3_ds.config.check import unreached
 from bd3_ds.config.ds_json import DEFAULT, check_place, load_ds_json
 from bd3_ds.config.load import load_recipe
 from bd3_ds.runtime.cli import Parser
@@ -30,6 +31,8 @@ def main(argv: list[str]) -> int:
     ds_json = load_ds_json(arguments.deepspeed_config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     run = preflight(load_recipe(arguments.recipe, arguments.overrides), world_size)
+    for note in unreached(run) if os.environ.get("RANK", "0") == "0" else []:
+        print(f"note: {note}", file=sys.stderr, flush=True)
     check_place(ds_json, world_size, int(os.environ.get("LOCAL_SIZE", world_size)))
 
     import torch
@@ -41,11 +44,13 @@ def main(argv: list[str]) -> int:
     from bd3_ds.runtime.world import join_world
     from bd3_ds.train.hardware import check_hardware
     from bd3_ds.train.loop import train
+    from bd3_ds.train.micro_batch import with_micro_batch
 
     check_hardware(run, ds_json)
     if not torch.cuda.is_available():
         keep_freed_memory()
     world = join_world()
+    run = with_micro_batch(run, ds_json, world.size, world.local_size)
     try:
         state = train(run, ds_json, world)
     finally:

@@ -129,6 +129,6 @@ def test_fixed_clip_and_frequency_stay_in_force(recipe: Path) -> None:
 def test_free_search_needs_no_held_out_text(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import run as entry
 
-    words = ["check", str(recipe), "eval.sets={}", "objective.clip_search.method=moments"]
+    words = ["check", str(recipe), "--resolved", "eval.sets={}", "objective.clip_search.method=moments"]
     assert run_command(entry.main, words) == 0
     assert "clip_search" in capsys.readouterr().out

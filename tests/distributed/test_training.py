@@ -15,7 +15,16 @@ from torch import Tensor
 
 from bd3_ds.checkpoint.export import find_export, load_weights
 from bd3_ds.checkpoint.shards import shard_file
-from tests.helpers.launch import curve, launch_training, start_training, stop, train, train_records, wait_for_step
+from tests.helpers.launch import (
+    curve,
+    launch_training,
+    start_training,
+    stop,
+    train,
+    train_records,
+    validation_curve,
+    wait_for_step,
+)
 from tests.helpers.tiny import tiny_pack, tiny_run
 
 STEPS = 60
@@ -31,6 +40,10 @@ TAGS = {
     "perf/mfu",
     "perf/memory_gb",
     "perf/data_wait",
+    "perf/tokens_per_s_wall",
+    "perf/mfu_wall",
+    "val/valid/nelbo",
+    "val/valid/ppl",
 }
 
 
@@ -70,6 +83,7 @@ def one_rank(scene: Scene) -> str:
 def interrupt_and_continue(scene: Scene, ds_config: str, *words: str) -> None:
     """Two runs, one of them asked to stop on its way: the same records and the same export, to the last bit."""
     words = (*HARD, f"train.total_steps={STEPS}", "train.checkpoint_every=1000", "train.export_every=1000", *words)
+    words = (*words, "train.validate_every=3")
     whole, parts = f"whole-{ds_config}", f"parts-{ds_config}"
     scene.train(whole, *words, ds_config=ds_config)
     run_dir = scene.run_dir(parts)
@@ -85,6 +99,8 @@ def interrupt_and_continue(scene: Scene, ds_config: str, *words: str) -> None:
     assert f"continuing {run_dir} after step {saved}" in said
     assert curve(run_dir) == curve(scene.run_dir(whole))
     assert len(curve(run_dir)) == STEPS
+    validated = validation_curve(run_dir)
+    assert sorted(validated) == list(range(3, STEPS + 1, 3)) and validated == validation_curve(scene.run_dir(whole))
     same(scene.weights(parts), scene.weights(whole), torch.equal)
 
 
@@ -144,9 +160,13 @@ def test_finished_run_stays_as_it_is_and_can_be_prolonged(scene, one_rank):
     words = (*FP32, "train.micro_batch=8")
     before = (run_dir / "records/train.jsonl").read_bytes()
     weights = scene.weights(one_rank)
-    scene.train(one_rank, *words, "train.total_steps=12", ranks=1, ds_config="zero0")
+    files = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    said = scene.train(one_rank, *words, "train.total_steps=12", ranks=1, ds_config="zero0")
     assert (run_dir / "records/train.jsonl").read_bytes() == before
     assert (run_dir / "records/finished.json").is_file()
+    assert files == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    assert f"{run_dir} finished at step 12, and train.total_steps=12 asks for no more: nothing to do" in said
+    assert "train.total_steps=N with N above 12 goes on from there" in said
     same(scene.weights(one_rank), weights, torch.equal)
 
     scene.train(one_rank, *words, "train.total_steps=15", ranks=1, ds_config="zero0")

@@ -282,6 +282,56 @@ def test_full_disk(tmp_path, workers):
     assert done.stdout.count("\n") == 1 and str(cache) in done.stdout, done.stdout + done.stderr
 
 
+def listing(directory: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of last change of all that is in a directory, the directories too."""
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in [directory, *directory.rglob("*")]}
+
+
+@WORKERS_ARE_ENOUGH
+def test_a_pack_on_a_read_only_mount_is_unpacked_in_the_cache(copy, expected, tmp_path, workers):
+    cache = tmp_path / "cache"
+    script = (
+        "import sys; from tests.helpers.readers import *\n"
+        f"data = data_config(sys.argv[1], cache={str(cache)!r})\n"
+        f"for _ in range(2): np.save(sys.argv[2], read(data, Cluster(1, {workers}), 0, {STEPS}))\n"
+    )
+    mount = f'mount --bind {copy} {copy} && mount -o remount,bind,ro {copy} && exec {sys.executable} -c "$0" "$@"'
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no file systems may be mounted here")
+    before = listing(copy)
+    command = ["unshare", "-rm", "sh", "-c", mount, script, str(copy), str(tmp_path / "read.npy")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert np.array_equal(np.load(tmp_path / "read.npy"), expected)
+    assert listing(copy) == before
+    assert done.stderr.count(f"{copy} cannot be written to: its shards are unpacked in {cache}/pack-") == 1, done.stderr
+    assert len(list(cache.rglob("*.mds"))) == 4 and not list(cache.rglob(".*.mds*"))
+
+
+def test_a_cache_of_links_reads_like_the_pack_and_leaves_it_alone(copy, expected, tmp_path, monkeypatch):
+    """As on a read-only mount, where none can be made."""
+    monkeypatch.setattr("bd3_ds.data.read_only.can_unpack_in", lambda _: False)
+    before, data = listing(copy), data_config(copy, cache=str(tmp_path / "cache"))
+    assert np.array_equal(read(data, Cluster(), 0, STEPS), expected)
+    # What was unpacked there is checked like any other, and a pack that was made again is not taken for the old one.
+    unpacked = sorted((tmp_path / "cache").rglob("*.mds"))
+    unpacked[0].write_bytes(unpacked[0].read_bytes()[:-1] + b"?")
+    assert np.array_equal(read(data, Cluster(2, 0), 0, STEPS), expected)
+    assert listing(copy) == before
+    shutil.rmtree(copy)
+    numbered_pack(copy, 64, mark=1)
+    assert np.array_equal(read(data, Cluster(), 0, STEPS), expected + 10_000)
+
+
+def test_neither_pack_nor_cache_can_be_written_to(copy, tmp_path, monkeypatch):
+    monkeypatch.setattr("bd3_ds.data.read_only.can_unpack_in", lambda _: False)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(
+        UserError, match=r"cannot be written to, and neither can data\.cache=.*/file/cache .*local disk"
+    ):
+        read(data_config(copy, cache=str(tmp_path / "file" / "cache")), Cluster(), 0, 1)
+
+
 @pytest.mark.slow
 @WORKERS
 def test_training_ends_with_one_sentence_and_code_2(tmp_path, workers):

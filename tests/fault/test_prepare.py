@@ -103,6 +103,30 @@ def test_killed_preparations_give_the_undisturbed_pack(text: Path, tmp_path: Pat
     verify.verify(out)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_is_one_line_and_goes_on(text: Path, tmp_path: Path, workers: int) -> None:
+    """As a terminal sends it: to the reader and its workers, whatever they are doing, from their first moment on."""
+    finished(start(text, tmp_path / "undisturbed"))
+    work = tmp_path / ".out.partial" / "parts"
+    for wanted in (0, 1, 2, 6):
+        there = len(list(work.glob("*.npz")))
+        process = start(text, tmp_path / "out", workers)
+        while len(list(work.glob("*.npz"))) < there + wanted and process.poll() is None:
+            time.sleep(0.005)
+        if wanted == 0:  # while the workers are being started
+            while not work.exists() and process.poll() is None:
+                time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate()  # ends when the last process that holds its output has ended
+        assert process.returncode == 130, output
+        (said,) = [line for line in output.splitlines() if not line.startswith("reads ")]
+        kept = "what is finished is kept: the same command goes on from there"
+        assert said == f"stopped; {kept if work.exists() else 'nothing was finished yet'}", output
+        assert not (tmp_path / "out").exists() and work.exists() >= (wanted > 0)
+    finished(start(text, tmp_path / "out", workers))
+    assert tree(tmp_path / "out") == tree(tmp_path / "undisturbed")
+
+
 def test_finished_parts_and_groups_are_kept(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "PART_CHARACTERS", 20_000)
     monkeypatch.setattr(pack_writer, "GROUP_TOKENS", 4_000)

@@ -165,6 +165,17 @@ def test_asked_to_stop(tmp_path, workers):
     assert '"released": true' in lease.read_text()
 
 
+def test_ctrl_c_ends_with_130_and_gives_the_lease_back(tmp_path, workers):
+    run_dir, _ = make_run(tmp_path, eval__estimator="mc", eval__views=3000, sets=("valid", "second"))
+    worker = workers(run_dir)
+    wait_for(lambda: list((run_dir / "leases").glob("step-*")), worker)
+    worker.send_signal(signal.SIGINT)
+    said = finish(worker, code=130)
+    assert said.splitlines()[-1].startswith("eval-worker: asked to stop; ") and "Traceback" not in said
+    (lease,) = (run_dir / "leases").glob("step-*")
+    assert '"released": true' in lease.read_text()
+
+
 def test_once_needs_a_run(tmp_path, workers):
     said = finish(workers(tmp_path / "nothing", "--once"), code=2)
     assert said.startswith("error: ") and "is not a run" in said and said.count("\n") == 1

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from bd3_ds.runtime import records
-from bd3_ds.runtime.log import TRAIN_RECORDS
+from bd3_ds.runtime.log import TRAIN_RECORDS, VALIDATION
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 300.0  # seconds; a crowded machine is slow, a stuck run is slower
@@ -122,6 +122,14 @@ def curve(run_dir: Path) -> dict[int, tuple[float, float]]:
     lines = train_records(run_dir)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return {line["step"]: (line["loss"], line["grad_norm"]) for line in lines}
+
+
+def validation_curve(run_dir: Path) -> dict[int, tuple[float, float]]:
+    """Bound and standard error on held-out text by step; one line a step."""
+    lines = records.read(run_dir / VALIDATION)
+    found = {line["step"]: (line["nelbo"], line["stderr"]) for line in lines}
+    assert len(found) == len(lines)
+    return found
 
 
 def _group(process: subprocess.Popen[str]) -> list[psutil.Process]:

@@ -1,6 +1,7 @@
 """The Python API and `run.py sample` on small exports of every objective."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -13,10 +14,11 @@ from bd3_ds.config.load import load_defaults
 from bd3_ds.config.schema import AR, BD3, MDLM, OBJECTIVES, SEDD
 from bd3_ds.data.tokenizer import number_tokenizer
 from bd3_ds.diffusion.subs import subs_nll
-from bd3_ds.evaluation import api, sample_command
+from bd3_ds.evaluation import api, convert_command, sample_command
 from bd3_ds.model.build import network_of
 from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.errors import UserError
+from tests.helpers.tiny import tiny_export, tiny_run
 
 LENGTH, SYMBOLS = 8, 20
 EOS, MASK, VOCAB = SYMBOLS, SYMBOLS + 1, SYMBOLS + 2
@@ -168,6 +170,113 @@ def test_shorter_texts_are_scored(models, text):
     for case in OBJECTIVES:
         estimator = "mc" if case == SEDD else "exact"
         assert models[case].score(text[:, :4], estimator).nelbo.shape == (3, 4)
+
+
+@pytest.mark.parametrize("case", [*OBJECTIVES, "bd3-1"])
+def test_texts_are_scored_behind_bos(models, case):
+    """By text what `score` says of its tokens, whatever the other texts are and however long."""
+    texts = ["3 1 4 1 5", "2", "9 9"]
+    score = models[case].score(texts, views=4)
+    assert score.by_row.tolist() == [5, 1, 2] and score.tokens == 8 and score.nelbo.shape == (3, 6)
+    assert score.nelbo[:, 0].tolist() == [0, 0, 0] and score.nelbo[1, 2:].abs().max() == 0
+    assert score.estimator == ("mc" if case == SEDD else "exact")
+    if case != SEDD:  # whose noise depends on which text comes first
+        for row, text in enumerate(texts):
+            ids = [[EOS, *map(int, text.split())]]
+            assert score.nats[row].item() == pytest.approx(models[case].score(ids).nelbo.sum().item(), rel=1e-5)
+        assert models[case].score(texts[0]).nats.tolist() == pytest.approx(score.nats[:1].tolist(), rel=1e-5)
+        assert score.stderr.tolist() == [0, 0, 0]
+    torch.testing.assert_close(score.ppl, (score.nats / torch.tensor([5, 1, 2])).exp())
+    assert score.perplexity == pytest.approx(math.exp(score.nats.sum().item() / 8))
+    torch.testing.assert_close(score.ppl_stderr, score.ppl * score.stderr / score.by_row)
+
+
+@pytest.mark.parametrize("case", [AR, BD3])
+def test_texts_beyond_the_context_are_scored_in_windows(models, case):
+    """BOS and 9 tokens where 8 are seen at once: AR sees tokens 2 … 9 for the last two, BD3 blocks 1 … 4."""
+    ids = [EOS, 3, 1, 4, 1, 5, 9, 2, 6, 5]
+    score = models[case].score([" ".join(map(str, ids[1:])), "7"])
+    first = models[case].score([ids[:8]]).nelbo.sum()
+    behind = torch.arange(8)[None] >= 6
+    second = models[case].score([ids[2:]], scored=behind).nelbo.sum()
+    assert score.by_row.tolist() == [9, 1]
+    assert score.nats[0].item() == pytest.approx((first + second).item(), rel=1e-5)
+    assert (score.nelbo[0, 1:] > 0).all()
+
+
+def test_long_blocks_are_sampled_where_nothing_is_asked(place, tmp_path, models):
+    """An MDLM of 12 tokens: nine of them to score are too many for all masks, and the score says so."""
+    wide = wider(place, tmp_path, 12)
+    few, many = wide.score(["1 2 3"]), wide.score(["1 2 3 4 5 6 7 8 9", "1 2 3"], views=64)
+    assert (few.estimator, many.estimator) == ("exact", "exact, stratified")
+    assert many.stderr[0] > 0 and many.stderr[1] == 0 and many.nats[1].item() == pytest.approx(few.nats[0].item())
+    assert wide.score([[EOS, *range(1, 10)]]).estimator == "stratified"
+    exact = wide.score([[EOS, *range(1, 10)]], "exact").nats
+    assert abs(exact[0] - many.nats[0]) < 4 * many.stderr[0]
+    assert wide.score(["1 2 3 4 5 6 7 8 9"], views=1).stderr.isnan().all()
+
+
+def wider(place, tmp_path, length):
+    """The MDLM as if it had been trained with longer texts."""
+    copy = tmp_path / "wide"
+    shutil.copytree(place / MDLM, copy)
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace(f"length: {LENGTH}\n", f"length: {length}\n"))
+    return bd3_ds.load(str(copy))
+
+
+def test_characters_that_the_tokenizer_lacks_are_said(tmp_path):
+    run = tiny_run(tmp_path)
+    model = bd3_ds.load(str(tiny_export(run)))
+    with pytest.warns(UserWarning, match=r"text 1 \('数'\) has what the tokenizer cannot write; it is scored as 1 unk"):
+        assert model.score(["the", "数"]).by_row[1] >= 1
+
+
+def test_precision(place, text):
+    """bf16 is in the weights, and near fp32."""
+    model = bd3_ds.load(str(place / AR), precision="bf16")
+    assert {parameter.dtype for parameter in model.network.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in bd3_ds.load(str(place / AR)).network.parameters()} == {torch.float32}
+    logits = bd3_ds.load(str(place / AR), precision="fp32").logits(text)
+    assert 0 < (model.logits(text).float() - logits).abs().max() < 0.1 * logits.abs().max()
+    with pytest.raises(UserError, match=r"device=None cannot be used .*'cpu' always can"):
+        bd3_ds.load(str(place / AR), device=None)
+    with pytest.raises(UserError, match="precision=bf61 is unknown; did you mean 'bf16'"):
+        bd3_ds.load(str(place / AR), precision="bf61")
+
+
+@pytest.mark.parametrize("case", OBJECTIVES)
+def test_a_folder_for_hugging_face_is_loaded_as_it_is(place, tmp_path, models, text, noisy, case):
+    assert convert_command.main(["--from", "export", "--to", "hf", str(place / case), str(tmp_path / "hf")]) == 0
+    model = bd3_ds.load(str(tmp_path / "hf"))
+    given = {AR: (text,), BD3: (noisy, text)}.get(case, (noisy,))
+    sigma = {"sigma": torch.tensor([0.1, 1.0, 5.0])} if case == SEDD else {}
+    assert torch.equal(model.logits(*given, **sigma), models[case].logits(*given, **sigma))
+    assert model.generate("3 1", num=2) == models[case].generate("3 1", num=2)
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match=r"model_type=gpt2; make an export of it first: run.py convert --from hf"):
+        bd3_ds.load(str(tmp_path / "hf"))
+
+
+def test_the_first_word_is_a_number_or_a_prompt(models):
+    model = models[BD3]
+    assert model.generate("3 1", num=2, seed=4) == model.generate(2, prompt="3 1", seed=4)
+    assert len(model.generate("3 1")) == len(model.generate()) == 4
+    texts = model.generate(["3 1", "2"], seed=1)
+    assert len(texts) == 2 and texts[0].startswith("3 1") and texts[1].startswith("2")
+    assert texts == model.generate(prompt=["3 1", "2"], seed=1)
+    for call, sentence in (
+        (lambda: model.generate(2, num=3), "num is given twice, as 2 and as num=3"),
+        (lambda: model.generate("3", prompt="1"), "the prompt is given twice"),
+        (lambda: model.generate(num="3"), "num='3' must be a whole number"),
+        (lambda: model.score(["3", ""]), r"text 1 \(''\) has no token to score"),
+        (lambda: model.score(["3"], scored=[[True]]), "scored and first_row are for token ids"),
+        (lambda: model.score(["3"], "exakt"), "did you mean 'exact'"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            call()
+    with pytest.raises(UserError, match=r"no tokenizer and knows no texts.*or give token ids"):
+        models["mute"].score("3 1")
 
 
 @pytest.mark.parametrize("case", OBJECTIVES)

@@ -9,6 +9,7 @@ import run as entry
 from bd3_ds.config import ds_names
 from bd3_ds.config.ds_json import DEFAULT, check_place, load_ds_json, offloads
 from bd3_ds.runtime.errors import UserError, run_command
+from bd3_ds.runtime.files import read_json
 from bd3_ds.train import hardware
 from tests.helpers.tiny import tiny_run
 
@@ -62,6 +63,55 @@ def test_refused(tmp_path, content, parts):
         assert part in said
 
 
+@pytest.mark.parametrize(
+    "content, parts",
+    [
+        ({"zero_optimization": {"round_robin_gradients": True}}, ["though DeepSpeed knows it; leave it out"]),
+        (
+            {"zero_optimization": {"cpu_offload": True}},
+            ['set zero_optimization.offload_optimizer to {"device": "cpu"}'],
+        ),
+        ({"zero_allow_untested_optimizer": True}, ["leave it out: the trainer sets it"]),
+        ({"elasticity": {}}, ["python -m bd3_ds.launch"]),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {**CPU, "ratio": 1}}}, ["all of the optimizer"]),
+    ],
+)
+def test_what_deepspeed_knows_and_we_do_not_take(tmp_path, content, parts):
+    """It is named as such, with what to do, and no other key is offered in its place."""
+    said = refusal(tmp_path, content)
+    for part in parts:
+        assert part in said
+    assert "did you mean" not in said and "known:" not in said
+
+
+@pytest.mark.parametrize(
+    "text, key",
+    [
+        ('{"zero_optimization": {"stage": 2}, "zero_optimization": {"stage": 3}}', "zero_optimization"),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', "stage"),
+        ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "device": "none"}}}', "device"),
+    ],
+)
+def test_a_key_given_twice(tmp_path, text, key):
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(
+        UserError, match=f"--deepspeed_config .*is not valid JSON .the key '{key}' stands twice in one object"
+    ):
+        load_ds_json(path)
+    with pytest.raises(UserError, match=f"settings .*is not valid JSON .the key '{key}' stands twice in one object"):
+        read_json(path, "settings")
+
+
+def test_comments_and_marks_are_read(tmp_path):
+    """As DeepSpeed reads them."""
+    path = tmp_path / "ds.json"
+    path.write_text(
+        '\ufeff{\n  // two ranks\n  "zero_optimization": {"stage": 2,}, /* more */\n  "steps_per_print": 5e8 # \n}'
+    )
+    assert load_ds_json(path) == {"zero_optimization": {"stage": 2}, "steps_per_print": 5e8}
+
+
 def test_all_problems_at_once(tmp_path):
     said = refusal(tmp_path, {"zero_optimization": {"overlap_com": True, "stage": "two"}, "stepsperprint": 1})
     assert len(said.splitlines()) == 3
@@ -77,6 +127,7 @@ def test_names_are_deepspeeds():
         return {field.alias or name for name, field in model.model_fields.items()}
 
     assert {*ds_names.ZERO, *ds_names.ZERO_NOT_TAKEN} == names(config.DeepSpeedZeroConfig)
+    assert not ds_names.TOP_NOT_TAKEN.keys() & ds_names.TOP.keys()
     assert {*ds_names.OFFLOAD_OPTIMIZER, *ds_names.OFFLOAD_OPTIMIZER_NOT_TAKEN} == names(
         offload_config.DeepSpeedZeroOffloadOptimizerConfig
     )

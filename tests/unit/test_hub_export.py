@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -196,6 +199,89 @@ def test_causal_models_have_a_loss_and_generate(exports: dict[str, Path]) -> Non
         torch.testing.assert_close(hidden, model(text[:, :8]).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["bd3", "mdlm", "sedd"])
+def test_labels_are_not_ignored(exports: dict[str, Path], kind: str) -> None:
+    import bd3_ds.hub as hub
+
+    model = hub.BD3ForMaskedLM.from_pretrained(folder(exports, kind))
+    given = inputs(bd3_ds.load(str(exports[kind])))
+    with pytest.raises(
+        ValueError, match=rf"labels: no loss .* that of {kind} depends on .*score\(texts\) gives the bound"
+    ):
+        model(**given, labels=given["input_ids"])
+    causal = hub.BD3Model.from_pretrained(folder(exports, "ar"))
+    with pytest.raises(ValueError, match="load this model with AutoModelForCausalLM for a loss"):
+        causal(given["input_ids"], labels=given["input_ids"])
+
+
+@pytest.mark.parametrize("kind", ["bd3", "ar"])
+def test_nothing_is_ignored_silently(exports: dict[str, Path], kind: str) -> None:
+    """What callers of transformers pass along by default is taken; what they would miss is refused by its name."""
+    import bd3_ds.hub as hub
+
+    kinds = hub.BD3ForCausalLM if kind == "ar" else hub.BD3ForMaskedLM
+    model = kinds.from_pretrained(folder(exports, kind))
+    given = inputs(bd3_ds.load(str(exports[kind])))
+    plain = {"output_hidden_states": False, "past_key_values": None, "inputs_embeds": None, "use_cache": False}
+    with torch.no_grad():
+        logits = model(**given).logits
+        assert torch.equal(model(**given, **plain, token_type_ids=torch.zeros(2, 16)).logits, logits)
+        (alone,) = model(**given, return_dict=False)
+        assert torch.equal(alone, logits)
+    for name, value in (
+        ("output_hidden_states", True),
+        ("output_attentions", True),
+        ("past_key_values", object()),
+        ("inputs_embeds", torch.zeros(2, 16, 32)),
+        ("position_ids", torch.arange(16)),
+        ("use_cache", True),
+        ("sigmas", torch.ones(2)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: not taken by this model"):
+            model(**given, **{name: value})
+    with pytest.raises(ValueError, match="token_type_ids other than 0"):
+        model(**given, token_type_ids=torch.ones(2, 16))
+    with pytest.raises(ValueError, match=r"attention_mask is \[2, 4\]; it must be \[2, 16\]"):
+        model(**given, attention_mask=torch.ones(2, 4))
+    assert model.resize_token_embeddings(model.config.vocab_size) is model.get_input_embeddings()
+    with pytest.raises(ValueError, match=r"resize_token_embeddings\(90\): this model has 81 tokens, \[MASK\] at 80"):
+        model.resize_token_embeddings(90)
+
+
+def test_a_tokenized_text_goes_straight_into_generate(exports: dict[str, Path]) -> None:
+    import transformers
+
+    import bd3_ds.hub as hub
+
+    model = hub.BD3ForCausalLM.from_pretrained(folder(exports, "ar"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder(exports, "ar"))
+    assert tokenizer.model_max_length == 16
+    text = tokenizer("the", return_tensors="pt", add_special_tokens=False)
+    written = model.generate(**text, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert written.shape[1] == text["input_ids"].shape[1] + 4
+    # A folder of an earlier version gives token types as well.
+    typed = {**text, "token_type_ids": torch.zeros_like(text["input_ids"])}
+    assert torch.equal(model.generate(**typed, max_new_tokens=4, do_sample=False, eos_token_id=None), written)
+
+
+def test_the_readme_s_lines_for_transformers_work_as_printed(exports: dict[str, Path], tmp_path: Path) -> None:
+    """Beside a torch of any kind, in a fresh interpreter."""
+    readme = (ROOT / "README.md").read_text()
+    (lines,) = (part.split("```")[0] for part in readme.split("```python\n") if "AutoModelForMaskedLM" in part)
+    assert lines.count('"runs/mine/hf"') == 2
+    lines = lines.replace('"runs/mine/hf"', repr(str(folder(exports, "bd3"))))
+    script = tmp_path / "readme.py"
+    script.write_text(lines + "\nprint(type(model).__module__, len(tokenizer))\n")
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "bd3_ds.hub.modeling_bd3_ds 81\n"), done.stderr
+
+
 def test_tokenizers_give_the_same_ids(exports: dict[str, Path], seen: Path) -> None:
     ids, special, size, decoded = json.loads((seen / "said.json").read_text())
     texts = tiny_text()
@@ -239,6 +325,7 @@ def test_the_card_has_recipe_and_perplexities(tmp_path: Path) -> None:
     run = tiny_run(tmp_path)
     export = tiny_export(run)
     line = {"export": export.name, "step": 2, "estimator": "stratified", "nelbo": 2.5, "stderr": 0.01, "tokens": 1200}
+    line |= {"chunks": 80, "chunks_in_set": 2000}
     records.append(
         Path(run.run_dir) / "records" / "eval.jsonl",
         line | {"set": "valid", "ppl": 12.18249},
@@ -246,7 +333,9 @@ def test_the_card_has_recipe_and_perplexities(tmp_path: Path) -> None:
     )
     convert("--from", "export", "--to", "hf", run.run_dir, tmp_path / "hf")
     card = (tmp_path / "hf" / "README.md").read_text()
-    assert "| valid | 12.18 ± 0.12 | stratified | 1,200 |" in card and "77" not in card
+    assert (
+        "| valid | 12.18 ± 0.12 | stratified | 1,200 (the first 80 of 2,000 sequences) |" in card and "77" not in card
+    )
     for words in ("block size | 4", "learning rate | 0.0003", "optimizer steps | 2 of 4", "# license: to be filled in"):
         assert words in card
     assert str(tmp_path) not in card

@@ -8,7 +8,7 @@ import sys
 import time
 
 from bd3_ds.evaluation.leases import claim
-from bd3_ds.evaluation.results import EVALUATIONS, Results
+from bd3_ds.evaluation.results import EVALUATIONS, REPLACED, Results
 from bd3_ds.runtime import records
 
 RACERS, ROUNDS = 4, 30
@@ -131,3 +131,41 @@ def test_a_result_is_on_record_once(tmp_path):
         writer.join(60)
     assert added.value == 10 == len(records.read(tmp_path / EVALUATIONS))
     assert Results(tmp_path).done() == {(f"step-{number}", "valid") for number in range(10)}
+
+
+def test_a_user_s_result_replaces_a_worker_s_and_keeps_it_aside(tmp_path):
+    results = Results(tmp_path)
+    lines = [{"export": f"step-{step}", "set": name, "ppl": 0.1 + step} for step in (1, 2) for name in ("a", "b")]
+    for line in lines:
+        assert results.add(EVALUATIONS, line)
+    with open(tmp_path / EVALUATIONS, "a") as file:
+        file.write('{"export": "step-')  # torn by a kill
+    newer = {"export": "step-1", "set": "b", "ppl": 0.3, "chunks": 500}
+    assert results.replace(newer)
+    assert records.read(tmp_path / EVALUATIONS) == [lines[0], lines[2], lines[3], newer]
+    assert records.read(tmp_path / REPLACED) == [lines[1]]
+    assert not results.add(EVALUATIONS, lines[1])  # a worker that was at it comes late
+    assert not results.replace({"export": "step-3", "set": "b", "ppl": 1.0})
+    assert [line["export"] for line in records.read(tmp_path / EVALUATIONS)].count("step-1") == 2
+
+
+def replace_all(run_dir, start, number):
+    results = Results(run_dir)
+    start.wait(30)
+    for step in range(ROUNDS):
+        results.replace({"export": f"step-{step % 10}", "set": "mine", "ppl": float(number)})
+
+
+def test_users_and_workers_write_beside_one_another(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    start, added = context.Barrier(RACERS), context.Value("i", 0)
+    targets = [(add_all, (tmp_path, start, added))] * 2 + [(replace_all, (tmp_path, start, n)) for n in range(2)]
+    writers = [context.Process(target=target, args=words) for target, words in targets]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0] * 4 and added.value == 10
+    keys = [(line["export"], line["set"]) for line in records.read(tmp_path / EVALUATIONS)]
+    assert sorted(keys) == sorted((f"step-{number}", name) for number in range(10) for name in ("mine", "valid"))
+    assert len(records.read(tmp_path / REPLACED)) == 2 * ROUNDS - 10

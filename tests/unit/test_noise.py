@@ -15,11 +15,13 @@ from torch import Tensor
 
 from bd3_ds.config.check_diffusion import SCHEDULES
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, WeightConfig
+from bd3_ds.diffusion import noise as noise_module
 from bd3_ds.diffusion.chunked_head import HeadLoss
 from bd3_ds.diffusion.clip_search import Spread, binned, spread_sums
 from bd3_ds.diffusion.noise import Noise, choose_block_size, corrupt, make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import Loss, training_loss
 from bd3_ds.diffusion.proposal import make_proposal
+from bd3_ds.runtime.rng import Purpose, generator
 from tests.helpers.schedules import schedule_config
 
 VOCAB, MASK, LENGTH = 11, 10, 16
@@ -235,3 +237,22 @@ def test_block_sizes_of_a_mixed_stage_come_up_equally_often() -> None:
     assert ((counts - 1000) ** 2 / 1000).sum() < 13.8  # chi-square, 2 degrees of freedom, 0.1%
     assert drawn == [choose_block_size(3, step, (4, 16, 64)) for step in range(3000)]
     assert choose_block_size(3, 7, (16,)) == 16
+
+
+def test_micro_batches_of_a_step_share_one_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole batch's permutation is drawn once a step; each micro-batch has its rows of it."""
+    drawn: list[tuple[int, ...]] = []
+
+    def counted(seed: int, purpose: Purpose, *place: int) -> np.random.Generator:
+        drawn.append((int(purpose), *place))
+        return generator(seed, purpose, *place)
+
+    monkeypatch.setattr(noise_module, "generator", counted)
+    for step in (31, 32):
+        parts = [stratified_times(77, step, slots, 12, 4) for slots in np.arange(12).reshape(4, 3)]
+        order = generator(77, Purpose.RATE_STRATA, step).permutation(48).reshape(12, 4)
+        jitter = generator(77, Purpose.RATE_JITTER, step).random(48).reshape(12, 4)
+        assert np.array_equal(torch.cat(parts).numpy(), (order + jitter) / 48)
+    assert drawn == [
+        (int(purpose), step) for step in (31, 32) for purpose in (Purpose.RATE_STRATA, Purpose.RATE_JITTER)
+    ]

@@ -220,8 +220,9 @@ def test_the_grid_search_leaves_padding_out(tmp_path: Path) -> None:
     stepper = Stepper(run, World(0, 1, 0, 1, CPU), engine, engine, mask_of(run), None)
     search = ClipSearch(stepper, open_pack(tmp_path / "valid"))
     first, _, scalars = search.search(TrainState())
-    assert search._tokens is not None and search._documents is not None
-    search._tokens = torch.where(search._documents < 0, 7, search._tokens)
+    held_out = search._held_out
+    assert held_out is not None and held_out.documents is not None
+    held_out.tokens = torch.where(held_out.documents < 0, 7, held_out.tokens)
     second, _, others = search.search(TrainState())
     assert first.clip(4).interval == second.clip(4).interval
     assert others == pytest.approx(scalars, rel=1e-4)
@@ -229,3 +230,14 @@ def test_the_grid_search_leaves_padding_out(tmp_path: Path) -> None:
 
 def test_packs_without_padding_tell_nothing(tmp_path: Path) -> None:
     assert open_pack(tiny_pack(tmp_path / "plain")).all_documents(apart=False) is None
+
+
+@pytest.mark.parametrize("method", ["none", "grid", "moments"])
+def test_moments_are_taken_for_the_search_that_reads_them(tmp_path: Path, method: str) -> None:
+    run = padded_run(tmp_path, BD3, 4, objective__clip_search__method=method)
+    model = load_model(find_export(str(tiny_export(run))), CPU)
+    result, _ = step(run, model, 4, list(range(8)))
+    assert (result.moments is not None) == (method == "moments")
+    if result.moments is not None:
+        assert result.moments[0].sum() == sum(-(-count // 4) - (count == 1) for count in COUNTS)
+    assert result.block_variance is not None and math.isfinite(result.block_variance)

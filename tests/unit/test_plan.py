@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from bd3_ds.model.dit import DiT, Network, as_denoiser
 from bd3_ds.model.flops import recomputed_flops_per_sequence, training_flops_per_sequence
 from bd3_ds.parallel.apply import prepare_layers
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.train import activations, check_command
+from bd3_ds.train import activations
 from bd3_ds.train.communication import (
     ALL_GATHER,
     ALL_REDUCE,
@@ -223,6 +222,12 @@ def test_gpus_by_name() -> None:
     with pytest.raises(UserError, match=r"--gpu=h10-80g is unknown; did you mean 'h100-80g'\?"):
         find_gpu("h10-80g", "--gpu")
     named = {"NVIDIA H100 80GB HBM3": "h100-80g", "NVIDIA H100 PCIe": "h100-pcie-80g", "NVIDIA L40S": "l40s-48g"}
+    named |= {
+        "NVIDIA L40": "l40-48g",
+        "NVIDIA L4": "l4-24g",
+        "NVIDIA A10G": "a10g-24g",
+        "NVIDIA H100 NVL": "h100-nvl-94g",
+    }
     named |= {"NVIDIA A100-SXM4-40GB": "a100-40g", "NVIDIA A100-SXM4-80GB": "a100-80g", "NVIDIA A10": "a10-24g"}
     for driver, name in named.items():
         found = gpu_of_driver(driver)
@@ -264,30 +269,16 @@ def test_overlap_needed() -> None:
     assert scaling.row("small", "1", 64, 0.4, accumulation=4).needed == pytest.approx(needed / 4)
 
 
-def test_check_plans_for_a_gpu_that_is_not_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny_run(tmp_path)
-    words = [str(tmp_path / "recipe.yaml"), "train.global_batch=64", "model.attention=flex"]
-    options = ["--world-size", "32", "--nodes", "4", "--gpu", "h100-80g", "--json", str(tmp_path / "plan.json")]
-    assert check_command.main([*words, *options]) == 0
-    said = capsys.readouterr().out
-    assert "32 ranks on 4 nodes, each rank h100-80g" in said
-    assert "smallest stage that fits: 0 with activation_checkpointing=none" in said
-    assert "global batch 64 = 2 x 1 micro-batches x 32 ranks = 1,024 tokens" in said
-    made = json.loads((tmp_path / "plan.json").read_text())
-    assert made["ranks"] == 32 and made["zero"]["stage"] == 2 and made["speed"]["mfu"] == 0.4
-    assert made["memory"]["peak"] == max(made["memory"]["moments"].values())
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        (["--gpu", "h10-80g"], "--gpu=h10-80g is unknown; did you mean 'h100-80g'"),
-        (["--world-size", "4", "--nodes", "3"], "--nodes=3 must divide --world-size=4"),
-        (["--mfu", "1.5"], r"'1.5' must lie in \(0, 1\]"),
-        (["--json", "{dir}"], "is a directory; name a JSON file"),
-    ],
-)
-def test_a_plan_that_cannot_be_made_is_refused(tmp_path: Path, options: list[str], sentence: str) -> None:
-    words = [word.format(dir=tmp_path) for word in options]
-    with pytest.raises(UserError, match=sentence):
-        check_command.main(["recipe.yaml", *words])
+def test_boards_without_nvlink_send_by_pcie(tmp_path: Path) -> None:
+    """The same bytes take as many times longer as the link is slower; between nodes a network is no faster than it."""
+    run = wide_run(tmp_path, train__precision="bf16", train__global_batch=64)
+    network = network_of(run.model, "bd3")
+    for nodes, slower in ((1, 450 / 25), (2, 50 / 25)):
+        seconds = [
+            make_plan(run, network, {}, 16, nodes, machine_of(gpu, "bf16", 16 // nodes), 0.4)["communication"][
+                "seconds"
+            ]
+            for gpu in ("h100-80g", "rtx3090-24g")
+        ]
+        assert seconds[1] / seconds[0] == pytest.approx(slower)
+    assert all(0 < gpu.link <= 900e9 for gpu in GPUS) and find_gpu("a100-80g", "--gpu").link == 300e9

@@ -111,6 +111,48 @@ def test_long_text_is_one_document(tokenizer: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte level"])
+def test_cuts_change_no_token_of_a_tokenizer_that_begins_with_a_space(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    if kind == "sentencepiece":
+        import sentencepiece
+
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter("".join(DOCUMENTS).split("\n")),
+            model_prefix=str(folder / "tokenizer"),
+            vocab_size=330,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            user_defined_symbols=["\n"],
+            minloglevel=2,
+        )
+    else:
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        letters = pre_tokenizers.ByteLevel.alphabet()
+        special = ["<|endoftext|>"]
+        trainer = trainers.BpeTrainer(
+            vocab_size=330, initial_alphabet=letters, special_tokens=special, show_progress=False
+        )
+        backend.train_from_iterator(DOCUMENTS, trainer)
+        backend.save(str(folder / "tokenizer.json"))
+    loaded = load_tokenizer(str(folder))
+    assert parts.shows_cuts(loaded)
+    text = "".join(DOCUMENTS) * 40
+    (tmp_path / "long.txt").write_text(text)
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": text}))
+    assert len(list(open_source(str(tmp_path / "long.txt")).pieces())) > 4
+    pack(tmp_path / "long.txt", str(folder), tmp_path / "a")
+    pack(tmp_path / "long.jsonl", str(folder), tmp_path / "b")
+    manifest, whole = read_manifest(tmp_path / "a"), read_manifest(tmp_path / "b")
+    assert (manifest.tokens, manifest.pack_hash) == (whole.tokens, whole.pack_hash)
+    assert manifest.tokens == len(loaded.encode_batch([text])[0]) + 1
+
+
 def test_named_sets_bring_their_protocol(tmp_path: Path) -> None:
     (tmp_path / "w.txt").write_text(" = Title = \n \n He , too . \n")
     source = open_source(f"wikitext2={tmp_path / 'w.txt'}")

@@ -18,7 +18,7 @@ from bd3_ds.config.schema import AR, BD3
 from bd3_ds.data.streaming_import import mend_torchvision
 from bd3_ds.data.tokenizer import number_tokenizer
 from bd3_ds.diffusion.subs import subs_log_probs
-from bd3_ds.evaluation import quality, quality_command, sample_command
+from bd3_ds.evaluation import convert_command, quality, quality_command, sample_command
 from bd3_ds.evaluation.gen_ppl import Scores, Windows, fit_windows, open_judge, score_rows, text_features
 from bd3_ds.evaluation.quality import Quality, mauve_score, sampling_figures
 from bd3_ds.evaluation.text_statistics import distinct, entropy, lengths, mean_and_stderr, ratio_and_stderr
@@ -265,7 +265,7 @@ def test_what_the_sampler_took():
     figures = sampling_figures(samples)
     assert figures["tokens"] == {"median": 2.5, "mean": 2.5, "max": 3}  # 5 5 6 and 5 5
     assert figures["own_entropy"] == pytest.approx(entropy([5, 5, 6]) / 2)
-    assert figures["ended"] == {"eos": 0.5, "entropy": 0, "length": 0.5}
+    assert figures["ended"] == {"eos": 0.5, "entropy": 0, "length": 0.5, "interrupted": 0}
     assert (figures["nfe"], figures["nfe_with_cache"]) == (3, 4.5)
     assert figures["tokens_per_evaluation"] == 1 and figures["tokens_per_forward"] == pytest.approx(6 / 9)
 
@@ -293,6 +293,32 @@ def test_the_command(root, tmp_path, capsys):
     lines = out.splitlines()
     assert len(lines) == 5 and f"{expected['ppl']:.2f} ± {expected['ppl_stderr']:.2f}" in lines[2]
     assert "100%" in lines[3] and "MAUVE is left out" in err
+
+
+def test_ctrl_c_keeps_the_files_that_are_judged(root, tmp_path, capsys, monkeypatch):
+    files = [write(tmp_path / f"{name}.json", samples_of(texts(6, seed=seed))) for seed, name in enumerate("ab")]
+    file = tmp_path / "out.json"
+    judged = quality.score_rows
+
+    def stop_at_the_second(*words):
+        if file.exists():
+            raise KeyboardInterrupt
+        return judged(*words)
+
+    monkeypatch.setattr(quality, "score_rows", stop_at_the_second)
+    assert quality_command.main([*files, "--judge", str(root / "gpt2"), "--json", str(file)]) == 130
+    out, err = capsys.readouterr()
+    (record,) = json.loads(file.read_text())
+    assert record["file"] == files[0] and f"{record['ppl']:.2f}" in out
+    assert err.splitlines()[-1] == f"stopped: 1 of 2 files are judged; kept in {file}"
+
+
+def test_a_folder_of_ours_judges_as_its_export_does(root, tmp_path):
+    assert convert_command.main(["--from", "export", "--to", "hf", str(root / "ar"), str(tmp_path / "hf")]) == 0
+    rows = numbers()
+    judges = [open_judge(str(place), CPU) for place in (root / "ar", tmp_path / "hf")]
+    ours, theirs = (score_rows(judge, judge.encode(rows), Windows(LENGTH, 4)) for judge in judges)
+    assert ours == theirs and sum(ours.scored) > 0
 
 
 @pytest.mark.parametrize("name", ["ar", "bd3"])

@@ -89,7 +89,11 @@ def test_batch_arithmetic() -> None:
         (shared(2), 3, "train.sequence_parallel=2 does not divide the number of ranks, 3; start the run on a multiple"),
         (shared(4), 4, "train.sequence_parallel=4 must divide model.heads=2; the largest below it that does is 2"),
         (shared(3, model__heads=3), 3, "train.sequence_parallel=3 must divide data.length=16; the largest below it"),
-        (shared(2), 8, "train.micro_batch=2 x 8 ranks / train.sequence_parallel=2 = 8; the nearest that is: 8"),
+        (
+            shared(2),
+            8,
+            "train.micro_batch=2 x 8 ranks / train.sequence_parallel=2 = 8; set train.micro_batch=1, or auto",
+        ),
     ],
 )
 def test_what_cannot_be_shared_is_said(run: RunConfig, ranks: int, said: str) -> None:

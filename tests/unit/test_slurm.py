@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
 import pytest
 
+from bd3_ds.evaluation.worker import worker_parser
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.slurm import adopt_slurm, first_host
 
@@ -70,3 +76,36 @@ def test_what_is_set_already_stays():
 def test_unequal_nodes_are_refused():
     with pytest.raises(UserError, match=r"SLURM_STEP_TASKS_PER_NODE=4\(x2\),3: every node needs the same"):
         adopt_slurm({**TASK, "SLURM_STEP_TASKS_PER_NODE": "4(x2),3"})
+
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "configs" / "slurm"
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sbatch")), ids=lambda path: path.name)
+def test_scripts_are_bash(script):
+    assert script.read_text().startswith("#!/bin/bash\n") and len(list(SCRIPTS.glob("*.sbatch"))) == 2
+    done = subprocess.run(["/bin/bash", "-n", str(script)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_job_of_evaluation_workers_starts_one_with_options_that_it_has(tmp_path):
+    """By an srun that says what it is to start, and in which environment."""
+    tool = tmp_path / "srun"
+    tool.write_text('#!/bin/bash\necho "$OMP_NUM_THREADS"\nprintf "%q " "$@"\nexit 7\n')
+    tool.chmod(0o755)
+    env = {"PATH": f"{tmp_path}{os.pathsep}/usr/bin:/bin", "SLURM_CPUS_PER_TASK": "6"}
+    words = ["runs/a run", "--max-chunks", "64"]
+    done = subprocess.run(
+        ["/bin/bash", str(SCRIPTS / "eval_worker.sbatch"), *words],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    threads, started = done.stdout.splitlines()
+    python, *rest = shlex.split(started)
+    assert (done.returncode, threads, python) == (7, "6", "python")
+    assert rest[:3] == ["-u", "run.py", "eval-worker"]
+    options = worker_parser().parse(rest[3:])
+    assert (options.run_dir, options.device, options.max_chunks) == (Path("runs/a run"), "cuda", 64)
+    assert not options.once

@@ -104,6 +104,13 @@ def test_wrong_content(tmp_path: Path, name: str, data: bytes, sentence: str) ->
     assert "\n" not in str(caught.value)
 
 
+def test_a_key_that_stands_twice_in_a_line(tmp_path: Path) -> None:
+    """Neither of both texts wins in silence."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two", "text": "three"}\n')
+    with pytest.raises(UserError, match=r"line 2 has the key 'text' twice, and only one can be meant"):
+        texts(str(tmp_path / "a.jsonl"))
+
+
 def test_damaged_parquet_is_named(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     table = pyarrow.table({"text": [random.Random(i).randbytes(50).hex() for i in range(2000)]})
@@ -314,3 +321,25 @@ def test_text8_that_is_not_whole(tmp_path: Path) -> None:
 def test_pieces_are_tuples_of_text_and_start(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     assert list(open_source(str(tmp_path / "a.txt")).pieces()) == [Piece("x", True)]
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_zeros_after_the_end_of_gzip_are_passed_over(tmp_path: Path, members: int) -> None:
+    """As backup tapes and some stores pad files; what is no zero is no end."""
+    step = 50 // members + 1
+    whole = b"".join(gzip.compress(jsonl(TEXTS[i : i + step])) for i in range(0, 50, step))
+    file = tmp_path / "a.jsonl.gz"
+    for zeros in (1, 511, 100_000):
+        file.write_bytes(whole + bytes(zeros))
+        assert texts(str(file)) == TEXTS
+    file.write_bytes(whole + bytes(8) + b"more")
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read"):
+        texts(str(file))
+
+
+def test_a_window_that_is_too_long_is_named(tmp_path: Path) -> None:
+    """The frame's header alone: a window of 2 GiB (RFC 8878, 3.1.1.1.2: 2^(10 + 21)), one raw block of five bytes."""
+    file = tmp_path / "a.txt.zst"
+    file.write_bytes(b"\x28\xb5\x2f\xfd" + b"\x00" + bytes([21 << 3]) + (5 << 3 | 1).to_bytes(3, "little") + b"words")
+    with pytest.raises(UserError, match=r"a\.txt\.zst was packed with a longer window .*`zstd -d --long=31 "):
+        texts(str(file))

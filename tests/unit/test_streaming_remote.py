@@ -203,7 +203,7 @@ def test_preflight_of_a_remote_pack(tmp_path, capsys):
     tiny_run(tmp_path)
     with object_server(tmp_path) as server:
         words = [f"data.train={server.url}/train", f"data.cache={tmp_path / 'cache'}", "objective.frequency.power=0.1"]
-        assert run_command(entry.main, ["check", str(tmp_path / "recipe.yaml"), *words]) == 0
+        assert run_command(entry.main, ["check", str(tmp_path / "recipe.yaml"), "--resolved", *words]) == 0
         assert f"train: {server.url}/train" in capsys.readouterr().out
         assert not [line for line in server.requests if "shard" in line]
         assert run_command(entry.main, ["check", str(tmp_path / "recipe.yaml"), *words, "data.cache_limit=2kb"]) == 2

@@ -26,7 +26,7 @@ from bd3_ds.model.flops import training_flops_per_sequence
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.sampling.options import Course
 from bd3_ds.sampling.sampler import denoiser_of, sample
-from bd3_ds.train.check_command import plan
+from bd3_ds.train.memory import parameter_count
 from bd3_ds.train.preflight import preflight
 from tests.helpers.schedules import schedule_config
 from tests.helpers.tiny import LENGTH, tiny_export, tiny_run
@@ -163,9 +163,7 @@ def test_costs_follow(tmp_path: Path) -> None:
     assert costs[1] - costs[0] == pytest.approx(3 * 0.5 * (LENGTH - 1) * 2 * 16 * (16 - VOCAB))
     run = preflight(tiny_run(tmp_path), 1)
     wider = preflight(tiny_run(tmp_path, model__vocab_multiple=64), 1)
-    counts = [
-        int(line.split()[0].replace(",", "")) for r in (run, wider) for line in plan(r, 1, 2) if "parameters" in line
-    ]
+    counts = [parameter_count(network_of(r.model, BD3)) for r in (run, wider)]
     assert counts[1] - counts[0] == (128 - 81) * (32 + 32 + 1)
 
 

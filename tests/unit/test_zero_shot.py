@@ -134,7 +134,7 @@ def test_real_sets(name: str, file: str, documents: int, tokens: int, start: str
     check_protocol(pack, spec, name, field, documents)
     assert (pack.manifest.tokens, pack.manifest.chunks) == (tokens, tokens // 1022)
     assert pack.tokenizer.bos_id == pack.tokenizer.eos_id == 50256
-    assert pack.manifest.pack_hash.startswith(start)
+    assert pack.manifest.content_hash.startswith(start)
 
 
 @needs_shared
@@ -147,4 +147,4 @@ def test_real_sets_by_two_workers(
     more = ["--text-field", FIELDS[name]] if name in FIELDS else []
     spec, gpt2 = f"{name}={SHARED / 'eval' / file}", str(SHARED / "tokenizers" / "gpt2")
     manifest = packed(spec, gpt2, 1024, tmp_path / "pack", "--workers", "2", *more).manifest
-    assert (manifest.documents, manifest.tokens) == (documents, tokens) and manifest.pack_hash.startswith(start)
+    assert (manifest.documents, manifest.tokens) == (documents, tokens) and manifest.content_hash.startswith(start)

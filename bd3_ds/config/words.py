@@ -1,0 +1,46 @@
+"""The words of a command line: `key=value`, and what stands behind the `=`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bd3_ds.config.values import is_optional, is_text
+from bd3_ds.config.yaml_text import read_yaml
+
+NULL = ("null", "Null", "NULL", "~")
+
+
+def without_spaced(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words, and sentences for those of `key = value`, which the shell hands over in parts."""
+    rest, problems = list(words), []
+    for place, word in enumerate(words):
+        before = words[place - 1] if place else "="
+        after = words[place + 1] if place + 1 < len(words) else "="
+        key, equals, value = (part.strip() for part in word.partition("="))
+        parts = [word]
+        if not key and equals and "=" not in before:
+            key, value, parts = before, value or ("" if "=" in after else after), [before, word]
+            parts += [after] if word == "=" and "=" not in after else []
+        elif key and equals and not value and "=" not in after:
+            value, parts = after, [word, after]
+        elif not equals or key == word.partition("=")[0]:
+            continue
+        problems.append(f"'{key} = {value}' has spaces around '='; write {key}={value or '…'}")
+        for part in parts:
+            if part in rest:
+                rest.remove(part)
+    return rest, problems
+
+
+def word_value(text: str, annotation: Any) -> Any:
+    """What stands behind `=`: text as it is but for one pair of quotes around it, all else as YAML."""
+    if not is_text(annotation):
+        return read_yaml(text)
+    return None if is_optional(annotation) and text in NULL else unquoted(text)
+
+
+def unquoted(text: str) -> str:
+    """The word of the command line without one pair of quotes around all of it, which a shell has left."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" and text[0] not in text[1:-1]:
+        return text[1:-1]
+    return text

@@ -1,0 +1,98 @@
+"""What a run says when it ends, and when it is started again after its end."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from bd3_ds.checkpoint.export import export_name
+from bd3_ds.checkpoint.store import MANIFEST
+from bd3_ds.config.schema import RunConfig
+from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.files import read_json
+from bd3_ds.runtime.log import FINISHED
+from bd3_ds.runtime.world import World
+from bd3_ds.train.state import TrainState
+from bd3_ds.train.validation import Validated
+
+
+def finished_before(run: RunConfig, world: World) -> int | None:
+    """The step at which an earlier start finished the run, where this one has nothing to add; the same on all ranks.
+
+    The main rank looks and tells the others: what a file system shows may differ for a while. A run whose last
+    checkpoint was taken away is not finished.
+    """
+    step = _finished_step(Path(run.run_dir)) if world.is_main else 0
+    step = int(world.sum(torch.tensor(float(step), device=world.device, dtype=torch.float64)))
+    return step if step >= run.train.total_steps else None
+
+
+def _finished_step(run_dir: Path) -> int:
+    """0 where the run is not finished."""
+    if not (run_dir / FINISHED).is_file():
+        return 0
+    try:
+        step = int(read_json(run_dir / FINISHED, "note of the run's end")["step"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return 0
+    return step if (run_dir / "checkpoints" / export_name(step) / MANIFEST).is_file() else 0
+
+
+def nothing_to_do(run: RunConfig, step: int) -> list[str]:
+    """What is said where a finished run is started again."""
+    asked = f"train.total_steps={run.train.total_steps}"
+    return [
+        f"{run.run_dir} finished at step {step}, and {asked} asks for no more: nothing to do, nothing changed. "
+        f"train.total_steps=N with N above {step} goes on from there",
+        _next(run),
+    ]
+
+
+def closing_words(
+    run: RunConfig,
+    state: TrainState,
+    begun: int,
+    seconds: float,
+    is_bound: bool,
+    validated: Validated | None,
+) -> list[str]:
+    """What is said after the last step of a start that began after `begun` steps and took so many seconds."""
+    steps = state.step - begun
+    tokens = steps * run.train.global_batch * run.data.length
+    here = "" if begun == 0 else f", {steps:,} of them since this start,"
+    lines = [
+        f"finished: {state.step:,} steps{here} and {state.tokens:,} tokens; {duration(seconds)} since the start, "
+        f"{tokens / max(seconds, 1e-9):,.0f} tokens/s with saves, exports and validation"
+    ]
+    if state.recent:
+        name = "nelbo" if is_bound else "loss (of clipped or uneven masking: no bound)"
+        lines.append(
+            f"training {name} {statistics.fmean(state.recent):.4f} nats/token, mean of the last {len(state.recent)} "
+            "steps"
+        )
+    if validated is not None:
+        lines.append(f"validation {validated}, weights as trained, not averaged")
+    export = Path(run.run_dir) / "exports" / export_name(state.step)
+    return [*lines, f"export (averaged weights): {export}", _next(run)]
+
+
+def duration(seconds: float) -> str:
+    """Such as 42 s, 3 min 5 s, 2 h 10 min or 3 d 4 h."""
+    whole = round(seconds)
+    for unit, part, size in (("d", "h", 86400), ("h", "min", 3600), ("min", "s", 60)):
+        if whole >= size:
+            smaller = {"h": 3600, "min": 60, "s": 1}[part]
+            return f"{whole // size} {unit} {whole % size // smaller} {part}"
+    return f"{whole} s"
+
+
+def _next(run: RunConfig) -> str:
+    """Commands that can be typed as they stand."""
+    start = "./run.sh" if Path(sys.prefix) == Path.cwd() / ".venv" else "python run.py"
+    place = shlex.quote(run.run_dir)
+    modes = ["evaluate", "sample", "report"] if run.eval.sets else ["sample", "report"]
+    return "next: " + "   ".join(f"{start} {mode} {place}" for mode in modes)
