@@ -11,7 +11,7 @@ from bd3_ds.model.dit import DiT
 from bd3_ds.model.network import network_of as network_of
 from bd3_ds.model.norm import Norm
 
-_CHUNK = 2**20  # numbers drawn at a time: a start holds no second copy of a whole tensor
+CHUNK = 2**20  # numbers drawn at a time: a start holds no second copy of a whole tensor
 
 
 class Initial:
@@ -47,8 +47,8 @@ class Initial:
         order, bound = self._bounds[name]
         generator = torch.Generator().manual_seed(self._seed * 100_003 + order)
         end = start + len(into)
-        for first in range(0, end, _CHUNK):  # the generator cannot skip: what lies before is drawn too
-            drawn = torch.empty(min(_CHUNK, end - first)).uniform_(-bound, bound, generator=generator)
+        for first in range(0, end, CHUNK):  # the generator cannot skip: what lies before is drawn too
+            drawn = torch.empty(min(CHUNK, end - first)).uniform_(-bound, bound, generator=generator)
             if first + len(drawn) > start:
                 drawn = drawn[max(0, start - first) :]
                 place = max(first, start) - start
