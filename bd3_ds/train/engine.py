@@ -19,7 +19,7 @@ from bd3_ds.config.schema import RunConfig
 from bd3_ds.model.build import without_decay
 from bd3_ds.runtime.world import World
 from bd3_ds.train.masters import MOMENTS, Masters
-from bd3_ds.train.materialise import Given, Values, materialise
+from bd3_ds.train.materialise import Given, Values, materialise, return_freed
 
 
 class Engine:
@@ -52,6 +52,7 @@ class Engine:
             optimizer=_adamw(model, spared, run, offloads(ds_json)),
             config=config,
         )
+        return_freed()  # the weights that DeepSpeed has laid side by side
         # Without ZeRO DeepSpeed keeps no fp32 master weights for bf16; there the weights are fp32 and autocast rounds.
         self._autocast = self.stage == 0 and run.train.precision == "bf16"
         self._norm: float | None = None

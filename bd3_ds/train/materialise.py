@@ -7,8 +7,10 @@ later (`engine.Engine`).
 
 from __future__ import annotations
 
+import ctypes
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -63,3 +65,9 @@ def materialise(
         del whole
         if divide is not None:
             divide(real)
+
+
+def return_freed() -> None:
+    """Give memory that was freed back to the system: glibc keeps what is smaller than 32 MiB, as most tensors are."""
+    with suppress(OSError, AttributeError):  # another C library keeps less, or has no such function
+        ctypes.CDLL(None).malloc_trim(0)
