@@ -119,6 +119,12 @@ def load_weights(export: Export) -> dict[str, Tensor]:
 
 def fit_weights(model: nn.Module, weights: dict[str, Tensor], origin: str) -> None:
     """Load `weights` into `model`, every one and no other; the UserError names the first that does not fit."""
+    require_fit(model, weights, origin)
+    model.load_state_dict(weights, strict=False)
+
+
+def require_fit(model: nn.Module, weights: dict[str, Tensor], origin: str) -> None:
+    """Raise UserError for the first of `weights` that `model` has not, in its shape, or lacks."""
     # Parameters, not the state: there a tied matrix would stand under two names.
     expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -128,7 +134,6 @@ def fit_weights(model: nn.Module, weights: dict[str, Tensor], origin: str) -> No
                 f"weights in {origin} do not fit the model: {name} is {given.get(name, 'absent')} there, "
                 f"{expected.get(name, 'absent')} here; check model.* and objective.name"
             )
-    model.load_state_dict(weights, strict=False)
 
 
 def _is_export(path: Path) -> bool:

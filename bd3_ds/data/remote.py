@@ -63,7 +63,7 @@ def pack_directory(pack: str, cache: str) -> Path:
 
 
 def cache_root(cache: str) -> Path:
-    """The directory that data.cache names; {uid} in it stands for the user, so that users of a node do not share one."""
+    """The directory that data.cache names; {uid} in it stands for the user, so that no two users share one."""
     return Path(cache.replace("{uid}", str(os.getuid()))).expanduser()
 
 

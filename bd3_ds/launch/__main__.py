@@ -28,6 +28,10 @@ MICRO_BATCH = "train.micro_batch"
 _NOTICE_LOSS = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 
 
+# At `error` the launcher calls a run that stopped as it was asked (code 75) failed; how it ended the supervisor says.
+_QUIET = ("--log_level", "critical")
+
+
 class DeepSpeedLaunch:
     """`deepspeed … run.py train …` on the ranks of a plan, in a session that a terminal's Ctrl-C does not reach."""
 
@@ -37,8 +41,13 @@ class DeepSpeedLaunch:
         tools = Path(sys.executable).parent
         env = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
         env.setdefault("OMP_NUM_THREADS", "1")
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+        if not has_gpus():
+            env.setdefault(
+                "DS_ACCELERATOR", "cpu"
+            )  # DeepSpeed's launcher then need not warn that it found nothing better
         env["PDSH_SSH_ARGS_APPEND"] = f"{env.get('PDSH_SSH_ARGS_APPEND', '')} {_NOTICE_LOSS}".strip()
-        command = [str(tools / "deepspeed"), "--log_level", "warning", "--master_port", str(self._port), *launcher]
+        command = [str(tools / "deepspeed"), *_QUIET, "--master_port", str(self._port), *launcher]
         if remote:
             with tempfile.NamedTemporaryFile("w", prefix="bd3-hosts-", delete=False) as file:
                 file.writelines(f"{host} slots={plan.per_host}\n" for host in plan.hosts)
@@ -48,8 +57,9 @@ class DeepSpeedLaunch:
                 command += ["--master_addr", plan.hosts[0]]
         else:
             command += ["--hostfile", os.devnull, "--num_accelerators", str(plan.ranks)]
-        command += ["run.py", "train", *planned(words, plan)]
-        self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+        # In the caller's directory, on every host: relative paths of recipes and command lines are the caller's.
+        command += [str(ROOT / "run.py"), "train", *planned(words, plan)]
+        self.process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def signal(self, number: int) -> bool:
         """Signal the ranks themselves; False while not all of them are there yet."""
@@ -77,6 +87,13 @@ def free_port() -> int:
             probe.bind(("", port))
             return port
     raise UserError(f"no port of {PORTS.start} … {PORTS.stop - 1} is free; end what listens there")
+
+
+def has_gpus() -> bool:
+    """Whether torch sees a GPU here; hosts of one run are alike."""
+    import torch
+
+    return bool(torch.cuda.is_available())
 
 
 def this_host(ranks: int | None) -> Host:

@@ -8,6 +8,7 @@ launcher is never signalled itself, since it gives its ranks 30 s, and saving ma
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -45,8 +46,8 @@ def ranks_on(hosts: Iterable[str], port: int, number: int = 0) -> dict[str, list
 
 
 def answering(hosts: Iterable[str]) -> list[str]:
-    """Those of the hosts that ssh reaches within seconds and that see this directory and this Python."""
-    command = shlex.join(["test", "-x", sys.executable, "-a", "-d", str(ROOT)])
+    """Those of the hosts that ssh reaches within seconds and that see the project, this directory and this Python."""
+    command = shlex.join(["test", "-x", sys.executable, "-a", "-d", str(ROOT), "-a", "-d", os.getcwd()])
     return [host for host, answer in _everywhere(hosts, command).items() if answer is not None]
 
 

@@ -11,26 +11,55 @@ from bd3_ds.model.dit import DiT
 from bd3_ds.model.network import network_of as network_of
 from bd3_ds.model.norm import Norm
 
+CHUNK = 2**20  # numbers drawn at a time: a start holds no second copy of a whole tensor
 
-def initialise(model: DiT, seed: int) -> None:
-    """Weights as the paper's recipe has them, each tensor from its own generator: a new tensor disturbs no other.
 
-    Matrices uniform in +-1/sqrt(fan-in); conditioning and head zero, so that a new network starts from uniform
-    predictions with every layer's residual closed. A tied matrix is an embedding, not zero.
+class Initial:
+    """A fresh network's weights as the paper's recipe has them, any part of any tensor, without a network's memory.
+
+    Each tensor has its own generator: a new tensor disturbs no other. Matrices are uniform in +-1/sqrt(fan-in);
+    conditioning and head zero, so that a new network starts from uniform predictions with every layer's residual
+    closed. A tied matrix is an embedding, not zero.
     """
-    with torch.no_grad():
-        for order, (name, parameter) in enumerate(model.named_parameters()):
-            generator = torch.Generator().manual_seed(seed * 100_003 + order)
+
+    def __init__(self, model: DiT, seed: int):
+        """Of a model that may have no memory itself (device meta)."""
+        self._seed = seed
+        self._constants: dict[str, float] = {}
+        self._bounds: dict[str, tuple[int, float]] = {}
+        for order, (name, _) in enumerate(model.named_parameters()):
             owner = model.get_submodule(name.rpartition(".")[0])
             if isinstance(owner, Norm):
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                self._constants[name] = 0.0 if name.endswith("bias") else 1.0
             elif "modulation" in name or name.startswith("head.linear"):
-                parameter.zero_()
+                self._constants[name] = 0.0
             else:
                 matrix = owner.weight
                 assert isinstance(matrix, torch.Tensor)
-                bound = 1 / math.sqrt(matrix.shape[1])
-                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+                self._bounds[name] = order, 1 / math.sqrt(matrix.shape[1])
+
+    @torch.no_grad()
+    def fill(self, name: str, start: int, into: torch.Tensor) -> None:
+        """Set the flat `into` [n], of any dtype and device, to elements start … start + n of the parameter `name`."""
+        if name in self._constants:
+            into.fill_(self._constants[name])
+            return
+        order, bound = self._bounds[name]
+        generator = torch.Generator().manual_seed(self._seed * 100_003 + order)
+        end = start + len(into)
+        for first in range(0, end, CHUNK):  # the generator cannot skip: what lies before is drawn too
+            drawn = torch.empty(min(CHUNK, end - first)).uniform_(-bound, bound, generator=generator)
+            if first + len(drawn) > start:
+                drawn = drawn[max(0, start - first) :]
+                place = max(first, start) - start
+                into[place : place + len(drawn)].copy_(drawn)
+
+
+def initialise(model: DiT, seed: int) -> None:
+    """Give all weights of a model the numbers of `Initial`."""
+    initial = Initial(model, seed)
+    for name, parameter in model.named_parameters():
+        initial.fill(name, 0, parameter.detach().view(-1))
 
 
 def without_decay(module: nn.Module) -> set[str]:

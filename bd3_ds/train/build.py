@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bd3_ds.checkpoint.export import export_name, fit_weights, write_export
+from bd3_ds.checkpoint.export import export_name, require_fit, write_export
 from bd3_ds.checkpoint.retention import prune_exports
 from bd3_ds.checkpoint.shards import Shards
 from bd3_ds.checkpoint.store import Saver, newest_checkpoint
@@ -21,7 +21,7 @@ from bd3_ds.data.loader import Loader, Share, of_all_ranks, require_same_packs
 from bd3_ds.data.mixture import samples_of_epoch
 from bd3_ds.data.pack import TOKENIZER_DIR, open_pack, read_manifest, read_token_counts
 from bd3_ds.data.remote import pack_directory
-from bd3_ds.model.build import initialise, network_of
+from bd3_ds.model.build import Initial, network_of
 from bd3_ds.model.dit import DiT
 from bd3_ds.parallel.apply import prepare_layers, share_sequences
 from bd3_ds.runtime.errors import UserError
@@ -32,6 +32,7 @@ from bd3_ds.train.clip_search import ClipSearch
 from bd3_ds.train.earlier import CONFIGURATION, changes_in_words, earlier_runs
 from bd3_ds.train.ema import Ema
 from bd3_ds.train.engine import Engine
+from bd3_ds.train.materialise import Awaited, Given, Values
 from bd3_ds.train.meter import Meter, peak_flops
 from bd3_ds.train.start import find_start, starting_weights
 from bd3_ds.train.state import TrainState
@@ -115,8 +116,9 @@ class Trainer:
 def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
     """Network, engine, data and log of a run, and its last checkpoint where there is one."""
     run_dir = Path(run.run_dir)
-    model = DiT(network_of(run.model, run.objective.name))
-    initialise(model, run.seed)
+    with torch.device("meta"):  # the engine gives each tensor its memory, where it stays
+        model = DiT(network_of(run.model, run.objective.name))
+    values: Values = Initial(model, run.seed)
     said: list[str] = []
     checkpoint = newest_checkpoint(run_dir / "checkpoints", world, said.append)
     train = run.train
@@ -124,6 +126,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         world.rank, world.size, world.local_size, train.micro_batch, train.global_batch, train.sequence_parallel
     )
     if checkpoint is not None:
+        values = Awaited()
         try:
             require_same_packs(run.data, checkpoint.state.get("loader", {}), run.run_dir)
         except UserError as error:
@@ -131,7 +134,8 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
     if run.train.init_from is not None and checkpoint is None:
         start = find_start(run)
         weights, sentence = starting_weights(start, model)
-        fit_weights(model, weights, str(start.path))
+        require_fit(model, weights, str(start.path))
+        values = Given(weights)
         said.append(sentence)
     if checkpoint is not None:
         said += filter(None, [world.on_main(lambda: changes_in_words(earlier_runs(run_dir), run))])
@@ -139,7 +143,8 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         write_text(run_dir / "run.yaml", to_yaml(run))
     sequence = share_sequences(model, run.train, world)
     prepare_layers(model, run.train)
-    engine = Engine(model, run, ds_json, world)
+    engine = Engine(model, run, ds_json, world, values)
+    del values
     ema = Ema(engine, run.optim.ema_decay)
 
     state = TrainState()

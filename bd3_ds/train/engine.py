@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,12 +19,16 @@ from bd3_ds.config.schema import RunConfig
 from bd3_ds.model.build import without_decay
 from bd3_ds.runtime.world import World
 from bd3_ds.train.masters import MOMENTS, Masters
+from bd3_ds.train.materialise import Given, Values, materialise, return_freed
 
 
 class Engine:
     """A network under ZeRO: forward, backward, step, and this rank's share of weights and moments."""
 
-    def __init__(self, model: nn.Module, run: RunConfig, ds_json: dict[str, Any], world: World):
+    def __init__(
+        self, model: nn.Module, run: RunConfig, ds_json: dict[str, Any], world: World, values: Values | None = None
+    ):
+        """Of a model without memory (device meta) that takes its weights from `values`, or of one that has its own."""
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # DeepSpeed calls collectives by names that newer torch wants to rename; nothing of ours to mend.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
@@ -33,12 +37,22 @@ class Engine:
         self.stage = zero_stage(ds_json)
         self.world = world
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        started = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        config = complete_ds_json(ds_json, run, world.size)
+        spared = without_decay(model)  # at ZeRO-3 shapes cannot be seen later
+        if values is not None:
+            dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+            # With ZeRO++'s second copies DeepSpeed makes its groups itself, and divides what is whole.
+            copies = int(ds_json.get("zero_optimization", {}).get("zero_hpz_partition_size", 1))
+            divide = _Division(config, dtype) if self.stage == 3 and copies == 1 else None
+            materialise(model, values, dtype, world.device, divide)
+        elif self.stage > 0:
+            values = Given({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=_adamw(model, run, offloads(ds_json)),
-            config=complete_ds_json(ds_json, run, world.size),
+            optimizer=_adamw(model, spared, run, offloads(ds_json)),
+            config=config,
         )
+        return_freed()  # the weights that DeepSpeed has laid side by side
         # Without ZeRO DeepSpeed keeps no fp32 master weights for bf16; there the weights are fp32 and autocast rounds.
         self._autocast = self.stage == 0 and run.train.precision == "bf16"
         self._norm: float | None = None
@@ -46,11 +60,11 @@ class Engine:
         self._watch_refusal()
         self.masters = Masters(self._deepspeed, self.stage, world, self.shapes)
         if self.stage > 0:
+            assert values is not None
             # DeepSpeed makes its masters from weights that it has rounded to bf16.
             for group in self.masters.groups(write=True):
                 for fragment in group:
-                    end = fragment.start + len(fragment.weights)
-                    fragment.weights.copy_(started[fragment.name].flatten()[fragment.start : end])
+                    values.fill(fragment.name, fragment.start, fragment.weights)
             self.masters.wrote()
 
     @property
@@ -132,9 +146,24 @@ class Engine:
         zero._update_scale = look
 
 
-def _adamw(model: nn.Module, run: RunConfig, offload: bool) -> torch.optim.Optimizer:
+class _Division:
+    """Divides parameters among the ranks as ZeRO-3 does with a whole model, one at a time."""
+
+    def __init__(self, config: dict[str, Any], dtype: torch.dtype):
+        self._config, self._dtype = config, dtype
+        self._convert: Callable[..., None] | None = None
+
+    def __call__(self, parameter: nn.Parameter) -> None:
+        if self._convert is None:
+            alone = nn.ParameterList([parameter])
+            deepspeed.zero.Init(module=alone, config_dict_or_path=self._config, dtype=self._dtype)
+            self._convert = getattr(parameter, "convert_to_zero_parameters")  # noqa: B009 - set by DeepSpeed
+        else:
+            self._convert(param_list=[parameter])
+
+
+def _adamw(model: nn.Module, spared: set[str], run: RunConfig, offload: bool) -> torch.optim.Optimizer:
     optim = run.optim
-    spared = without_decay(model)
     named = list(model.named_parameters())
     groups = [
         {"params": [p for name, p in named if name not in spared], "weight_decay": optim.weight_decay},

@@ -14,6 +14,7 @@ import torch
 
 from bd3_ds.config.ds_json import offloads
 from bd3_ds.config.schema import RunConfig
+from bd3_ds.model.build import CHUNK
 from bd3_ds.model.dit import DiT
 from bd3_ds.model.network import Network
 from bd3_ds.train import activations
@@ -23,6 +24,8 @@ from bd3_ds.train.communication import REUSE_DISTANCE
 _BUCKET = 500_000_000
 _LIVE = 1_000_000_000
 _SUB_GROUP = 1_000_000_000
+
+_DRAWN = 4 * CHUNK  # bytes of fp32 numbers that a rank draws at a time
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ class Memory:
 
     gathered: whole weights that stage 3 has put together. activations: kept by the layers; head: by the head; logits:
     chunk and sums while its loss is made; working: gradients inside a layer, and what is computed again; buckets:
-    buffers of communication; update: fp32 gradients and what else the update takes. host: what is offloaded.
+    buffers of communication; update: fp32 gradients and what else the update takes. host: what is offloaded; starting:
+    of the host while the run starts, beyond what stays (on CPUs that is where the rest is, too).
     """
 
     weights: int
@@ -99,6 +103,7 @@ class Memory:
     buckets: int
     update: int
     host: int
+    starting: int
     held_gradients: int  # while a forward pass runs: those of earlier micro-batches
     first_gradients: int  # while the last layer's backward pass runs
     held_buckets: int  # outside the backward pass too
@@ -141,6 +146,29 @@ def parameter_count(network: Network) -> int:
         return sum(parameter.numel() for parameter in DiT(network).parameters())
 
 
+@cache
+def largest_parameter(network: Network) -> int:
+    """Numbers in the largest tensor of a network; it is not made."""
+    with torch.device("meta"):
+        return max(parameter.numel() for parameter in DiT(network).parameters())
+
+
+def starting_bytes(run: RunConfig, network: Network, zero: Zero, world_size: int, cuda: bool) -> int:
+    """Host memory of a rank while the run starts, beyond what it keeps (`materialise`; `benchmarks/start_memory.py`).
+
+    Numbers drawn, the weights of `train.init_from` in fp32, and: at stage 3 on a GPU this rank's part of the weights,
+    which DeepSpeed lays side by side on the host; on CPUs the largest tensor, whole until it is divided; at stages 1
+    and 2 on CPUs the weights again, which DeepSpeed flattens.
+    """
+    width = 2 if run.train.precision == "bf16" and zero.stage > 0 else 4
+    count = parameter_count(network)
+    extra = _DRAWN + (4 * count if run.train.init_from is not None else 0)
+    if zero.stage == 3:
+        whole = count if zero.copies > 1 else largest_parameter(network)
+        return extra + width * (-(-count // world_size) if cuda else whole)
+    return extra + (width * count if zero.stage > 0 and not cuda else 0)
+
+
 def memory_of(
     run: RunConfig, network: Network, block_size: int, zero: Zero, world_size: int, recompute: str, cuda: bool
 ) -> Memory:
@@ -178,6 +206,7 @@ def memory_of(
         buckets=buckets,
         update=update,
         host=host,
+        starting=starting_bytes(run, network, zero, world_size, cuda),
         held_gradients=held,
         first_gradients=held if held == width * count else held + matrix,
         held_buckets=buckets if stage == 3 else 0,

@@ -131,6 +131,9 @@ def _memory(plan: dict[str, Any]) -> Rows:
         (f"{unit} of a rank", kinds),
         ("at most", f"{size(memory['peak'])}, in the {PARTS[moment]}; usable {size(machine['memory'])}"),
     ]
+    start = memory["starting"]
+    on_node = start * plan["ranks"] / plan["nodes"]
+    rows.append(("at start", f"{size(start)} of host memory a rank, {size(on_node)} a node, beyond what stays"))
     if memory["host"]:
         node = memory["host"] * plan["ranks"] / plan["nodes"]
         rows.append(("offloaded", f"{size(memory['host'])} a rank, {size(node)} a node, to host memory or NVMe"))

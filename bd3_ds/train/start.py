@@ -24,6 +24,7 @@ from bd3_ds.runtime.files import read_json
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bd3_ds.model.build import Initial
     from bd3_ds.model.dit import DiT
 
 # What two models must share for the weights of one to mean the same in the other, where the source tells it.
@@ -195,11 +196,14 @@ def _adapted(weights: dict[str, Tensor], model: DiT, run: RunConfig, path: Path)
     """A causal model's weights with a row for [MASK] and, for diffusion, the time conditioning of a network that does
     not look at the time yet: gates of 1, all else 0. Under a causal mask it computes what the source did.
     """
+    from bd3_ds.model.build import Initial
+
     network, mask_id = model.network, run.model.mask_id
     assert mask_id is not None
     weights = with_mask(weights, network.vocab_size, network.vocab_rows, mask_id)
+    initial = Initial(model, run.seed)
     conditioning = {
-        name: parameter.detach().clone()
+        name: _fresh(initial, name, parameter) if parameter.is_meta else parameter.detach().clone()
         for name, parameter in model.named_parameters()
         if name.startswith("time.") or ".modulation." in name
     }
@@ -208,6 +212,14 @@ def _adapted(weights: dict[str, Tensor], model: DiT, run: RunConfig, path: Path)
             value.view(6, -1)[[2, 5]] = 1.0  # the gates of attention and MLP (`layers.Layer`)
     said = f"starting from the causal model {path}; the embedding of [MASK] (id {mask_id}) is the mean of all others"
     return weights | conditioning, said + ("" if network.causal else ", its layers now see both ways")
+
+
+def _fresh(initial: Initial, name: str, parameter: Tensor) -> Tensor:
+    import torch
+
+    value = torch.empty(parameter.shape)
+    initial.fill(name, 0, value.view(-1))
+    return value
 
 
 def _values(model: ModelConfig) -> dict[str, Any]:

@@ -30,8 +30,9 @@ from bd3_ds.train.communication import (
     zero_traffic,
 )
 from bd3_ds.train.gpus import GIB, GPUS, find_gpu, gpu_of_driver
-from bd3_ds.train.memory import Zero, memory_of, parameter_count, zero_of
+from bd3_ds.train.memory import Zero, memory_of, parameter_count, starting_bytes, zero_of
 from bd3_ds.train.plan import MFU, machine_of, make_plan
+from bd3_ds.train.plan_table import plan_rows, size
 from benchmarks import scaling
 from benchmarks.counted import Kept
 from tests.helpers.launch import ROOT
@@ -153,6 +154,30 @@ def test_offload_moves_the_optimizer_to_the_host(tmp_path: Path) -> None:
     found = memory_of(run, network, 16, zero, 8, "none", True)
     part = -(-parameter_count(network) // 8)
     assert (found.optimizer, found.ema, found.weights, found.host) == (0, 0, 0, (12 + 4 + 4) * part)
+
+
+def test_a_start_draws_part_by_part_and_divides_tensor_by_tensor(tmp_path: Path) -> None:
+    run = wide_run(tmp_path, train__precision="bf16", train__global_batch=32)
+    network, drawn = network_of(run.model, "bd3"), 4 * 2**20
+    count = parameter_count(network)
+    found = {
+        (stage, cuda): starting_bytes(run, network, zero_of({"zero_optimization": {"stage": stage}}), 8, cuda)
+        for stage in range(4)
+        for cuda in (False, True)
+    }
+    assert found[0, True] == found[1, True] == found[2, True] == found[0, False] == drawn
+    assert found[1, False] == found[2, False] == drawn + 2 * count
+    assert found[3, True] == drawn + 2 * -(-count // 8)
+    largest = max(6 * WIDTH * run.model.cond_size, 4 * WIDTH**2, network.vocab_rows * WIDTH)
+    assert found[3, False] == drawn + 2 * largest
+    given = dataclasses.replace(run, train=dataclasses.replace(run.train, init_from="export"))
+    assert starting_bytes(given, network, zero_of({}), 8, True) == drawn + 4 * count
+    machine = machine_of("h100-80g", "bf16", 4)
+    plan = make_plan(run, network, load_ds_json(ROOT / "ds_configs/zero3.json"), 8, 2, machine, 0.4)
+    start = found[3, True]
+    assert dict(plan_rows(plan))["at start"] == (
+        f"{size(start)} of host memory a rank, {size(4 * start)} a node, beyond what stays"
+    )
 
 
 def test_settings_of_the_json_count() -> None:
