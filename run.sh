@@ -6,9 +6,13 @@
 #   ./run.sh train RECIPE …   train under the DeepSpeed launcher on all accelerators, or on 2 CPU ranks;
 #                             --restarts N starts a failed run again, --hostfile FILE takes several hosts
 #   ./run.sh MODE …           any other mode of run.py in the environment
+# Relative paths of `train` and MODE belong to the directory that the script is called from; the main job, the
+# environment and the tests stay in the script's own.
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+here=$PWD
 venv=.venv
 python=$venv/bin/python
 
@@ -83,12 +87,12 @@ main_job() {
   "$python" -m bd3_ds.evaluation.summary runs/docs/pretrain runs/docs/finetune
   say "three samples"
   "$python" run.py sample runs/docs/finetune --num 3 --json runs/docs/samples.json
-  say "done in $((SECONDS - started)) s; next"
+  say "done in $((SECONDS - started)) s; next, in $here"
   cat <<'NEXT'
   .venv/bin/tensorboard --logdir runs --reload_multifile true      curves, perplexities and texts
   ./run.sh report runs/docs/pretrain runs/docs/finetune            tables and plots
   ./run.sh sample runs/docs/finetune --prompt "The function returns"
-  ./run.sh train configs/recipes/docs_finetune.yaml run_dir=runs/docs/l4 objective.block_size=4
+  ./run.sh train configs/recipes/docs_finetune.yaml run_dir=runs/docs/l4 objective.block_size=4 train.total_steps=200
   ./run.sh check configs/recipes/openwebtext_pretrain.yaml         what the paper's run needs
 NEXT
 }
@@ -111,10 +115,12 @@ case "${1:-}" in
   train)
     shift
     setup
-    exec "$python" -m bd3_ds.launch "$@"
+    cd "$caller"
+    PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} exec "$here/$python" -m bd3_ds.launch "$@"
     ;;
   *)
     setup
-    exec "$python" run.py "$@"
+    cd "$caller"
+    exec "$here/$python" "$here/run.py" "$@"
     ;;
 esac

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import typing
 from collections.abc import Iterable, Iterator
@@ -145,7 +146,7 @@ def _read_yaml(path: Path, what: str) -> dict[str, Any]:
         content = _resolved(read_yaml(path.read_text(encoding="utf-8-sig")))
     except FileNotFoundError:
         recipes = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        recipes = recipes or [f"configs/recipes/{p.name}" for p in (CONFIGS / "recipes").glob("*.yaml")]
+        recipes = recipes or [os.path.relpath(p) for p in (CONFIGS / "recipes").glob("*.yaml")]
         raise UserError(f"{what} {path} not found; {did_you_mean(str(path), recipes)}") from None
     except OSError as error:
         raise UserError(f"{what} {path} cannot be read: {error.strerror or error}") from None

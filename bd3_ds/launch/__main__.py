@@ -143,7 +143,10 @@ def start_once(run: RunConfig, hosts: list[Host], words: list[str], remote: bool
         there = [host for host in hosts if host.name in names]
         for host in hosts:
             if host not in there:
-                print(f"{host.name} does not answer, or lacks {ROOT} or {sys.executable}; left out", file=sys.stderr)
+                print(
+                    f"{host.name} does not answer, or lacks {ROOT}, {os.getcwd()} or {sys.executable}; left out",
+                    file=sys.stderr,
+                )
     plan = make_plan(run, there)
     if plan is None:
         print("too few hosts answer", file=sys.stderr, flush=True)

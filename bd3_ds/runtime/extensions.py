@@ -1,4 +1,7 @@
-"""Locks that a killed process left among torch's compiled operators, on which the next start would wait for ever."""
+"""DeepSpeed's operators, compiled on first use: what the user is told of it, and locks that a killed compiler left.
+
+On such a lock the next start would wait for ever.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,7 @@ def drop_stale_locks() -> list[Path]:
     A lock must be the same file, held by nobody, at two looks. Where other hosts may share the directory, or the lock
     is another user's, the processes are not all seen: there a lock must be old as well.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions").resolve()
+    root = _root()
     before = _unheld(root)
     if not before:
         return []
@@ -31,6 +33,26 @@ def drop_stale_locks() -> list[Path]:
             lock.unlink(missing_ok=True)
             dropped.append(lock)
     return dropped
+
+
+def build_announcement(operator: str, packages: Path) -> str | None:
+    """What to say before DeepSpeed loads one of its operators: that it is compiled now; None where it lies there.
+
+    packages: where the torch is installed against which it must have been compiled, else it is compiled anew.
+    """
+    for place in (_root() / operator, *_root().glob(f"*/{operator}")):
+        script = place / "build.ninja"
+        if (place / f"{operator}.so").is_file() and script.is_file() and str(packages) in script.read_text():
+            return None
+        if (place / "lock").exists():
+            return f"waiting for another process that compiles DeepSpeed's operator {operator}, about a minute"
+    return f"compiling DeepSpeed's operator {operator}, once, about a minute"
+
+
+def _root() -> Path:
+    """Where torch keeps what it compiles."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions").resolve()
 
 
 def _unheld(root: Path) -> dict[Path, tuple[int, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from bd3_ds.runtime.errors import UserError, known_to_all
+from bd3_ds.runtime.extensions import build_announcement
 from bd3_ds.runtime.slurm import ranks_of_host
 
 Result = TypeVar("Result")
@@ -130,6 +132,8 @@ def join_world(timeout: timedelta | None = None) -> World:
     else:
         device = torch.device("cpu")
         backend = "gloo"
+    if device.type == "cpu":
+        _announce_build()
     with redirect_stdout(StringIO()):  # it prints that it built its collectives; a failure is an exception
         _init_distributed(backend, timeout)
     world = World(
@@ -142,6 +146,13 @@ def join_world(timeout: timedelta | None = None) -> World:
     if device.type == "cpu":
         _unlink_shared_buffer(world)
     return world
+
+
+def _announce_build() -> None:
+    """On the first rank, say that the collectives for CPUs are being compiled: the first start looks stuck."""
+    said = build_announcement("deepspeed_shm_comm", Path(torch.__file__).parent)
+    if said is not None and os.environ["RANK"] == "0":
+        print(said, file=sys.stderr, flush=True)
 
 
 def _init_distributed(backend: str, timeout: timedelta) -> None:

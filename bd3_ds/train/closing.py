@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import statistics
 import sys
@@ -18,6 +19,8 @@ from bd3_ds.runtime.log import FINISHED
 from bd3_ds.runtime.world import World
 from bd3_ds.train.state import TrainState
 from bd3_ds.train.validation import Validated
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def finished_before(run: RunConfig, world: World) -> int | None:
@@ -92,7 +95,9 @@ def duration(seconds: float) -> str:
 
 def _next(run: RunConfig) -> str:
     """Commands that can be typed as they stand."""
-    start = "./run.sh" if Path(sys.prefix) == Path.cwd() / ".venv" else "python run.py"
+    own = Path(sys.prefix) == ROOT / ".venv"  # its python need not be that of the shell
+    script = os.path.relpath(ROOT / ("run.sh" if own else "run.py"))
+    start = (script if os.sep in script else f"./{script}") if own else f"python {script}"
     place = shlex.quote(run.run_dir)
     modes = ["evaluate", "sample", "report"] if run.eval.sets else ["sample", "report"]
     return "next: " + "   ".join(f"{start} {mode} {place}" for mode in modes)

@@ -6,10 +6,12 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.helpers.tiny import tiny_run
 
 README = (ROOT / "README.md").read_text()
 MINUTES = 60
@@ -54,6 +56,25 @@ def run(place: Path, script: str, timeout: int):
     return done.stdout
 
 
+def suggestions(copy: Path, said: str) -> None:
+    """What the main job suggests at its end works as it is printed."""
+    lines = [re.split(r" {3,}", line)[0] for line in said.partition("; next, in ")[2].splitlines()[1:]]
+    board, *others = [line.strip() for line in lines if line.strip()]
+    assert board.startswith(".venv/bin/tensorboard ") and len(others) == 4
+    with subprocess.Popen(board.split(), cwd=copy, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            address = next(found[0] for line in process.stderr if (found := re.search(r"http://localhost:\d+/", line)))
+            assert b"TensorBoard" in urlopen(address, timeout=MINUTES).read()
+        finally:
+            process.terminate()
+    for line in others:
+        assert line.startswith("./run.sh ")
+        run(copy, line, 10 * MINUTES)
+    records = (copy / "runs/docs/l4/records/train.jsonl").read_text().splitlines()
+    assert len(records) == 200 and json.loads(records[-1])["block_size"] == 4
+
+
 @pytest.mark.slow
 def test_main_job_then_every_command_of_the_readme(copy):
     commands = blocks("bash")
@@ -71,6 +92,7 @@ def test_main_job_then_every_command_of_the_readme(copy):
     assert len(samples["texts"]) == 3 and all(text.strip() for text in samples["texts"])
 
     assert run(copy, commands[0], 5 * MINUTES).count("reusing") >= 7
+    suggestions(copy, first)
 
     (copy / "corpus.jsonl").write_text("".join(json.dumps({"text": README}) + "\n" for _ in range(40)))
     run(copy, "gzip corpus.jsonl", MINUTES)
@@ -99,3 +121,22 @@ def test_commands_of_the_readme_parse(copy):
     known = subprocess.run([python, "run.py", "--help"], cwd=copy, capture_output=True, text=True)
     modes = set(re.findall(r"(?:run\.py|\./run\.sh) ([a-z-]+)", script)) - {"setup", "test"}
     assert modes <= set(re.findall(r"[a-z-]+", known.stdout.split("modes:")[1]))
+
+
+@pytest.mark.slow
+def test_relative_paths_are_the_callers(tmp_path):
+    """From another directory than the project's: a plan, a launched run, and its figures in files named there."""
+    if not (ROOT / ".venv").is_dir():
+        pytest.skip("no .venv here: run the tests through ./run.sh test")
+    tiny_run(tmp_path)
+    script = os.path.relpath(ROOT / "run.sh", tmp_path)
+    assert "dry step" not in run(tmp_path, f"{script} check recipe.yaml --no-dry-step --json plan.json", MINUTES)
+    run(tmp_path, f"{script} train recipe.yaml run_dir=out train.global_batch=4 2>log", 5 * MINUTES)
+    run(tmp_path, f"{script} report out --out figures", MINUTES)
+    assert (tmp_path / "plan.json").is_file() and (tmp_path / "figures/report.md").is_file()
+    assert len((tmp_path / "out/records/train.jsonl").read_text().splitlines()) == 4
+    log = (tmp_path / "log").read_text()
+    assert "[WARNING]" not in log and "[ERROR]" not in log
+    assert f"next: {script} evaluate out" in log
+    done = subprocess.run([ROOT / "run.sh", "check", "mine.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "recipe mine.yaml not found; did you mean 'recipe.yaml'?" in done.stderr
