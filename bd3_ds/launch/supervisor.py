@@ -20,6 +20,7 @@ from typing import Protocol
 from bd3_ds.runtime.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from bd3_ds.runtime.files import read_json
 from bd3_ds.runtime.log import FINISHED
+from bd3_ds.runtime.step_names import step_of
 
 LINGER = 45.0  # seconds for ranks after their launcher; it gives them 30
 LONGEST_PAUSE = 300.0  # seconds between two starts
@@ -48,7 +49,8 @@ class Progress:
 
     def checkpoint(self) -> str:
         """The newest committed checkpoint; empty if there is none."""
-        return max((path.parent.name for path in self.run_dir.glob("checkpoints/step-*/manifest.json")), default="")
+        names = (path.parent.name for path in self.run_dir.glob("checkpoints/step-*/manifest.json"))
+        return max((step, name) for name in ("", *names) if (step := step_of(name) if name else -1) is not None)[1]
 
 
 class Launch(Protocol):

@@ -79,13 +79,13 @@ class Trainer:
     def export(self) -> None:
         """Write the averaged weights with configuration and tokenizer, for evaluation and sampling."""
         weights = self.ema.gather(self.world)
-        if self.world.is_main:
-            name = export_name(self.state.step)
-            tokenizer = pack_directory(self.run.data.train, self.run.data.cache) / TOKENIZER_DIR
-            run = self._scored_as_trained()
-            write_export(self.run_dir / "exports" / name, weights, run, tokenizer, self.state.step)
-            self._prune_exports()
-        self.world.barrier()
+        self.world.on_main(lambda: self._write_export(weights))
+
+    def _write_export(self, weights: dict[str, torch.Tensor]) -> None:
+        name = export_name(self.state.step)
+        tokenizer = pack_directory(self.run.data.train, self.run.data.cache) / TOKENIZER_DIR
+        write_export(self.run_dir / "exports" / name, weights, self._scored_as_trained(), tokenizer, self.state.step)
+        self._prune_exports()
 
     def _prune_exports(self) -> None:
         """Remove old exports as train.keep_exports says; the new one is whole, so that nothing here ends the run."""
@@ -113,6 +113,19 @@ class Trainer:
         return dataclasses.replace(self.run, objective=objective)
 
 
+def _weights_to_start_from(run: RunConfig, model: DiT, world: World) -> tuple[dict[str, torch.Tensor], str]:
+    """What train.init_from holds, and a sentence on it. The main rank says which export of a run is the newest one."""
+    place = world.on_main(lambda: str(find_start(run).path))
+    chosen = dataclasses.replace(run, train=dataclasses.replace(run.train, init_from=place))
+
+    def read() -> tuple[dict[str, torch.Tensor], str]:
+        weights, sentence = starting_weights(find_start(chosen), model)
+        require_fit(model, weights, place)
+        return weights, sentence
+
+    return world.together(read)
+
+
 def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
     """Network, engine, data and log of a run, and its last checkpoint where there is one."""
     run_dir = Path(run.run_dir)
@@ -132,9 +145,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         except UserError as error:
             raise of_all_ranks(error, share) from None
     if run.train.init_from is not None and checkpoint is None:
-        start = find_start(run)
-        weights, sentence = starting_weights(start, model)
-        require_fit(model, weights, str(start.path))
+        weights, sentence = _weights_to_start_from(run, model, world)
         values = Given(weights)
         said.append(sentence)
     if checkpoint is not None:

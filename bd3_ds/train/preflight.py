@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from bd3_ds.checkpoint.manifest import CHECKPOINTS, checkpoint_directories
+from bd3_ds.checkpoint.manifest import MANIFEST as COMMITTED
 from bd3_ds.config.check import check_run, ranks_at_work
 from bd3_ds.config.check_data import is_remote, packs, size_in_bytes
 from bd3_ds.config.schema import RunConfig
@@ -189,7 +191,8 @@ def _token_counts(run: RunConfig) -> list[str]:
 def _start(run: RunConfig) -> list[str]:
     """Problems with the weights that a run starts from; a run that continues needs them no more."""
     start = run.train.init_from
-    if start is None or any(Path(run.run_dir).glob("checkpoints/step-*/manifest.json")):
+    checkpoints = checkpoint_directories(Path(run.run_dir) / CHECKPOINTS)
+    if start is None or any((path / COMMITTED).is_file() for path in checkpoints):
         return []
     try:
         return find_start(run).problems(run)

@@ -16,7 +16,7 @@ from bd3_ds.config.load import load_recipe
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.launch.__main__ import free_port, planned
 from bd3_ds.launch.plan import Host, Plan, make_plan, read_hostfile
-from bd3_ds.launch.supervisor import Verdict, judge
+from bd3_ds.launch.supervisor import Progress, Verdict, judge
 from bd3_ds.runtime.errors import UserError
 from tests.helpers.launch import ROOT, wait_until
 
@@ -163,3 +163,12 @@ def test_hostfile(tmp_path):
         read_hostfile(path)
     with pytest.raises(UserError, match="cannot be read: No such file"):
         read_hostfile(tmp_path / "absent")
+
+
+def test_what_a_user_keeps_beside_checkpoints_is_no_progress(tmp_path):
+    progress = Progress(tmp_path, 10)
+    assert progress.checkpoint() == ""
+    for name in ("step-00000900", "step-123456789", "step-best", "step-999999999-backup"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "manifest.json").touch()
+    assert progress.checkpoint() == "step-123456789"
