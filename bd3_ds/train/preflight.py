@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 from bd3_ds.checkpoint.manifest import CHECKPOINTS, checkpoint_directories
@@ -48,11 +49,16 @@ def _manifests(run: RunConfig) -> list[Manifest]:
         key = "data.train" if pack == run.data.train else "data.mix"
         try:
             found.append(read_manifest(fetch_facts(pack, run.data.cache)))
-            if not is_remote(pack):
+            if not is_remote(pack) and _looks_at_files():
                 read_index(pack)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
     return found
+
+
+def _looks_at_files() -> bool:
+    """Whether this process looks at every shard: one rank of a host does, and launchers end the others with it."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def with_vocabulary(run: RunConfig, manifest: Manifest) -> RunConfig:
@@ -148,7 +154,8 @@ def _sets(run: RunConfig, manifest: Manifest) -> list[str]:
     for name, directory in run.eval.sets.items():
         try:
             other = read_manifest(directory)
-            read_index(directory)
+            if _looks_at_files():
+                read_index(directory)
             check_same_tokenizer(manifest, other)
         except UserError as error:
             problems.append(f"eval.sets.{name}: {error}")

@@ -444,6 +444,23 @@ def test_under_the_launcher(work: Path) -> None:
     assert "Traceback" not in done.stdout and not (work / "run").exists()
 
 
+def test_one_rank_of_a_host_looks_at_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its refusal ends the launch; a process alone looks whatever LOCAL_RANK says."""
+    run = tiny_run(tmp_path)
+    for shard in (tmp_path / "train").rglob("shard.*"):
+        shard.unlink()
+    for world_size, local_rank, looks in (("2", "0", True), ("2", "1", False), ("1", "1", True)):
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(UserError, match="is missing") if looks else contextlib.nullcontext():
+            preflight(run, 1)
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("LOCAL_RANK")
+    done = launch_training(tmp_path / "recipe.yaml", ranks=2)
+    assert done.returncode == 2 and "Traceback" not in done.stdout
+    assert len([line for line in done.stdout.splitlines() if line.startswith("error: data.train: ")]) == 1
+
+
 WORDS = st.text(alphabet="""optimlr.=[]{}$:'\\"1e-, \n!&*?|>%@`~#abc""", max_size=20)
 ASSIGNMENTS = st.builds("{}={}".format, st.sampled_from(["optim.lr", "eval.sets", "model"]), WORDS)
 
