@@ -89,7 +89,10 @@ def _take(run_dir: Path, patience: float) -> _Lock:
 
 def _by_kernel(path: Path) -> _Lock:
     """Raises OSError where another process holds it, or the file system has no locks."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask: a group may share its runs
+    except PermissionError as error:  # which lockf says of a lock that is held
+        raise OSError(errno.EPERM, error.strerror) from None
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(handle, 0)
