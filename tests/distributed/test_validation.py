@@ -1,7 +1,8 @@
 """The validation bound under the real launcher: ranks share it, `run.py evaluate` gives it, the run is the same."""
 
-from __future__ import re
+from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
