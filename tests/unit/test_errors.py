@@ -75,9 +75,7 @@ def test_what_all_ranks_know_is_said_by_rank_zero_alone(capsys: pytest.CaptureFi
 
 PRINTS = "def main(argv):\n    for i in range(200000): print(i)\n"
 WAITS = "def main(argv):\n    import time; print('here', flush=True); time.sleep(100)\n"
-# Tests in the background of a shell hand down that Ctrl-C is ignored; a command at a prompt has Python's handler.
-SIGNALS = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-ENTRY = SIGNALS + "from bd3_ds.runtime.errors import leave, run_command\n{}leave(run_command(main, []))"
+ENTRY = "import sys\nfrom bd3_ds.runtime.errors import leave, run_command\n{}leave(run_command(main, []))"
 
 
 def test_output_that_nobody_reads_ends_quietly() -> None:
