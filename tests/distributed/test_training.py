@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bd3_ds.checkpoint.export import find_export, load_weights
 from bd3_ds.checkpoint.shards import shard_file
+from bd3_ds.train.run_lock import LOCK
 from tests.helpers.launch import (
     curve,
     launch_training,
@@ -155,16 +156,21 @@ def test_world_size_and_sharding_do_not_change_the_run(scene, one_rank):
     agrees_with_one_rank(scene, one_rank, "zero3")
 
 
+def written(run_dir):
+    """When each file was last written, but for the lock, which every start holds for a moment."""
+    return {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.name != LOCK}
+
+
 def test_finished_run_stays_as_it_is_and_can_be_prolonged(scene, one_rank):
     run_dir = scene.run_dir(one_rank)
     words = (*FP32, "train.micro_batch=8")
     before = (run_dir / "records/train.jsonl").read_bytes()
     weights = scene.weights(one_rank)
-    files = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    files = written(run_dir)
     said = scene.train(one_rank, *words, "train.total_steps=12", ranks=1, ds_config="zero0")
     assert (run_dir / "records/train.jsonl").read_bytes() == before
     assert (run_dir / "records/finished.json").is_file()
-    assert files == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    assert files == written(run_dir)
     assert f"{run_dir} finished at step 12, and train.total_steps=12 asks for no more: nothing to do" in said
     assert "train.total_steps=N with N above 12 goes on from there" in said
     same(scene.weights(one_rank), weights, torch.equal)
