@@ -74,6 +74,14 @@ def judge(finished: bool, asked: bool, code: int) -> Verdict:
     return Verdict.MISTAKE if code == EXIT_USER_ERROR else Verdict.AGAIN
 
 
+def code_in_words(code: int) -> str:
+    """A launcher's code; DeepSpeed's gives that of a rank which a signal ended as 256 less the signal's number."""
+    number = -code if code < 0 else 256 - code if code > 192 else 0
+    if number == signal.SIGKILL:
+        return f"code {code}: a rank was killed by signal 9, as the kernel does where memory runs out"
+    return f"code {code}: a rank was ended by signal {number}" if number else f"code {code}"
+
+
 class Supervisor:
     """`start` launches the run on what is there now, or returns None where nothing is.
 
@@ -100,14 +108,12 @@ class Supervisor:
             if verdict is not Verdict.AGAIN:
                 return verdict.value
             failures = 1 if self._progress.checkpoint() != before else failures + 1
-            newest = self._progress.checkpoint() or "no checkpoint"
+            newest, words = self._progress.checkpoint() or "no checkpoint", code_in_words(code)
             if failures > self._restarts:
-                self._say(f"the run failed (code {code}) at {newest}, and none of --restarts {self._restarts} is left")
+                self._say(f"the run failed ({words}) at {newest}, and none of --restarts {self._restarts} is left")
                 return 1
             pause = min(self._pause * 2 ** (failures - 1), LONGEST_PAUSE)
-            self._say(
-                f"the run failed (code {code}) at {newest}; restart {failures} of {self._restarts} in {pause:g} s"
-            )
+            self._say(f"the run failed ({words}) at {newest}; restart {failures} of {self._restarts} in {pause:g} s")
             self._sleep(pause)
 
     def _wait(self, launch: Launch) -> int:

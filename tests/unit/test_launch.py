@@ -16,7 +16,7 @@ from bd3_ds.config.load import load_recipe
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.launch.__main__ import free_port, planned
 from bd3_ds.launch.plan import Host, Plan, make_plan, read_hostfile
-from bd3_ds.launch.supervisor import Progress, Verdict, judge
+from bd3_ds.launch.supervisor import Progress, Verdict, code_in_words, judge
 from bd3_ds.runtime.errors import UserError
 from tests.helpers.launch import ROOT, wait_until
 
@@ -172,3 +172,17 @@ def test_what_a_user_keeps_beside_checkpoints_is_no_progress(tmp_path):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "manifest.json").touch()
     assert progress.checkpoint() == "step-123456789"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (1, "code 1"),
+        (75, "code 75"),
+        (-11, "code -11: a rank was ended by signal 11"),
+        (245, "code 245: a rank was ended by signal 11"),
+        (247, "code 247: a rank was killed by signal 9, as the kernel does where memory runs out"),
+    ],
+)
+def test_codes_tell_what_ended_a_rank(code, words):
+    assert code_in_words(code) == words
