@@ -57,14 +57,16 @@ def is_ours(path: Path) -> bool:
 
 def complete_checkpoints(directory: Path) -> list[Checkpoint]:
     """Committed checkpoints, oldest first, by manifest and file sizes; content is checked by `newest_checkpoint`."""
-    found = []
-    for path in checkpoint_directories(directory):
-        manifest = _manifest(path)
-        if manifest is not None and all(
-            _size(path / name) == entry["bytes"] for name, entry in manifest["files"].items()
-        ):
-            found.append(Checkpoint(path, manifest))
-    return found
+    found = [complete_checkpoint(path) for path in checkpoint_directories(directory)]
+    return [checkpoint for checkpoint in found if checkpoint is not None]
+
+
+def complete_checkpoint(path: Path) -> Checkpoint | None:
+    """The checkpoint at `path` where it is committed and every file has the size that was committed."""
+    manifest = _manifest(path)
+    if manifest is None or any(_size(path / name) != entry["bytes"] for name, entry in manifest["files"].items()):
+        return None
+    return Checkpoint(path, manifest)
 
 
 def committed(directory: Path) -> Checkpoint | None:

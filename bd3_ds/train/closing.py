@@ -8,10 +8,8 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
-
 from bd3_ds.checkpoint.export import export_name
-from bd3_ds.checkpoint.store import MANIFEST
+from bd3_ds.checkpoint.manifest import complete_checkpoint
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json
@@ -27,10 +25,9 @@ def finished_before(run: RunConfig, world: World) -> int | None:
     """The step at which an earlier start finished the run, where this one has nothing to add; the same on all ranks.
 
     The main rank looks and tells the others: what a file system shows may differ for a while. A run whose last
-    checkpoint was taken away is not finished.
+    checkpoint was taken away or lost part of a file is not finished.
     """
-    step = _finished_step(Path(run.run_dir)) if world.is_main else 0
-    step = int(world.sum(torch.tensor(float(step), device=world.device, dtype=torch.float64)))
+    step = world.on_main(lambda: _finished_step(Path(run.run_dir)))
     return step if step >= run.train.total_steps else None
 
 
@@ -42,7 +39,7 @@ def _finished_step(run_dir: Path) -> int:
         step = int(read_json(run_dir / FINISHED, "note of the run's end")["step"])
     except (UserError, KeyError, TypeError, ValueError):
         return 0
-    return step if (run_dir / "checkpoints" / export_name(step) / MANIFEST).is_file() else 0
+    return 0 if complete_checkpoint(run_dir / "checkpoints" / export_name(step)) is None else step
 
 
 def nothing_to_do(run: RunConfig, step: int) -> list[str]:

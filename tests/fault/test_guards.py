@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -165,7 +166,9 @@ def test_a_rank_that_stands_still_ends_the_job_which_then_continues(tmp_path):
         rank_process(process, 1).send_signal(signal.SIGSTOP)
         assert wait_for_end(process, 120) != 0
         said = process.stdout.read()
-    assert "error: rank 0 has been at step" in said and "guards.stall_seconds=10" in said and "in step" in said
+    # Where rank 0 waits depends on what rank 1 still sent: in a step, or where both agree that a checkpoint is whole.
+    assert re.search(r"error: rank 0 has been (at step \d+|saving) for guards.stall_seconds=10;", said), said
+    assert "in train\n" in said, said
     train(recipe, *words, f"run_dir={stalled}")
     assert curve(stalled) == curve(calm)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bd3_ds.checkpoint.manifest import FORMAT
 from bd3_ds.runtime.files import write_json
 from bd3_ds.runtime.log import FINISHED
 from bd3_ds.runtime.world import World
@@ -53,9 +54,12 @@ def test_finished_is_what_has_its_note_and_its_checkpoint(tmp_path: Path) -> Non
     assert finished_before(run, ALONE) is None
     write_json(Path(run.run_dir) / FINISHED, {"step": 4})
     assert finished_before(run, ALONE) is None  # the checkpoint was taken away: it starts anew
-    manifest = Path(run.run_dir) / "checkpoints/step-00000004/manifest.json"
-    write_json(manifest, {})
-    assert finished_before(run, ALONE) == 4
+    checkpoint = Path(run.run_dir) / "checkpoints/step-00000004"
+    write_json(checkpoint / "manifest.json", {"format": FORMAT, "files": {"rank-0.safetensors": {"bytes": 3}}})
+    assert finished_before(run, ALONE) is None
+    for whole, text in ((False, "ab"), (True, "abc")):  # a torn file is redone from the checkpoint before
+        (checkpoint / "rank-0.safetensors").write_text(text)
+        assert finished_before(run, ALONE) == (4 if whole else None)
     longer = dataclasses.replace(run, train=dataclasses.replace(run.train, total_steps=5))
     assert finished_before(longer, ALONE) is None
     (Path(run.run_dir) / FINISHED).write_text("{")
