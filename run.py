@@ -12,16 +12,18 @@ import sys
 from bd3_ds.runtime.errors import UserError, did_you_mean, leave, run_command
 
 MODES = {
-    "train": "bd3_ds.train.train_command",
-    "check": "bd3_ds.train.check_command",
-    "evaluate": "bd3_ds.evaluation.evaluate_command",
-    "eval-worker": "bd3_ds.evaluation.worker",
-    "variance": "bd3_ds.evaluation.variance_command",
-    "sample": "bd3_ds.evaluation.sample_command",
-    "quality": "bd3_ds.evaluation.quality_command",
-    "denoising": "bd3_ds.report.denoising_command",
-    "report": "bd3_ds.report.report_command",
-    "convert": "bd3_ds.evaluation.convert_command",
+    "train": "bd3_ds.commands.train",
+    "check": "bd3_ds.commands.check",
+    "evaluate": "bd3_ds.commands.evaluate",
+    "eval-worker": "bd3_ds.commands.eval_worker",
+    "variance": "bd3_ds.commands.variance",
+    "sample": "bd3_ds.commands.sample",
+    "quality": "bd3_ds.commands.quality",
+    "denoising": "bd3_ds.commands.denoising",
+    "report": "bd3_ds.commands.report",
+    "convert": "bd3_ds.commands.convert",
+    "summary": "bd3_ds.commands.summary",
+    "harness": "bd3_ds.evaluation.harness.lm_eval",
 }
 
 

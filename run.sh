@@ -84,7 +84,7 @@ main_job() {
   say "fine-tuning: block diffusion, L' = 16"
   stage docs_finetune finetune
   say "results"
-  "$python" -m bd3_ds.evaluation.summary runs/docs/pretrain runs/docs/finetune
+  "$python" run.py summary runs/docs/pretrain runs/docs/finetune
   say "three samples"
   "$python" run.py sample runs/docs/finetune --num 3 --json runs/docs/samples.json
   say "done in $((SECONDS - started)) s; next, in $here"

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from bd3_ds.model.attention import attend
-from bd3_ds.model.masks import pass_mask
+from bd3_ds.model.attention.attention import attend
+from bd3_ds.model.attention.masks import pass_mask
 from bd3_ds.runtime.allocator import keep_freed_memory
 from benchmarks import measure
 

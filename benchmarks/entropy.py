@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 
 import bd3_ds
-from bd3_ds.checkpoint.export import EXPORTS, export_name
+from bd3_ds.checkpoint.export import export_name
 from bd3_ds.data.pack import open_pack
 from bd3_ds.data.synthetic import MarkovSource
 from bd3_ds.runtime.errors import run_command
+from bd3_ds.runtime.run_dir import EXPORTS
 from data_prep import synthetic
 from tests.helpers.launch import train
 

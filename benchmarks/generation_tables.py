@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bd3_ds.commands.quality import with_error
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD
 from bd3_ds.data.tokenizer import Tokenizer, load_tokenizer
-from bd3_ds.evaluation.gen_ppl import open_judge
 from bd3_ds.evaluation.options import open_device
-from bd3_ds.evaluation.quality import Quality, read_texts, sampling_figures
-from bd3_ds.evaluation.quality_command import with_error
-from bd3_ds.evaluation.text_statistics import lengths
+from bd3_ds.evaluation.text.gen_ppl import open_judge
+from bd3_ds.evaluation.text.quality import Quality, read_texts, sampling_figures
+from bd3_ds.evaluation.text.statistics import lengths
 from bd3_ds.report.tables import markdown_table
 from bd3_ds.runtime.errors import UserError, run_command
 from bd3_ds.runtime.samples import BY_TEXT, BY_TOKEN, read_samples

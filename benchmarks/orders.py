@@ -19,8 +19,8 @@ import torch
 from bd3_ds.checkpoint.export import find_export
 from bd3_ds.config.schema import SEDD
 from bd3_ds.evaluation.api import LanguageModel
-from bd3_ds.evaluation.gen_ppl import open_judge
-from bd3_ds.evaluation.quality import Quality
+from bd3_ds.evaluation.text.gen_ppl import open_judge
+from bd3_ds.evaluation.text.quality import Quality
 from bd3_ds.sampling.stopping import unigram_entropy
 from benchmarks.measure import finish, parser, say
 

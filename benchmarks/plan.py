@@ -20,8 +20,8 @@ from typing import Any
 
 from bd3_ds.config.schema import block_size
 from bd3_ds.model.build import network_of
-from bd3_ds.train.activations import pass_of
-from bd3_ds.train.memory import memory_of, zero_of
+from bd3_ds.planning.activations import pass_of
+from bd3_ds.planning.memory import memory_of, zero_of
 from benchmarks.counted import Case, measure_ranks
 from benchmarks.measure import finish, parser, say
 from benchmarks.ours import Configuration

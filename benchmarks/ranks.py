@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3_ds.runtime import records
-from bd3_ds.runtime.log import TRAIN_RECORDS
+from bd3_ds.runtime.run_dir import TRAIN_RECORDS
 from benchmarks.measure import finish, parser, run_to_end, say, summary
 from tests.helpers.tiny import tiny_pack, tiny_tokenizer
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.scaling [--mfu 0.4] [--json FILE]
 
-Prints the tables of docs/scaling.md. Nothing is measured here: formulas (`bd3_ds/train/communication.py`, whose bytes a
-test counts on two ranks), the bandwidths stated there, H100s at the stated share of their peak, 8 to a node; stage 3
+Prints the tables of docs/scaling.md. Nothing is measured here: formulas (`planning/communication.py`, whose bytes
+a test counts on two ranks), the bandwidths stated there, H100s at the stated share of their peak, 8 to a node; stage 3
 gathers weights again as ds_configs/zero3.json has it. Weak scaling: each rank's tokens a step stay the same.
 """
 
@@ -19,10 +19,10 @@ from pathlib import Path
 from bd3_ds.config.ds_json import DEFAULT, load_ds_json
 from bd3_ds.model.dit import Network
 from bd3_ds.model.flops import training_flops_per_sequence
-from bd3_ds.train.communication import NETWORK, NVLINK, VARIANTS, seconds, ulysses_traffic, zero_traffic
-from bd3_ds.train.gpus import find_gpu
-from bd3_ds.train.memory import parameter_count, zero_of
-from bd3_ds.train.plan import MFU
+from bd3_ds.planning.communication import NETWORK, NVLINK, VARIANTS, seconds, ulysses_traffic, zero_traffic
+from bd3_ds.planning.memory import parameter_count, zero_of
+from bd3_ds.planning.plan import MFU
+from bd3_ds.runtime.gpus import find_gpu
 
 PER_NODE = 8
 RANKS = (8, 16, 64, 256, 1024)

@@ -36,7 +36,7 @@ import psutil
 
 from bd3_ds.runtime import records
 from bd3_ds.runtime.errors import EXIT_USER_ERROR
-from bd3_ds.runtime.log import TRAIN_RECORDS
+from bd3_ds.runtime.run_dir import TRAIN_RECORDS
 from benchmarks.measure import ROOT, finish, interleaved, launched, parser, run_to_end, say, summary
 from tests.helpers.tiny import tiny_pack
 

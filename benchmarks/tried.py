@@ -21,13 +21,13 @@ from torch import Tensor
 
 from bd3_ds.diffusion import chunked_head
 from bd3_ds.diffusion.subs import SubsNats
-from bd3_ds.model import stripes
+from bd3_ds.model.attention.attention import stripes
+from bd3_ds.model.attention.masks import AttentionMask, pass_mask
+from bd3_ds.model.attention.stripe_attention import attend_in_stripes
 from bd3_ds.model.dropout import dropout
-from bd3_ds.model.masks import AttentionMask, pass_mask
 from bd3_ds.model.network import Network
 from bd3_ds.model.norm import Norm
 from bd3_ds.model.rope import rotary_angles, rotate
-from bd3_ds.model.stripe_attention import attend_in_stripes
 from bd3_ds.runtime.allocator import keep_freed_memory
 from benchmarks import measure
 

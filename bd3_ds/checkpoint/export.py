@@ -16,13 +16,13 @@ from bd3_ds.config.load import load_resolved, to_yaml
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import new_directory, read_json, share, write_json, write_text
+from bd3_ds.runtime.run_dir import EXPORTS
 from bd3_ds.runtime.step_names import step_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FORMAT = 1
-EXPORTS = "exports"
 WEIGHTS = "model.safetensors"
 
 

@@ -16,7 +16,6 @@ from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json
 from bd3_ds.runtime.step_names import step_of
 
-CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 INDEX = "index.json"
 SUFFIX = ".safetensors"

@@ -18,17 +18,11 @@ from bd3_ds.checkpoint.manifest import MANIFEST, checkpoint_directories, complet
 from bd3_ds.config.schema import EvalConfig
 from bd3_ds.runtime import records
 from bd3_ds.runtime.files import sync
+from bd3_ds.runtime.run_dir import ERRORS, EVALUATIONS, EXPORTS, LEASES, SAMPLES
 from bd3_ds.runtime.step_names import step_of
 
 _OF_EXPORTS = {"model.safetensors", "config.yaml", "export.json", "tokenizer"}
 _REMOVED = ".removed"  # ends the hidden name of an export on its way out
-# Where evaluation workers, which share nothing with training but the disk, leave their claims and results.
-_LEASES, _EVALUATIONS, _SAMPLES, _ERRORS = (
-    "leases",
-    "records/eval.jsonl",
-    "records/samples.jsonl",
-    "records/eval-errors.jsonl",
-)
 _SILENT = 3600.0  # seconds without a heartbeat after which a claim holds nothing; workers beat twice a minute
 
 
@@ -84,7 +78,7 @@ def prune_exports(run_dir: Path, step: int, keep: int, wanted: EvalConfig) -> di
     Where no worker ever claimed anything, none is waited for. Later exports, other names, links and directories with a
     user's files stay. Returns what could not be removed.
     """
-    places = list((run_dir / "exports").iterdir())
+    places = list((run_dir / EXPORTS).iterdir())
     half = [path for path in places if path.name.startswith(".step-") and path.name.endswith(_REMOVED)]
     past = sorted((at, path) for path in places if (at := step_of(path.name)) is not None and at <= step)
     failed = {}
@@ -109,17 +103,17 @@ def _is_export_of_ours(path: Path) -> bool:
 
 def _needed(run_dir: Path, name: str, wanted: EvalConfig) -> bool:
     """Whether a worker holds a claim on the export, or follows the run and has not put all of it on record yet."""
-    leases = run_dir / _LEASES
+    leases = run_dir / LEASES
     claims = [path for path in leases.glob("step-*.*") if path.suffix[1:].isdigit()]
     if not claims:
         return False
     own = [path for path in leases.glob(f"{glob.escape(name)}.*") if path in claims]
     if own and _is_held(max(own, key=lambda path: int(path.suffix[1:]))):
         return True
-    done = {line.get("set") for line in records.read(run_dir / _EVALUATIONS) if line.get("export") == name}
-    if any(line.get("export") == name for line in records.read(run_dir / _SAMPLES)):
+    done = {line.get("set") for line in records.read(run_dir / EVALUATIONS) if line.get("export") == name}
+    if any(line.get("export") == name for line in records.read(run_dir / SAMPLES)):
         done.add("")
-    done |= {line.get("set") for line in records.read(run_dir / _ERRORS)}  # a set that fails is not tried again
+    done |= {line.get("set") for line in records.read(run_dir / ERRORS)}  # a set that fails is not tried again
     return not {*wanted.sets, *([""] if wanted.samples else [])} <= done
 
 

@@ -1,8 +1,8 @@
 """The keys of DeepSpeed's JSON that this trainer takes, and of which kind their values are.
 
 DeepSpeed reads unknown keys outside zero_optimization as nothing at all, and answers those inside with a traceback.
-Importing its own models would import torch, which checking a run must not; `tests/unit/test_ds_json.py` holds these
-tables against them (DeepSpeed 0.19.8).
+Importing its own models would import torch, which checking a run must not; `tests/unit/config/test_ds_json.py` holds
+these tables against them (DeepSpeed 0.19.8).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Dict, List, Optional  # OmegaConf reads annotations at run ti
 
 AR, MDLM, SEDD, BD3 = "ar", "mdlm", "sedd", "bd3"
 OBJECTIVES = (AR, MDLM, SEDD, BD3)
-AUTO = -1  # train.micro_batch: auto, until `train/micro_batch.py` has put a number in its place
+AUTO = -1  # train.micro_batch: auto, until `planning/micro_batch.py` has put a number in its place
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 streaming lays samples out in one canonical order that does not depend on the cluster and deals them to ranks one by
 one: position j of a rank on one of N nodes with R ranks each is sample (j * R + local rank) * N + node of that order
-(streaming/base/partition/orig.py; held by tests/unit/test_loader.py against streaming itself). So a global batch of G
-sequences is the same G samples at any world size and micro-batch, and a sample's slot is arithmetic.
+(streaming/base/partition/orig.py; held by tests/unit/data/test_loader.py against streaming itself). So a global batch
+of G sequences is the same G samples at any world size and micro-batch, and a sample's slot is arithmetic.
 
 An epoch is as many whole global batches as there are; its last few samples, fewer than G, are left out.
 """

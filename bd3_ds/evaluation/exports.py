@@ -26,7 +26,7 @@ def open_export(place: str) -> Export:
             f"{place} holds a model of model_type={kind}; make an export of it first: "
             f"run.py convert --from {'upstream' if kind in ('bd3lm', 'mdlm') else 'hf'} {place} EXPORT"
         )
-    from bd3_ds.hub.folder import read_run
+    from bd3_ds.interop.folder import read_run
 
     run, step = read_run(path)
     return Export(path, step, run)

@@ -7,8 +7,8 @@ import dataclasses
 import torch
 
 from bd3_ds.checkpoint.export import Export, fit_weights, load_weights
-from bd3_ds.checkpoint.tensors import require_finite
 from bd3_ds.evaluation.exports import is_folder
+from bd3_ds.interop.safetensors import require_finite
 from bd3_ds.model.build import network_of
 from bd3_ds.model.dit import DiT
 
@@ -17,7 +17,7 @@ def load_model(export: Export, device: torch.device) -> DiT:
     """The export's network in evaluation mode, dropout off, on `device`; raises UserError if the weights do not fit."""
     run = export.run
     if is_folder(export.path):
-        from bd3_ds.hub.folder import read_folder
+        from bd3_ds.interop.folder import read_folder
 
         weights = read_folder(export.path).weights
         require_finite(weights, str(export.path))

@@ -17,12 +17,8 @@ from typing import Any
 from bd3_ds.runtime import records
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import write_text
+from bd3_ds.runtime.run_dir import ERRORS, EVALUATIONS, LEASES, REPLACED, SAMPLES
 
-EVALUATIONS = "records/eval.jsonl"  # one line per (export, set)
-REPLACED = "records/eval-replaced.jsonl"  # lines of EVALUATIONS that a newer one of the same key replaced
-SAMPLES = "records/samples.jsonl"  # one line per export
-ERRORS = "records/eval-errors.jsonl"  # one line per set and sentence
-LEASES = "leases"  # directory of claims and locks in a run directory
 TEXTS = ""  # stands beside the names of sets for an export's samples
 _KEYS = {EVALUATIONS: ("export", "set"), SAMPLES: ("export",), ERRORS: ("set", "error")}
 

@@ -18,8 +18,7 @@ from types import FrameType
 from typing import Protocol
 
 from bd3_ds.runtime.errors import EXIT_STOPPED, EXIT_USER_ERROR
-from bd3_ds.runtime.files import read_json
-from bd3_ds.runtime.log import FINISHED
+from bd3_ds.runtime.run_dir import CHECKPOINTS, finished_step
 from bd3_ds.runtime.step_names import step_of
 
 LINGER = 45.0  # seconds for ranks after their launcher; it gives them 30
@@ -44,12 +43,11 @@ class Progress:
 
     def finished(self) -> bool:
         """All steps are trained; a run that was given more steps since is not."""
-        path = self.run_dir / FINISHED
-        return path.is_file() and int(read_json(path, "record of the end")["step"]) >= self.total_steps
+        return finished_step(self.run_dir) >= self.total_steps
 
     def checkpoint(self) -> str:
         """The newest committed checkpoint; empty if there is none."""
-        names = (path.parent.name for path in self.run_dir.glob("checkpoints/step-*/manifest.json"))
+        names = (path.parent.name for path in (self.run_dir / CHECKPOINTS).glob("step-*/manifest.json"))
         return max((step, name) for name in ("", *names) if (step := step_of(name) if name else -1) is not None)[1]
 
 

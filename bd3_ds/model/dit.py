@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bd3_ds.model.attention.masks import AttentionMask, pass_mask
 from bd3_ds.model.kv_cache import KVCache
 from bd3_ds.model.layers import Head, Layer, Read, TimeEmbedding
-from bd3_ds.model.masks import AttentionMask, pass_mask
 from bd3_ds.model.network import Network
 from bd3_ds.model.rope import rotary_angles
 from bd3_ds.runtime.host_to_device import send

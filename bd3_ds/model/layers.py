@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bd3_ds.model.attention import attend
+from bd3_ds.model.attention.attention import attend
+from bd3_ds.model.attention.masks import AttentionMask
 from bd3_ds.model.dropout import dropout
 from bd3_ds.model.kv_cache import KVCache
-from bd3_ds.model.masks import AttentionMask
 from bd3_ds.model.network import Network
 from bd3_ds.model.norm import Norm
 from bd3_ds.model.rope import rotate

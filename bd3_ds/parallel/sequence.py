@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bd3_ds.model.attention import attend
+from bd3_ds.model.attention.attention import attend
+from bd3_ds.model.attention.masks import AttentionMask, Places
 from bd3_ds.model.dit import DiT
-from bd3_ds.model.masks import AttentionMask, Places
 from bd3_ds.runtime.host_to_device import send
 from bd3_ds.runtime.world import World
 

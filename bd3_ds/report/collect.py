@@ -15,9 +15,8 @@ import yaml
 
 from bd3_ds.runtime import records
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.runtime.log import TRAIN_RECORDS
+from bd3_ds.runtime.run_dir import EVALUATIONS, RECORDS, RUN_YAML, TRAIN_RECORDS
 
-EVALUATIONS = "records/eval.jsonl"
 REPORT = "report.md"
 AXES = {"steps": "optimizer step", "tokens": "tokens trained on", "seconds": "seconds of training steps"}
 _TRAIN_KEYS = ("step", "samples", "tokens", "loss", "nelbo", "grad_norm", "lr", "seconds")
@@ -142,11 +141,11 @@ def _problem(path: Path) -> str | None:
 
 def _is_report(path: Path) -> bool:
     """Whether a directory holds what `run.py report` writes, and no records."""
-    return (path / REPORT).is_file() and not (path / "records").exists()
+    return (path / REPORT).is_file() and not (path / RECORDS).exists()
 
 
 def _read(path: Path, name: str) -> RunRecords:
-    config = dict(_leaves(_configuration(path / "run.yaml")))
+    config = dict(_leaves(_configuration(path / RUN_YAML)))
     size = config.get("objective.block_size")
     return RunRecords(name, path, config.get("objective.name"), size, _train(path), _evaluations(path), config)
 

@@ -10,11 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bd3_ds.runtime import records
-
-TRAIN_RECORDS = "records/train.jsonl"
-INCIDENTS = "records/incidents.jsonl"
-VALIDATION = "records/validation.jsonl"
-FINISHED = "records/finished.json"
+from bd3_ds.runtime.run_dir import INCIDENTS, TENSORBOARD, TRAIN_RECORDS, VALIDATION
 
 
 class RunLog:
@@ -35,7 +31,7 @@ class RunLog:
             records.truncate_after(self._path, first_step)
             records.truncate_after(self._incidents, first_step)
             records.truncate_after(self._validation, first_step)
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+            self._writer = SummaryWriter(str(run_dir / TENSORBOARD))
 
     def say(self, text: str) -> None:
         """A line on the console."""

@@ -27,13 +27,15 @@ from bd3_ds.parallel.apply import prepare_layers, share_sequences
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import write_text
 from bd3_ds.runtime.log import RunLog
+from bd3_ds.runtime.peak_flops import peak_flops
+from bd3_ds.runtime.run_dir import CHECKPOINTS, EXPORTS, RUN_YAML
 from bd3_ds.runtime.world import World
 from bd3_ds.train.clip_search import ClipSearch
 from bd3_ds.train.earlier import CONFIGURATION, changes_in_words, earlier_runs
 from bd3_ds.train.ema import Ema
 from bd3_ds.train.engine import Engine
 from bd3_ds.train.materialise import Awaited, Given, Values
-from bd3_ds.train.meter import Meter, peak_flops
+from bd3_ds.train.meter import Meter
 from bd3_ds.train.start import find_start, starting_weights
 from bd3_ds.train.state import TrainState
 from bd3_ds.train.step import Stepper
@@ -84,7 +86,7 @@ class Trainer:
     def _write_export(self, weights: dict[str, torch.Tensor]) -> None:
         name = export_name(self.state.step)
         tokenizer = pack_directory(self.run.data.train, self.run.data.cache) / TOKENIZER_DIR
-        write_export(self.run_dir / "exports" / name, weights, self._scored_as_trained(), tokenizer, self.state.step)
+        write_export(self.run_dir / EXPORTS / name, weights, self._scored_as_trained(), tokenizer, self.state.step)
         self._prune_exports()
 
     def _prune_exports(self) -> None:
@@ -94,7 +96,7 @@ class Trainer:
         try:
             failed = prune_exports(self.run_dir, self.state.step, keep, self.run.eval)
         except OSError as error:
-            failed = {self.run_dir / "exports": error}
+            failed = {self.run_dir / EXPORTS: error}
         for path, reason in failed.items():
             self.log.say(
                 f"cannot remove the old export {path}: {reason.strerror or reason}; the next export tries again"
@@ -133,7 +135,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         model = DiT(network_of(run.model, run.objective.name))
     values: Values = Initial(model, run.seed)
     said: list[str] = []
-    checkpoint = newest_checkpoint(run_dir / "checkpoints", world, said.append)
+    checkpoint = newest_checkpoint(run_dir / CHECKPOINTS, world, said.append)
     train = run.train
     share = Share(
         world.rank, world.size, world.local_size, train.micro_batch, train.global_batch, train.sequence_parallel
@@ -151,7 +153,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
     if checkpoint is not None:
         said += filter(None, [world.on_main(lambda: changes_in_words(earlier_runs(run_dir), run))])
     if world.is_main:
-        write_text(run_dir / "run.yaml", to_yaml(run))
+        write_text(run_dir / RUN_YAML, to_yaml(run))
     sequence = share_sequences(model, run.train, world)
     prepare_layers(model, run.train)
     engine = Engine(model, run, ds_json, world, values)
@@ -194,7 +196,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         validation=Validation(stepper),
         loader=Loader(run.data, share, state.samples),
         saver=Saver(
-            run_dir / "checkpoints",
+            run_dir / CHECKPOINTS,
             world,
             run.train.keep_checkpoints,
             behind=run.train.checkpoint_async,

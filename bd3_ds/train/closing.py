@@ -11,9 +11,7 @@ from pathlib import Path
 from bd3_ds.checkpoint.export import export_name
 from bd3_ds.checkpoint.manifest import complete_checkpoint
 from bd3_ds.config.schema import RunConfig
-from bd3_ds.runtime.errors import UserError
-from bd3_ds.runtime.files import read_json
-from bd3_ds.runtime.log import FINISHED
+from bd3_ds.runtime.run_dir import CHECKPOINTS, EXPORTS, finished_step
 from bd3_ds.runtime.world import World
 from bd3_ds.train.state import TrainState
 from bd3_ds.train.validation import Validated
@@ -33,13 +31,8 @@ def finished_before(run: RunConfig, world: World) -> int | None:
 
 def _finished_step(run_dir: Path) -> int:
     """0 where the run is not finished."""
-    if not (run_dir / FINISHED).is_file():
-        return 0
-    try:
-        step = int(read_json(run_dir / FINISHED, "note of the run's end")["step"])
-    except (UserError, KeyError, TypeError, ValueError):
-        return 0
-    return 0 if complete_checkpoint(run_dir / "checkpoints" / export_name(step)) is None else step
+    step = finished_step(run_dir)
+    return 0 if complete_checkpoint(run_dir / CHECKPOINTS / export_name(step)) is None else step
 
 
 def nothing_to_do(run: RunConfig, step: int) -> list[str]:
@@ -76,7 +69,7 @@ def closing_words(
         )
     if validated is not None:
         lines.append(f"validation {validated}, weights as trained, not averaged")
-    export = Path(run.run_dir) / "exports" / export_name(state.step)
+    export = Path(run.run_dir) / EXPORTS / export_name(state.step)
     return [*lines, f"export (averaged weights): {export}", _next(run)]
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bd3_ds.checkpoint.manifest import CHECKPOINTS, committed
+from bd3_ds.checkpoint.manifest import committed
 from bd3_ds.config.load import flat, from_values, load_resolved
 from bd3_ds.config.schema import RunConfig
+from bd3_ds.runtime.run_dir import CHECKPOINTS, RUN_YAML
 
 CONFIGURATION = "configuration"  # in the state of a checkpoint: the RunConfig that it was saved under, as plain values
 # What a run may not change between its start and its continuation.
@@ -25,7 +26,7 @@ def earlier_runs(run_dir: Path) -> list[RunConfig]:
     checkpoint = committed(run_dir / CHECKPOINTS)
     if checkpoint is not None and CONFIGURATION in checkpoint.state:
         found.append(from_values(checkpoint.state[CONFIGURATION], str(checkpoint.path)))
-    path = run_dir / "run.yaml"
+    path = run_dir / RUN_YAML
     if path.is_file():
         found.append(load_resolved(path))
     return found

@@ -15,7 +15,7 @@ from bd3_ds.config.schema import RunConfig
 from bd3_ds.diffusion.objective import BINS
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import write_json
-from bd3_ds.runtime.log import FINISHED, INCIDENTS
+from bd3_ds.runtime.run_dir import FINISHED, INCIDENTS
 from bd3_ds.runtime.world import World
 from bd3_ds.train.build import Trainer, build
 from bd3_ds.train.closing import closing_words, finished_before, nothing_to_do

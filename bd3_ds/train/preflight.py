@@ -6,8 +6,8 @@ import dataclasses
 import os
 from pathlib import Path
 
-from bd3_ds.checkpoint.manifest import CHECKPOINTS, checkpoint_directories
 from bd3_ds.checkpoint.manifest import MANIFEST as COMMITTED
+from bd3_ds.checkpoint.manifest import checkpoint_directories
 from bd3_ds.config.check import check_run, ranks_at_work
 from bd3_ds.config.check_data import is_remote, packs, size_in_bytes
 from bd3_ds.config.schema import RunConfig
@@ -16,6 +16,7 @@ from bd3_ds.data.pack import INDEX, Manifest, check_same_tokenizer, read_index, 
 from bd3_ds.data.remote import fetch_facts, pack_directory
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json, require_writable
+from bd3_ds.runtime.run_dir import CHECKPOINTS
 from bd3_ds.train.earlier import earlier_runs, refused_changes
 from bd3_ds.train.start import find_start
 

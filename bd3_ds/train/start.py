@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bd3_ds.checkpoint.export import Export, find_export, load_weights
-from bd3_ds.checkpoint.lightning import read_lightning
-from bd3_ds.checkpoint.tensors import read_tensors, tensor_files
 from bd3_ds.config.schema import AR, ModelConfig, RunConfig
-from bd3_ds.model.causal import MODEL_TYPES, causal_values, rename_causal, vocabulary_problem, with_mask
-from bd3_ds.model.convert import our_name, rename_upstream, upstream_network, upstream_objective, values_of_shapes
+from bd3_ds.interop.bd3lms import our_name, rename_upstream, upstream_network, upstream_objective, values_of_shapes
+from bd3_ds.interop.hf_causal import MODEL_TYPES, causal_values, rename_causal, vocabulary_problem, with_mask
+from bd3_ds.interop.lightning import read_lightning
+from bd3_ds.interop.safetensors import read_tensors, tensor_files
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bd3_ds.train.communication import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, zero_traffic
+from bd3_ds.planning.communication import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, zero_traffic
 from benchmarks.counted import Case, measure_ranks
 from benchmarks.ours import Configuration
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from bd3_ds.model.build import network_of
-from bd3_ds.train.memory import parameter_count
+from bd3_ds.planning.memory import parameter_count
 from tests.helpers.launch import ROOT, environment, free_port
 from tests.helpers.tiny import tiny_run
 

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from bd3_ds.evaluation import convert_command
+from bd3_ds.commands import convert as convert_command
 from bd3_ds.runtime.errors import run_command
 from tests.unit.test_hub_export import content, exports  # noqa: F401 (a fixture)
 

@@ -17,7 +17,7 @@ from bd3_ds.checkpoint.store import complete_checkpoints
 from bd3_ds.runtime import records
 from bd3_ds.runtime.errors import EXIT_STOPPED
 from bd3_ds.runtime.extensions import drop_stale_locks
-from bd3_ds.runtime.log import INCIDENTS
+from bd3_ds.runtime.run_dir import INCIDENTS
 from bd3_ds.train.guards import FEWEST, is_spike
 from bd3_ds.train.state import RECENT, SKIPPED_OF, TrainState
 from tests.helpers.launch import (

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from bd3_ds.checkpoint.retention import prune_exports
-from bd3_ds.evaluation.leases import claim
-from bd3_ds.evaluation.results import EVALUATIONS, LEASES
+from bd3_ds.evaluation.worker.leases import claim
 from bd3_ds.runtime import records
+from bd3_ds.runtime.run_dir import EVALUATIONS, LEASES
 from tests.helpers.tiny import tiny_export, tiny_run
 
 

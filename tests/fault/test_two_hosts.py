@@ -13,7 +13,7 @@ import pytest
 
 from bd3_ds.checkpoint.store import complete_checkpoints
 from bd3_ds.runtime.errors import EXIT_STOPPED
-from bd3_ds.runtime.log import FINISHED
+from bd3_ds.runtime.run_dir import FINISHED
 from tests.helpers.launch import PATIENCE, ROOT, curve, free_port, train, wait_for_step, wait_until
 from tests.helpers.tiny import tiny_run
 from tests.helpers.two_hosts import ADDRESSES, TwoHosts, two_hosts, why_not

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bd3_ds.config.load import to_yaml
-from bd3_ds.evaluation.worker import Worker
+from bd3_ds.evaluation.worker.worker import Worker
 from bd3_ds.runtime import records
 from bd3_ds.runtime.files import write_json, write_text
 from tests.helpers.tiny import LENGTH, tiny_export, tiny_pack, tiny_run

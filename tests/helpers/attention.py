@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from bd3_ds.model.attention import attend
-from bd3_ds.model.masks import AttentionMask
+from bd3_ds.model.attention.attention import attend
+from bd3_ds.model.attention.masks import AttentionMask
 
 
 def assert_backends_agree(mask: AttentionMask, batch: int) -> None:

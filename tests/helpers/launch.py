@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from bd3_ds.runtime import records
-from bd3_ds.runtime.log import TRAIN_RECORDS, VALIDATION
+from bd3_ds.runtime.run_dir import TRAIN_RECORDS, VALIDATION
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 300.0  # seconds; a crowded machine is slow, a stuck run is slower

@@ -11,10 +11,10 @@ from bd3_ds.diffusion.noise import Noise
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.score_entropy import ScoreNats
 from bd3_ds.diffusion.subs import subs_log_probs, subs_nll
-from bd3_ds.model.convert import our_name, rename_upstream, upstream_objective
+from bd3_ds.interop.bd3lms import our_name, rename_upstream, upstream_objective
+from bd3_ds.model.attention.masks import CLEAN, may_attend, places
 from bd3_ds.model.dit import DiT, Network, as_denoiser
 from bd3_ds.model.kv_cache import KVCache
-from bd3_ds.model.masks import CLEAN, may_attend, places
 from bd3_ds.model.rope import rotary_angles, rotate
 from bd3_ds.sampling.denoiser import Cached, Recomputing
 from bd3_ds.sampling.draw import draw
