@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bd3_ds.config.schema import AR
-from bd3_ds.model.dit import Network
+from bd3_ds.model.dit import DiTConfig
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Product:
 
 
 def products(
-    network: Network, objective: str, length: int, block_size: int, batch: int, masked: float, views: int = 1
+    network: DiTConfig, objective: str, length: int, block_size: int, batch: int, masked: float, views: int = 1
 ) -> list[Product]:
     """The products of one step on `batch` sequences of which a share `masked` of the noisy tokens carries a loss."""
     width, heads, wide = network.hidden_size, network.heads, network.mlp_ratio * network.hidden_size

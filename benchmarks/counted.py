@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.data.loader import MicroBatch
-from bd3_ds.model.build import initialise, network_of
+from bd3_ds.model.build import dit_config, initialise
 from bd3_ds.model.dit import DiT
 from bd3_ds.parallel.apply import prepare_layers
 from bd3_ds.runtime.world import join_world
@@ -159,7 +159,7 @@ def run_case(case: Case) -> dict[str, Any]:
     collectives = Collectives()
     kept_bytes = 0
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        model = DiT(network_of(run.model, run.objective.name))
+        model = DiT(dit_config(run.model, run.objective.name))
         initialise(model, run.seed)
         prepare_layers(model, run.train)
         engine = Engine(model, run, {"zero_optimization": case.zero, "steps_per_print": 10**9}, world)

@@ -15,7 +15,7 @@ import time
 from argparse import Namespace
 from typing import Any
 
-from bd3_ds.model.build import network_of
+from bd3_ds.model.build import dit_config
 from bd3_ds.model.flops import training_flops_per_sequence
 from benchmarks import attention, measure, ours
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 def one(sizes: ours.Configuration, precision: str, repeats: int) -> dict[str, Any]:
     """A length's figures."""
     run = ours.make_run(sizes, "bd3", precision)
-    network = network_of(run.model, "bd3")
+    network = dit_config(run.model, "bd3")
     step, seconds, masked = ours.make_step(run), [], []
     for _ in range(repeats + 1):
         start = time.perf_counter()

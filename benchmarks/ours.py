@@ -15,7 +15,7 @@ import torch
 from bd3_ds.config.load import load_recipe
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.data.loader import MicroBatch
-from bd3_ds.model.build import initialise, network_of
+from bd3_ds.model.build import dit_config, initialise
 from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.allocator import keep_freed_memory
 from bd3_ds.runtime.world import World, join_world
@@ -73,7 +73,7 @@ def make_run(given: Configuration, objective: str, precision: str, *words: str) 
 def make_step(run: RunConfig, seed: int = 0) -> Callable[[], StepResult]:
     """One optimizer step on random tokens, all weights random; bf16 has fp32 master weights (ZeRO 1), fp32 is plain."""
     joined = world()
-    model = DiT(network_of(run.model, run.objective.name))
+    model = DiT(dit_config(run.model, run.objective.name))
     initialise(model, run.seed)
     with torch.no_grad():
         for parameter in model.parameters():

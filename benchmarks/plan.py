@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 from bd3_ds.config.schema import block_size
-from bd3_ds.model.build import network_of
+from bd3_ds.model.build import dit_config
 from bd3_ds.planning.activations import pass_of
 from bd3_ds.planning.memory import memory_of, zero_of
 from benchmarks.counted import Case, measure_ranks
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
 def compare(case: Case) -> dict[str, Any]:
     """Planned and measured MiB by kind, and planned over measured."""
     run = case.run
-    network = network_of(run.model, run.objective.name)
+    network = dit_config(run.model, run.objective.name)
     zero = zero_of({"zero_optimization": case.zero})
     plan = memory_of(run, network, block_size(run), zero, case.ranks, _recompute(case), cuda=False)
     found = measure_ranks(case)

@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from bd3_ds.model.dit import DiT
-from bd3_ds.model.network import Network
+from bd3_ds.model.dit_config import DiTConfig
 from bd3_ds.sampling.denoiser import Causal, Denoiser, Read, Recomputing, in_parts
 from bd3_ds.sampling.draw import Drawn
 from bd3_ds.sampling.options import Course
@@ -224,7 +224,7 @@ def make_network(asked: argparse.Namespace, precision: str, vocab: int, causal: 
     files = ("base.yaml", f"model/{asked.model}.yaml")
     sizes = OmegaConf.merge(*(OmegaConf.load(ROOT / "configs" / name) for name in files)).model
     torch.manual_seed(0)
-    shape = Network(vocab, sizes.hidden_size, sizes.layers, sizes.heads, sizes.mlp_ratio, sizes.cond_size, causal)
+    shape = DiTConfig(vocab, sizes.hidden_size, sizes.layers, sizes.heads, sizes.mlp_ratio, sizes.cond_size, causal)
     model = DiT(shape)
     for weights in model.parameters():
         torch.nn.init.normal_(weights, std=0.02)

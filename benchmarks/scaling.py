@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bd3_ds.config.ds_json import DEFAULT, load_ds_json
-from bd3_ds.model.dit import Network
+from bd3_ds.model.dit import DiTConfig
 from bd3_ds.model.flops import training_flops_per_sequence
 from bd3_ds.planning.communication import NETWORK, NVLINK, VARIANTS, seconds, ulysses_traffic, zero_traffic
 from bd3_ds.planning.memory import parameter_count, zero_of
@@ -34,7 +34,7 @@ REUSE = zero_of(load_ds_json(DEFAULT.parent / "zero3.json")).reuse
 class Model:
     """A BD3-LM and what a rank takes of it at once: sequences of `length` tokens, blocks of `block_size`."""
 
-    network: Network
+    network: DiTConfig
     length: int
     block_size: int
     micro_batch: int
@@ -51,7 +51,7 @@ class Model:
 
 
 def _model(hidden: int, layers: int, heads: int, micro_batch: int) -> Model:
-    network = Network(50258, hidden, layers, heads, 4, 128, causal=False, vocab_multiple=64)
+    network = DiTConfig(50258, hidden, layers, heads, 4, 128, causal=False, vocab_multiple=64)
     return Model(network, 1024, 16, micro_batch)
 
 

@@ -31,7 +31,7 @@ PROBE = """
 import sys
 import torch
 from bd3_ds.config.load import load_recipe
-from bd3_ds.model.build import initialise, network_of
+from bd3_ds.model.build import initialise, dit_config
 from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.world import join_world
 from bd3_ds.train.ema import Ema
@@ -46,7 +46,7 @@ words += [f"model.vocab_size={vocabulary}", f"model.mask_id={vocabulary - 1}"]
 torch.set_num_threads(1)
 run = load_recipe(recipe, words)
 joined = join_world()
-network = network_of(run.model, run.objective.name)
+network = dit_config(run.model, run.objective.name)
 json = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 5_000_000}, "steps_per_print": 10**9}
 if Initial is None:
     model = DiT(network)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bd3_ds.config.schema import MDLM
-from bd3_ds.model.build import network_of
+from bd3_ds.model.build import dit_config
 from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.allocator import keep_freed_memory
 from benchmarks import costs, measure, ours, reference, upstream
@@ -110,7 +110,7 @@ def reference_stages() -> dict[str, float]:
 def floor(configuration: str, objective: str, precision: str, masked: float) -> tuple[dict[str, Any], dict[str, float]]:
     """The floor of a case and this machine's ceilings, measured now."""
     given = ours.CONFIGURATIONS[configuration]
-    network = network_of(ours.make_run(given, objective, precision).model, objective)
+    network = dit_config(ours.make_run(given, objective, precision).model, objective)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = given.length if objective == MDLM else given.block_size
     counted = costs.products(network, objective, given.length, size, given.batch, masked)

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from bd3_ds.diffusion import chunked_head
 from bd3_ds.diffusion.subs import SubsNats
-from bd3_ds.model.attention.attention import stripes
+from bd3_ds.model.attention import stripes
 from bd3_ds.model.attention.masks import AttentionMask, pass_mask
 from bd3_ds.model.attention.stripe_attention import attend_in_stripes
+from bd3_ds.model.dit_config import DiTConfig
 from bd3_ds.model.dropout import dropout
-from bd3_ds.model.network import Network
 from bd3_ds.model.norm import Norm
 from bd3_ds.model.rope import rotary_angles, rotate
 from bd3_ds.runtime.allocator import keep_freed_memory
@@ -120,7 +120,7 @@ def elementwise_ways(dtype: torch.dtype) -> Ways:
     x, up = (torch.randn(BATCH, 2 * LENGTH, n, dtype=dtype, requires_grad=True) for n in (WIDTH, 4 * WIDTH))
     heads = torch.randn(BATCH, HEADS, 2 * LENGTH, WIDTH // HEADS, dtype=dtype, requires_grad=True)
     cos, sin = rotary_angles(torch.arange(2 * LENGTH), WIDTH // HEADS, 10_000.0)
-    norm = Norm(Network(1, WIDTH, 1, HEADS, 4, 1, True)).to(dtype)
+    norm = Norm(DiTConfig(1, WIDTH, 1, HEADS, 4, 1, True)).to(dtype)
     scale, shift = (torch.randn(1, WIDTH, dtype=dtype) for _ in range(2))
 
     def plain_rotate(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 
 from bd3_ds.config.schema import BD3
-from bd3_ds.model.build import network_of
+from bd3_ds.model.build import dit_config
 from bd3_ds.model.flops import training_flops_per_sequence
 from benchmarks import measure, ours
 
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     given = ours.CONFIGURATIONS[options.configuration]
     runs = {k: ours.make_run(given, BD3, options.precision, f"objective.views={k}") for k in options.views}
     steps: dict[str, Callable[[], object]] = {str(k): ours.make_step(run) for k, run in runs.items()}
-    network = network_of(runs[options.views[0]].model, BD3)
+    network = dit_config(runs[options.views[0]].model, BD3)
     flops = {
         k: training_flops_per_sequence(network, BD3, given.length, given.block_size, 0.5, k)
         for k in {1, *options.views}

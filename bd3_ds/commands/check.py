@@ -209,7 +209,7 @@ def _show(found: Findings, ds_json: dict[str, Any], asked: Asked, arguments: arg
 
 def _plan(found: Findings, ds_json: dict[str, Any], asked: Asked) -> tuple[dict[str, Any], RunConfig]:
     """The plan, and the run as it was planned: with a micro-batch that divides the batch."""
-    from bd3_ds.model.build import network_of
+    from bd3_ds.model.build import dit_config
     from bd3_ds.planning.disk import free_at
     from bd3_ds.planning.micro_batch import largest_micro_batch, set_micro_batch
     from bd3_ds.planning.plan import MFU, machine_of, make_plan
@@ -218,7 +218,7 @@ def _plan(found: Findings, ds_json: dict[str, Any], asked: Asked) -> tuple[dict[
     if not asked.here:  # whatever the machine's devices are good at
         run = dataclasses.replace(run, model=dataclasses.replace(run.model, attention="auto"))
     machine = machine_of(asked.gpu, run.train.precision, asked.world_size // asked.nodes)
-    network = network_of(run.model, run.objective.name)
+    network = dit_config(run.model, run.objective.name)
     largest = largest_micro_batch(run, network, ds_json, asked.world_size, machine.memory, machine.cuda)
     if found.asked_micro_batch is not None:
         run = set_micro_batch(run, largest or 1)

@@ -9,7 +9,7 @@ import torch
 from bd3_ds.checkpoint.export import Export, fit_weights, load_weights
 from bd3_ds.evaluation.exports import is_folder
 from bd3_ds.interop.safetensors import require_finite
-from bd3_ds.model.build import network_of
+from bd3_ds.model.build import dit_config
 from bd3_ds.model.dit import DiT
 
 
@@ -23,6 +23,6 @@ def load_model(export: Export, device: torch.device) -> DiT:
         require_finite(weights, str(export.path))
     else:
         weights = load_weights(export)
-    model = DiT(dataclasses.replace(network_of(run.model, run.objective.name), dropout=0.0))
+    model = DiT(dataclasses.replace(dit_config(run.model, run.objective.name), dropout=0.0))
     fit_weights(model, weights, str(export.path))
     return model.to(device).eval()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD
-from bd3_ds.model.network import Network
+from bd3_ds.model.dit_config import DiTConfig
 from bd3_ds.runtime.errors import UserError
 
 T = TypeVar("T")
@@ -96,13 +96,13 @@ def upstream_objective(config: Mapping[str, Any]) -> str:
     return SEDD if config.get("time_conditioning") else MDLM
 
 
-def upstream_network(config: Mapping[str, Any], path: Path) -> Network:
+def upstream_network(config: Mapping[str, Any], path: Path) -> DiTConfig:
     """The network of an upstream config.json; raises UserError naming keys that are missing."""
     needed = ("vocab_size", "hidden_dim", "n_blocks", "n_heads", "cond_dim")
     missing = [key for key in needed if key not in config]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}; is this a bd3lms config.json?")
-    return Network(
+    return DiTConfig(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_dim"],
         layers=config["n_blocks"],
@@ -125,7 +125,7 @@ def their_name(name: str) -> str:
     return f"backbone.blocks.{number}.{_LAYER_BACK[part]}.{leaf}"
 
 
-def upstream_config(network: Network, objective: str, block_size: int, length: int, mask_id: int) -> dict[str, Any]:
+def upstream_config(network: DiTConfig, objective: str, block_size: int, length: int, mask_id: int) -> dict[str, Any]:
     """The config.json of upstream for a network of ours; raises UserError for what upstream's network does not have."""
     for key, value in _THEIRS.items():
         ours = getattr(network, key)

@@ -217,10 +217,10 @@ def _write(
     """Write the export, with the tokenizer that the user names or with the files in `saved` as they are."""
     from bd3_ds.checkpoint.export import fit_weights, write_export
     from bd3_ds.interop.safetensors import require_finite
-    from bd3_ds.model.build import network_of
+    from bd3_ds.model.build import dit_config
     from bd3_ds.model.dit import DiT
 
-    fit_weights(DiT(network_of(run.model, run.objective.name)), weights, origin)
+    fit_weights(DiT(dit_config(run.model, run.objective.name)), weights, origin)
     require_finite(weights, origin)
     with tempfile.TemporaryDirectory() as scratch:
         if tokenizer is not None:

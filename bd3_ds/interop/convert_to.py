@@ -39,10 +39,10 @@ def write_upstream(export: Export, dst: Path) -> None:
 
     from bd3_ds.config.schema import block_size
     from bd3_ds.interop.bd3lms import their_name, upstream_config
-    from bd3_ds.model.network import network_of
+    from bd3_ds.model.dit_config import dit_config
 
     run = export.run
-    network = network_of(run.model, run.objective.name)
+    network = dit_config(run.model, run.objective.name)
     assert run.model.mask_id is not None
     config = upstream_config(network, run.objective.name, block_size(run), run.data.length, run.model.mask_id)
     weights = {their_name(name): tensor for name, tensor in load_weights(export).items()}

@@ -21,7 +21,7 @@ from bd3_ds.interop.card import model_card
 from bd3_ds.interop.modeling_bd3_ds import BD3Config, BD3ForCausalLM, BD3ForMaskedLM
 from bd3_ds.interop.safetensors import read_tensors
 from bd3_ds.interop.tokenizer import write_auto_tokenizer
-from bd3_ds.model.network import network_of
+from bd3_ds.model.dit_config import dit_config
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import new_directory, read_json, share, write_text
 
@@ -68,7 +68,7 @@ def write_folder(export: Export, dst: Path, evaluations: list[dict[str, Any]]) -
 def config_of(export: Export) -> BD3Config:
     """The export's config.json."""
     run = export.run
-    network = dataclasses.asdict(network_of(run.model, run.objective.name))
+    network = dataclasses.asdict(dit_config(run.model, run.objective.name))
     del network["causal"]  # it follows from the objective
     special = {}
     if export.tokenizer is not None:
@@ -105,7 +105,7 @@ def read_run(src: Path) -> tuple[RunConfig, int]:
             f"{path} lacks run or step, the configuration of the training run; was it made by this program?"
         )
     run = from_values(content["run"], f"run in {path}")
-    network = dataclasses.asdict(network_of(run.model, run.objective.name))
+    network = dataclasses.asdict(dit_config(run.model, run.objective.name))
     for key, value in network.items():
         given = content.get(key, value)
         if given != (list(value) if isinstance(value, tuple) else value):

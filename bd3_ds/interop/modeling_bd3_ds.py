@@ -18,14 +18,14 @@ from transformers.modeling_outputs import CausalLMOutput, MaskedLMOutput
 
 from bd3_ds.interop.own_code import write_code
 from bd3_ds.model.dit import DiT
-from bd3_ds.model.network import Network
+from bd3_ds.model.dit_config import DiTConfig
 
 AR, SEDD = "ar", "sedd"
 FILE = "modeling_bd3_ds"  # this one, as auto_map names it
 
 
 class BD3Config(PretrainedConfig):
-    """All that decides the network (the fields of `Network`, by their names), and what the model was trained for.
+    """All that decides the network (the fields of `DiTConfig`, by their names), and what the model was trained for.
 
     objective: ar, mdlm, sedd or bd3. block_size: tokens denoised together. length: tokens of a training sequence.
     mask_token_id: [MASK], counted by vocab_size. run: the resolved configuration of the training run, step: the
@@ -61,7 +61,7 @@ class BD3Config(PretrainedConfig):
         self.vocab_size, self.mask_token_id = vocab_size, mask_token_id
         self.hidden_size, self.layers, self.heads = hidden_size, layers, heads
         self.mlp_ratio, self.cond_size = mlp_ratio, cond_size
-        for field in dataclasses.fields(Network):
+        for field in dataclasses.fields(DiTConfig):
             if field.default is not dataclasses.MISSING:
                 default = list(field.default) if isinstance(field.default, tuple) else field.default
                 setattr(self, field.name, more.pop(field.name, default))
@@ -75,10 +75,10 @@ class BD3Config(PretrainedConfig):
         super().__init__(**more)
 
     @property
-    def network(self) -> Network:
+    def network(self) -> DiTConfig:
         """The network's own description."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Network)}
-        return Network(**fields | {"biases": tuple(self.biases)})
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(DiTConfig)}
+        return DiTConfig(**fields | {"biases": tuple(self.biases)})
 
     @property
     def causal(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bd3_ds.model.dit import DiT
-from bd3_ds.model.network import network_of as network_of
+from bd3_ds.model.dit_config import dit_config as dit_config
 from bd3_ds.model.norm import Norm
 
 CHUNK = 2**20  # numbers drawn at a time: a start holds no second copy of a whole tensor

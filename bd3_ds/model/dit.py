@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from bd3_ds.model.attention.masks import AttentionMask, pass_mask
+from bd3_ds.model.dit_config import DiTConfig
 from bd3_ds.model.kv_cache import KVCache
 from bd3_ds.model.layers import Head, Layer, Read, TimeEmbedding
-from bd3_ds.model.network import Network
 from bd3_ds.model.rope import rotary_angles
 from bd3_ds.runtime.host_to_device import send
 
@@ -34,7 +34,7 @@ def as_denoiser(network: Callable[..., Any], block_size: int, documents: Tensor 
 class DiT(nn.Module):
     """See the module's docstring; shapes at each method. Returned logits are raw network output."""
 
-    def __init__(self, network: Network):
+    def __init__(self, network: DiTConfig):
         super().__init__()
         self.network = network
         cond_size = None if network.causal else network.cond_size
@@ -141,7 +141,7 @@ class DiT(nn.Module):
             rule = pass_mask(
                 noisy_count, clean_count, begin, past, block_size, noisy_queries_only, tokens.device, views
             )
-            return rule if documents is None else rule.within(documents)
+            return rule if documents is None else rule.restrict_to_documents(documents)
 
         mask = mask_of(noisy_queries_only=False)
         final = mask_of(noisy_queries_only=True) if noisy_count and clean_count else mask

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bd3_ds.config.schema import AR
-from bd3_ds.model.network import Network
+from bd3_ds.model.dit_config import DiTConfig
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ForwardFlops:
 
 
 def forward_flops_per_sequence(
-    network: Network,
+    network: DiTConfig,
     objective: str,
     length: int,
     block_size: int,
@@ -61,7 +61,7 @@ def forward_flops_per_sequence(
 
 
 def training_flops_per_sequence(
-    network: Network,
+    network: DiTConfig,
     objective: str,
     length: int,
     block_size: int,
@@ -75,7 +75,7 @@ def training_flops_per_sequence(
 
 
 def recomputed_flops_per_sequence(
-    network: Network, objective: str, length: int, block_size: int, views: int, recompute: str
+    network: DiTConfig, objective: str, length: int, block_size: int, views: int, recompute: str
 ) -> float:
     """What train.activation_checkpointing computes a second time: nothing, the MLPs, or all of the layers."""
     forward = forward_flops_per_sequence(network, objective, length, block_size, 0.0, views)

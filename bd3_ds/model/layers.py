@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from bd3_ds.model.attention.attention import attend
 from bd3_ds.model.attention.masks import AttentionMask
+from bd3_ds.model.dit_config import DiTConfig
 from bd3_ds.model.dropout import dropout
 from bd3_ds.model.kv_cache import KVCache
-from bd3_ds.model.network import Network
 from bd3_ds.model.norm import Norm
 from bd3_ds.model.rope import rotate
 
@@ -48,7 +48,7 @@ class TimeEmbedding(nn.Module):
 class Layer(nn.Module):
     """Attention and MLP with residuals; with `cond_size`, scaled, shifted and gated by the conditioning (adaLN)."""
 
-    def __init__(self, index: int, network: Network, cond_size: int | None):
+    def __init__(self, index: int, network: DiTConfig, cond_size: int | None):
         super().__init__()
         width, wide, biases = network.hidden_size, network.mlp_width, network.biases
         self.index = index
@@ -139,7 +139,7 @@ def _queries(x: Tensor, asked: Tensor | None, count: int) -> Tensor:
 class Head(nn.Module):
     """Final norm and the projection to the vocabulary, [N, D] or [B, T, D] -> [..., V]; its matrix has `rows` >= V."""
 
-    def __init__(self, network: Network, cond_size: int | None):
+    def __init__(self, network: DiTConfig, cond_size: int | None):
         super().__init__()
         width = network.hidden_size
         self.vocab_size = network.vocab_size

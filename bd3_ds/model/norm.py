@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bd3_ds.model.network import Network
+from bd3_ds.model.dit_config import DiTConfig
 
 
 class Norm(nn.Module):
     """LayerNorm or RMSNorm, then scaled by 1 + `scale` and shifted: both [1 or B, D], or None."""
 
-    def __init__(self, network: Network):
+    def __init__(self, network: DiTConfig):
         super().__init__()
         self.rms = network.norm == "rmsnorm"
         self.eps = network.norm_eps

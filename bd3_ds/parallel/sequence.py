@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bd3_ds.model.attention.attention import attend
-from bd3_ds.model.attention.masks import AttentionMask, Places
+from bd3_ds.model.attention.masks import AttentionMask, TokenLayout
 from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.host_to_device import send
 from bd3_ds.runtime.world import World
@@ -62,8 +62,8 @@ class SlicedMask(AttentionMask):
         self.part = length // part.count
 
 
-def _places(places: Places, part: Slice, length: int) -> Places:
-    return Places(*(part.of(values, length) for values in (places.view, places.position, places.block)))
+def _places(places: TokenLayout, part: Slice, length: int) -> TokenLayout:
+    return TokenLayout(*(part.of(values, length) for values in (places.view, places.position, places.block)))
 
 
 class _Exchange:

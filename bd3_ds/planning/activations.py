@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from bd3_ds.config.schema import AR, SEDD, RunConfig
 from bd3_ds.diffusion.chunked_head import CACHED_BYTES, CHUNK_BYTES
 from bd3_ds.diffusion.proposal import make_proposal
-from bd3_ds.model.network import Network
+from bd3_ds.model.dit_config import DiTConfig
 
 RECOMPUTE = ("none", "selective", "full")
 
@@ -26,7 +26,7 @@ class Pass:
     residual and compute: bytes of a number between layers and inside them. per_row: each row has its own conditioning.
     """
 
-    network: Network
+    network: DiTConfig
     rows: int
     noisy: int
     clean: int
@@ -48,7 +48,7 @@ class Pass:
         return self.noisy or self.clean
 
 
-def pass_of(run: RunConfig, network: Network, block_size: int, stage: int, cuda: bool) -> Pass:
+def pass_of(run: RunConfig, network: DiTConfig, block_size: int, stage: int, cuda: bool) -> Pass:
     """What a rank of `run` puts through the network at once; ranks that share a sequence have a part of it each."""
     name, length, ranks = run.objective.name, run.data.length, run.train.sequence_parallel
     views = run.objective.views

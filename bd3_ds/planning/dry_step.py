@@ -13,10 +13,10 @@ from bd3_ds.config.schema import AR, RunConfig, block_sizes
 from bd3_ds.diffusion.noise import choose_block_size, make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
-from bd3_ds.model.build import initialise, network_of
+from bd3_ds.model.build import dit_config, initialise
 from bd3_ds.model.dit import DiT, as_denoiser
+from bd3_ds.model.dit_config import DiTConfig
 from bd3_ds.model.flops import recomputed_flops_per_sequence, training_flops_per_sequence
-from bd3_ds.model.network import Network
 from bd3_ds.parallel.apply import prepare_layers
 from bd3_ds.planning.activations import backward_bytes, head_bytes, layers_bytes, pass_of, recomputed_bytes
 from bd3_ds.planning.memory import parameter_count
@@ -30,7 +30,7 @@ SHARE = 0.2  # of the peak rate that one sequence reaches, a cautious guess for 
 
 def try_dry_step(run: RunConfig, even_if_long: bool) -> None:
     """Take the dry step, having said what it costs, or say why it is not taken."""
-    network = network_of(run.model, run.objective.name)
+    network = dit_config(run.model, run.objective.name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     flops = sequence_flops(network, run)
     seconds = flops / (SHARE * peak_flops(device, run.train.precision))
@@ -48,7 +48,7 @@ def try_dry_step(run: RunConfig, even_if_long: bool) -> None:
     print(f"dry step: loss {loss:.4f} nats a token (a new model starts near ln V = {math.log(network.vocab_size):.2f})")
 
 
-def sequence_flops(network: Network, run: RunConfig) -> float:
+def sequence_flops(network: DiTConfig, run: RunConfig) -> float:
     """Forward and backward pass on one sequence at the first block size, with what is computed again."""
     name, length, views = run.objective.name, run.data.length, run.objective.views
     size, mode = choose_block_size(run.seed, 0, block_sizes(run, 0)), run.train.activation_checkpointing
@@ -57,7 +57,7 @@ def sequence_flops(network: Network, run: RunConfig) -> float:
     return once + recomputed_flops_per_sequence(network, name, length, size, views, mode)
 
 
-def needed_bytes(network: Network, run: RunConfig, device: torch.device) -> int:
+def needed_bytes(network: DiTConfig, run: RunConfig, device: torch.device) -> int:
     """Weights and gradients in fp32 and as much again, and what one sequence keeps for the backward pass."""
     one = dataclasses.replace(run, train=dataclasses.replace(run.train, micro_batch=1, sequence_parallel=1))
     size = choose_block_size(run.seed, 0, block_sizes(run, 0))

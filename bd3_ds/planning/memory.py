@@ -16,7 +16,7 @@ from bd3_ds.config.ds_json import offloads
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.model.build import CHUNK
 from bd3_ds.model.dit import DiT
-from bd3_ds.model.network import Network
+from bd3_ds.model.dit_config import DiTConfig
 from bd3_ds.planning import activations
 from bd3_ds.planning.communication import REUSE_DISTANCE
 
@@ -140,20 +140,20 @@ class Memory:
 
 
 @cache
-def parameter_count(network: Network) -> int:
+def parameter_count(network: DiTConfig) -> int:
     """Weights of a network, each once; it is not made."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in DiT(network).parameters())
 
 
 @cache
-def largest_parameter(network: Network) -> int:
+def largest_parameter(network: DiTConfig) -> int:
     """Numbers in the largest tensor of a network; it is not made."""
     with torch.device("meta"):
         return max(parameter.numel() for parameter in DiT(network).parameters())
 
 
-def starting_bytes(run: RunConfig, network: Network, zero: Zero, world_size: int, cuda: bool) -> int:
+def starting_bytes(run: RunConfig, network: DiTConfig, zero: Zero, world_size: int, cuda: bool) -> int:
     """Host memory of a rank while the run starts, beyond what it keeps (`materialise`; `benchmarks/start_memory.py`).
 
     Numbers drawn, the weights of `train.init_from` in fp32, and: at stage 3 on a GPU this rank's part of the weights,
@@ -170,7 +170,7 @@ def starting_bytes(run: RunConfig, network: Network, zero: Zero, world_size: int
 
 
 def memory_of(
-    run: RunConfig, network: Network, block_size: int, zero: Zero, world_size: int, recompute: str, cuda: bool
+    run: RunConfig, network: DiTConfig, block_size: int, zero: Zero, world_size: int, recompute: str, cuda: bool
 ) -> Memory:
     """A rank's memory for a run on `world_size` ranks with the given recomputation."""
     stage, ranks = zero.stage, world_size

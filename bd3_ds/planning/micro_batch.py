@@ -11,7 +11,7 @@ from bd3_ds.config.check import divisors
 from bd3_ds.config.schema import AUTO, RunConfig
 
 if TYPE_CHECKING:
-    from bd3_ds.model.network import Network
+    from bd3_ds.model.dit_config import DiTConfig
 
 
 def with_micro_batch(
@@ -26,11 +26,11 @@ def with_micro_batch(
         return run
     import torch  # late, here and below: a mistake in the recipe need not wait for it
 
-    from bd3_ds.model.build import network_of
+    from bd3_ds.model.build import dit_config
     from bd3_ds.runtime.gpus import GIB
 
     name, memory, cuda = _memory_of_rank(gpu, per_node)
-    network = network_of(run.model, run.objective.name)
+    network = dit_config(run.model, run.objective.name)
     largest = largest_micro_batch(run, network, ds_json, world_size, memory, cuda) or 1
     if torch.distributed.is_initialized():  # hosts need not be alike; what fits the least of them fits all
         found: list[int] = [0] * world_size
@@ -54,7 +54,7 @@ def _part(run: RunConfig, world_size: int) -> int:
 
 
 def largest_micro_batch(
-    run: RunConfig, network: Network, ds_json: dict[str, Any], world_size: int, memory: float, cuda: bool
+    run: RunConfig, network: DiTConfig, ds_json: dict[str, Any], world_size: int, memory: float, cuda: bool
 ) -> int | None:
     """The largest train.micro_batch for `run`, whatever it is set to now, on ranks of `memory` bytes each.
 
@@ -80,7 +80,7 @@ def set_micro_batch(run: RunConfig, size: int) -> RunConfig:
     return dataclasses.replace(run, train=dataclasses.replace(run.train, micro_batch=size))
 
 
-def _peak(run: RunConfig, network: Network, ds_json: dict[str, Any], world_size: int, size: int, cuda: bool) -> int:
+def _peak(run: RunConfig, network: DiTConfig, ds_json: dict[str, Any], world_size: int, size: int, cuda: bool) -> int:
     """The most bytes that a rank holds with this micro-batch."""
     from bd3_ds.planning.memory import zero_of
     from bd3_ds.planning.plan import worst_memory

@@ -13,7 +13,7 @@ from bd3_ds.config.check import accumulation_steps
 from bd3_ds.config.ds_json import DEFAULT, load_ds_json, zero_stage
 from bd3_ds.config.schema import AR, RunConfig, block_sizes
 from bd3_ds.diffusion.proposal import make_proposal
-from bd3_ds.model.dit import Network
+from bd3_ds.model.dit import DiTConfig
 from bd3_ds.model.flops import recomputed_flops_per_sequence, training_flops_per_sequence
 from bd3_ds.planning import communication
 from bd3_ds.planning.activations import RECOMPUTE, pass_of
@@ -64,7 +64,7 @@ def machine_of(gpu: str | None, precision: str, ranks_per_node: int) -> Machine:
 
 def make_plan(
     run: RunConfig,
-    network: Network,
+    network: DiTConfig,
     ds_json: dict[str, Any],
     world_size: int,
     nodes: int,
@@ -139,14 +139,14 @@ def _bound(run: RunConfig, compute: float, sending: float, world_size: int) -> d
     }
 
 
-def worst_memory(run: RunConfig, network: Network, zero: Zero, world_size: int, recompute: str, cuda: bool) -> Memory:
+def worst_memory(run: RunConfig, network: DiTConfig, zero: Zero, world_size: int, recompute: str, cuda: bool) -> Memory:
     """Of the block size that needs most, where it changes over the run."""
     sizes = {size for step in (0, *run.objective.block_schedule) for size in block_sizes(run, step)}
     found = [memory_of(run, network, size, zero, world_size, recompute, cuda) for size in sorted(sizes)]
     return max(found, key=lambda memory: memory.peak)
 
 
-def flops_per_token(network: Network, run: RunConfig) -> tuple[float, float]:
+def flops_per_token(network: DiTConfig, run: RunConfig) -> tuple[float, float]:
     """Training FLOPs of a clean token, and those computed again; means over the stages of a block size that changes."""
     masked = 1.0 if run.objective.name == AR else make_proposal(run.objective.schedule).mean_rate
     length, steps, name, views = run.data.length, run.train.total_steps, run.objective.name, run.objective.views
@@ -163,7 +163,7 @@ def flops_per_token(network: Network, run: RunConfig) -> tuple[float, float]:
 
 
 def _stages(
-    run: RunConfig, network: Network, ds_json: dict[str, Any], world_size: int, machine: Machine
+    run: RunConfig, network: DiTConfig, ds_json: dict[str, Any], world_size: int, machine: Machine
 ) -> list[dict[str, Any]]:
     """Every stage with every recomputation: the JSON's own as it stands, others as ds_configs/zero*.json have them."""
     rows = []
@@ -179,7 +179,7 @@ def _stages(
 
 def _traffic(
     run: RunConfig,
-    network: Network,
+    network: DiTConfig,
     parameters: int,
     zero: Zero,
     world_size: int,

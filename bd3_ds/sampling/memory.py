@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from bd3_ds.model.network import Network
+from bd3_ds.model.dit_config import DiTConfig
 from bd3_ds.runtime.errors import UserError
 
 KEPT = 24  # bytes of a token's id, order and probability, for as long as its text is not written out
@@ -16,7 +16,7 @@ SPARE = 0.9  # of what is free; the rest is for the network's own passes
 
 
 def memory_needed(
-    network: Network, num: int, length: int, batch: int, window: int, element_bytes: int, as_json: bool = False
+    network: DiTConfig, num: int, length: int, batch: int, window: int, element_bytes: int, as_json: bool = False
 ) -> int:
     """Bytes that `num` texts of `length` tokens take, drawn `batch` at a time in a window of `window` tokens.
 

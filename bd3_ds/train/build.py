@@ -21,7 +21,7 @@ from bd3_ds.data.loader import Loader, Share, of_all_ranks, require_same_packs
 from bd3_ds.data.mixture import samples_of_epoch
 from bd3_ds.data.pack import TOKENIZER_DIR, open_pack, read_manifest, read_token_counts
 from bd3_ds.data.remote import pack_directory
-from bd3_ds.model.build import Initial, network_of
+from bd3_ds.model.build import Initial, dit_config
 from bd3_ds.model.dit import DiT
 from bd3_ds.parallel.apply import prepare_layers, share_sequences
 from bd3_ds.runtime.errors import UserError
@@ -132,7 +132,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
     """Network, engine, data and log of a run, and its last checkpoint where there is one."""
     run_dir = Path(run.run_dir)
     with torch.device("meta"):  # the engine gives each tensor its memory, where it stays
-        model = DiT(network_of(run.model, run.objective.name))
+        model = DiT(dit_config(run.model, run.objective.name))
     values: Values = Initial(model, run.seed)
     said: list[str] = []
     checkpoint = newest_checkpoint(run_dir / CHECKPOINTS, world, said.append)

@@ -38,7 +38,7 @@ class Engine:
         self.world = world
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         config = complete_ds_json(ds_json, run, world.size)
-        spared = without_decay(model)  # at ZeRO-3 shapes cannot be seen later
+        no_decay = without_decay(model)  # at ZeRO-3 shapes cannot be seen later
         if values is not None:
             dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
             # With ZeRO++'s second copies DeepSpeed makes its groups itself, and divides what is whole.
@@ -49,7 +49,7 @@ class Engine:
             values = Given({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=_adamw(model, spared, run, offloads(ds_json)),
+            optimizer=_adamw(model, no_decay, run, offloads(ds_json)),
             config=config,
         )
         return_freed()  # the weights that DeepSpeed has laid side by side
@@ -162,12 +162,12 @@ class _Division:
             self._convert(param_list=[parameter])
 
 
-def _adamw(model: nn.Module, spared: set[str], run: RunConfig, offload: bool) -> torch.optim.Optimizer:
+def _adamw(model: nn.Module, no_decay: set[str], run: RunConfig, offload: bool) -> torch.optim.Optimizer:
     optim = run.optim
     named = list(model.named_parameters())
     groups = [
-        {"params": [p for name, p in named if name not in spared], "weight_decay": optim.weight_decay},
-        {"params": [p for name, p in named if name in spared], "weight_decay": 0.0},
+        {"params": [p for name, p in named if name not in no_decay], "weight_decay": optim.weight_decay},
+        {"params": [p for name, p in named if name in no_decay], "weight_decay": 0.0},
     ]
     common: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     if offload:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bd3_ds.config.schema import RunConfig
-from bd3_ds.model.dit import Network
+from bd3_ds.model.dit import DiTConfig
 from bd3_ds.model.flops import training_flops_per_sequence
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Meter:
     validation and logging count, and from which the end of the run follows.
     """
 
-    def __init__(self, network: Network, run: RunConfig, peak: float):
+    def __init__(self, network: DiTConfig, run: RunConfig, peak: float):
         """`peak` is the FLOP/s of all ranks together."""
         self._network = network
         self._run = run

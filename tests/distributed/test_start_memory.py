@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bd3_ds.model.build import network_of
+from bd3_ds.model.build import dit_config
 from bd3_ds.planning.memory import parameter_count
 from tests.helpers.launch import ROOT, environment, free_port
 from tests.helpers.tiny import tiny_run
@@ -54,6 +54,6 @@ def test_no_whole_copy_in_fp32(tmp_path, stage):
     assert done.returncode == 0, done.stdout + done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("live "))
     before, after = (int(word.strip("[],")) for word in line.split()[1:])
-    copy = 4 * parameter_count(network_of(run.model, run.objective.name))
+    copy = 4 * parameter_count(dit_config(run.model, run.objective.name))
     assert before < 0.1 * copy
     assert 4 * copy <= after < 4.3 * copy  # masters, two moments and the average, and small buffers

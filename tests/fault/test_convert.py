@@ -7,7 +7,7 @@ import pytest
 
 from bd3_ds.commands import convert as convert_command
 from bd3_ds.runtime.errors import run_command
-from tests.unit.test_hub_export import content, exports  # noqa: F401 (a fixture)
+from tests.unit.interop.test_hub_export import content, exports  # noqa: F401 (a fixture)
 
 
 @pytest.fixture

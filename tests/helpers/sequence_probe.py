@@ -23,7 +23,7 @@ from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, WeightConfig
 from bd3_ds.diffusion.noise import make_noise
 from bd3_ds.diffusion.objective import Loss, training_loss
 from bd3_ds.diffusion.proposal import make_proposal
-from bd3_ds.model.dit import DiT, Network, as_denoiser
+from bd3_ds.model.dit import DiT, DiTConfig, as_denoiser
 from bd3_ds.parallel.sequence import Sequence
 from bd3_ds.runtime.errors import leave
 from bd3_ds.runtime.world import World, join_world
@@ -69,7 +69,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
 def _pass(case: Case, sequence: Sequence | None) -> tuple[Loss, dict[str, Tensor]]:
     """The loss and its gradients; with `sequence`, this rank's part of them."""
     rng = torch.Generator().manual_seed(1)
-    network = Network(VOCABULARY, 16 * case.heads, 2, case.heads, 2, 8, causal=case.objective == AR)
+    network = DiTConfig(VOCABULARY, 16 * case.heads, 2, case.heads, 2, 8, causal=case.objective == AR)
     model = DiT(network)
     for parameter in model.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=rng) * 0.2)

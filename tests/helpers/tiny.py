@@ -18,7 +18,7 @@ from bd3_ds.config.load import load_recipe
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.data.pack import read_manifest
 from bd3_ds.data.tokenizer import Tokenizer, load_tokenizer
-from bd3_ds.model.build import network_of
+from bd3_ds.model.build import dit_config
 from bd3_ds.model.dit import DiT
 
 LENGTH = 16
@@ -93,7 +93,7 @@ def tiny_run(tmp_path: Path, *words: str, **overrides: Any) -> RunConfig:
 
 def tiny_export(run: RunConfig, step: int = 2, seed: int = 0, scale: float = 0.2) -> Path:
     """An export of `run` whose weights are all random, so that no part of the network is idle; in RUN_DIR/exports."""
-    network = DiT(network_of(run.model, run.objective.name))
+    network = DiT(dit_config(run.model, run.objective.name))
     generator = torch.Generator().manual_seed(seed + step)
     weights = {
         name: torch.randn(tensor.shape, generator=generator) * scale for name, tensor in network.named_parameters()

@@ -11,14 +11,14 @@ from bd3_ds.diffusion.noise import corrupt, make_noise, mask_draws, stratified_t
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.diffusion.weighting import WeightConfig
-from bd3_ds.model.dit import DiT, Network, as_denoiser
+from bd3_ds.model.dit import DiT, DiTConfig, as_denoiser
 from bd3_ds.model.flops import training_flops_per_sequence
 from benchmarks import costs, upstream
 from benchmarks.reference import Reference, dense_mask, negative_log_likelihood
 from tests.helpers.schedules import schedule_config
 
 VOCAB, LENGTH = 13, 16
-NET = Network(VOCAB, 16, 3, 2, 4, 8, False)
+NET = DiTConfig(VOCAB, 16, 3, 2, 4, 8, False)
 OUR_NAMES = {
     "time.0": "time.expand",
     "time.2": "time.mix",
@@ -70,7 +70,7 @@ def test_the_reference_takes_the_same_step(name: str, size: int) -> None:
 @pytest.mark.parametrize(("name", "size", "views"), [(BD3, 4, 1), (BD3, 4, 3), (BD3, 1, 1), (MDLM, 16, 1), (AR, 1, 1)])
 def test_the_floor_counts_what_the_meter_counts(name: str, size: int, views: int) -> None:
     """Two countings of one step: by products, and by the closed form; the head's tokens are whole ones."""
-    net = Network(VOCAB, 16, 3, 2, 4, 8, name == AR)
+    net = DiTConfig(VOCAB, 16, 3, 2, 4, 8, name == AR)
     counted = costs.products(net, name, LENGTH, size, 8, 0.5, views)
     expected = 8 * training_flops_per_sequence(net, name, LENGTH, size, 0.5, views)
     assert sum(3 * product.flops for product in counted) == pytest.approx(expected, rel=1e-9)

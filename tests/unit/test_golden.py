@@ -13,7 +13,7 @@ from bd3_ds.diffusion.score_entropy import ScoreNats
 from bd3_ds.diffusion.subs import subs_log_probs, subs_nll
 from bd3_ds.interop.bd3lms import our_name, rename_upstream, upstream_objective
 from bd3_ds.model.attention.masks import CLEAN, may_attend, places
-from bd3_ds.model.dit import DiT, Network, as_denoiser
+from bd3_ds.model.dit import DiT, DiTConfig, as_denoiser
 from bd3_ds.model.kv_cache import KVCache
 from bd3_ds.model.rope import rotary_angles, rotate
 from bd3_ds.sampling.denoiser import Cached, Recomputing
@@ -37,7 +37,7 @@ def golden(shared):
 
 
 def network(golden, causal, backend="dense"):
-    model = DiT(Network(101, 64, 2, 2, 4, 32, causal, attention=backend))
+    model = DiT(DiTConfig(101, 64, 2, 2, 4, 32, causal, attention=backend))
     model.load_state_dict(rename_upstream(golden("state_dict_causal" if causal else "state_dict_adaln")))
     return model
 

@@ -12,8 +12,8 @@ from bd3_ds.config.check import estimator_used
 from bd3_ds.config.schema import AR, EvalConfig, RunConfig, block_size
 from bd3_ds.data.pack import read_manifest
 from bd3_ds.evaluation.figures import duration
+from bd3_ds.model.dit_config import dit_config
 from bd3_ds.model.flops import forward_flops_per_sequence, training_flops_per_sequence
-from bd3_ds.model.network import network_of
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.run_dir import TRAIN_RECORDS
 
@@ -22,7 +22,7 @@ TAIL = 2**16  # bytes at the end of the training records that are looked at
 
 def set_flops(run: RunConfig, chunks: int, wanted: EvalConfig) -> float:
     """Operations that scoring so many sequences takes, with the variances where they are asked for."""
-    network, size = network_of(run.model, run.objective.name), block_size(run)
+    network, size = dit_config(run.model, run.objective.name), block_size(run)
     used = estimator_used(run, wanted.estimator, "eval.estimator", chunks * (run.data.length - 1))
     views = 2**size - 1 if used == "exact" and run.objective.name != AR else wanted.views
     once = forward_flops_per_sequence(network, run.objective.name, run.data.length, size, views=views)
@@ -37,7 +37,7 @@ def sample_flops(run: RunConfig, wanted: EvalConfig) -> float:
     """Operations that drawing the texts takes, one token an evaluation of its block."""
     size, length = block_size(run), wanted.sample_length or run.data.length
     once = forward_flops_per_sequence(
-        network_of(run.model, run.objective.name), AR, run.data.length, 1, masked_share=1.0
+        dit_config(run.model, run.objective.name), AR, run.data.length, 1, masked_share=1.0
     )
     per_token = (once.attention + once.mlp + once.head) / run.data.length
     return wanted.samples * length * size * per_token

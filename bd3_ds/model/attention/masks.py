@@ -6,7 +6,7 @@ A packed sequence holds noisy tokens (of one or more views) and clean tokens; ea
   - if it is clean, the clean tokens of its own block.
 With block size 1 and clean tokens alone this is a causal mask (AR); with one block and noisy tokens alone it hides
 nothing (MDLM, SEDD); noisy and clean together it is the block-diffusion mask of Arriola et al. 2025, figure 2.
-Where the text is packed from several documents, the rule may be narrowed to each document (`AttentionMask.within`).
+Where the text is packed from several documents, the rule may be narrowed to each (`restrict_to_documents`).
 Padding is then a document like any other, -1: text does not see it, and it sees itself, so that no softmax is empty.
 """
 
@@ -25,7 +25,7 @@ CLEAN = -1
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
+class TokenLayout:
     """Where each of T packed tokens stands: its view (CLEAN, or 0 … K-1), position in the text and block, each [T]."""
 
     view: Tensor
@@ -35,21 +35,21 @@ class Places:
     def __len__(self) -> int:
         return len(self.view)
 
-    def __add__(self, other: Places) -> Places:
-        return Places(
+    def __add__(self, other: TokenLayout) -> TokenLayout:
+        return TokenLayout(
             torch.cat([self.view, other.view]),
             torch.cat([self.position, other.position]),
             torch.cat([self.block, other.block]),
         )
 
 
-def places(view: int, start: int, count: int, block_size: int, device: torch.device) -> Places:
+def places(view: int, start: int, count: int, block_size: int, device: torch.device) -> TokenLayout:
     """`count` tokens of one view (or CLEAN) from text position `start` on."""
     position = torch.arange(start, start + count, device=device)
-    return Places(torch.full_like(position, view), position, position // block_size)
+    return TokenLayout(torch.full_like(position, view), position, position // block_size)
 
 
-def may_attend(queries: Places, keys: Places) -> Tensor:
+def may_attend(queries: TokenLayout, keys: TokenLayout) -> Tensor:
     """The rule above as a boolean matrix [Q, K]: True where the query sees the key."""
     q_view, k_view = queries.view[:, None], keys.view[None, :]
     q_block, k_block = queries.block[:, None], keys.block[None, :]
@@ -65,14 +65,16 @@ class AttentionMask:
     `layout` says the same as the places do, cut into rectangles; None where that cannot be done.
     """
 
-    def __init__(self, queries: Places, keys: Places, documents: Tensor | None = None, layout: Layout | None = None):
+    def __init__(
+        self, queries: TokenLayout, keys: TokenLayout, documents: Tensor | None = None, layout: Layout | None = None
+    ):
         self.queries = queries
         self.keys = keys
         self.documents = documents
         self.layout = layout
         self._whole = self  # the rule without documents
 
-    def within(self, documents: Tensor) -> AttentionMask:
+    def restrict_to_documents(self, documents: Tensor) -> AttentionMask:
         """The same rule for B rows of documents [B, L]: a token sees none but its own document."""
         narrowed = AttentionMask(self.queries, self.keys, documents, self.layout)
         narrowed._whole = self._whole

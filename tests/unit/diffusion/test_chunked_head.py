@@ -19,7 +19,7 @@ from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.diffusion.score_entropy import ScoreNats
 from bd3_ds.diffusion.subs import SubsNats
-from bd3_ds.model.dit import DiT, Network, as_denoiser
+from bd3_ds.model.dit import DiT, DiTConfig, as_denoiser
 from tests.helpers.memory import LargestTensor
 from tests.helpers.schedules import schedule_config
 
@@ -142,7 +142,7 @@ def part(noise: Noise, view: int) -> Noise:
 @pytest.mark.parametrize(("name", "size"), [(BD3, 1), (BD3, 4), (BD3, 16), (MDLM, 16)])
 def test_views_of_a_text_are_losses_of_their_own(name: str, size: int, backend: str, by_frequency: bool) -> None:
     """K views beside one clean pass have the mean loss and gradient of K passes, and each its own blocks' nats."""
-    model = DiT(Network(VOCAB, 16, 3, 2, 2, 8, False, attention=backend))
+    model = DiT(DiTConfig(VOCAB, 16, 3, 2, 2, 8, False, attention=backend))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():

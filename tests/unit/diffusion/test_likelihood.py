@@ -15,7 +15,7 @@ from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
 from bd3_ds.evaluation.denoisers import causal, conditioned
 from bd3_ds.model.build import initialise
-from bd3_ds.model.dit import DiT, Network, as_denoiser
+from bd3_ds.model.dit import DiT, DiTConfig, as_denoiser
 from bd3_ds.model.kv_cache import KVCache
 from tests.helpers.schedules import schedule_config
 
@@ -25,7 +25,7 @@ VOCAB, MASK = 11, 10
 @pytest.fixture(scope="module")
 def model():
     """A network with random weights everywhere, so that nothing cancels."""
-    net = DiT(Network(VOCAB, 16, 2, 2, 2, 8, False, attention="dense")).double().eval()
+    net = DiT(DiTConfig(VOCAB, 16, 2, 2, 2, 8, False, attention="dense")).double().eval()
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -148,7 +148,7 @@ def test_one_block_is_mdlm(model, text):
 
 @torch.no_grad()
 def test_autoregressive_is_the_chain_rule(text):
-    net = DiT(Network(VOCAB, 16, 2, 2, 2, 8, True, attention="sdpa")).eval()
+    net = DiT(DiTConfig(VOCAB, 16, 2, 2, 2, 8, True, attention="sdpa")).eval()
     initialise(net, 0)
     torch.nn.init.normal_(net.head.linear.weight)
     bound = likelihood.autoregressive(causal(net), text, MASK)
@@ -194,7 +194,7 @@ def by_order(model, x0, part, size):
 @pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_pays_the_mean_over_all_orders(model, text, backend, size, part):
-    net = DiT(Network(VOCAB, 16, 2, 2, 2, 8, False, attention=backend)).double().eval()
+    net = DiT(DiTConfig(VOCAB, 16, 2, 2, 2, 8, False, attention=backend)).double().eval()
     net.load_state_dict(model.state_dict())
     x0, scored = part_of(text, part)
     bound = likelihood.exact(conditioned(net, size), x0, size, MASK, at_once=5, scored=scored)
@@ -249,7 +249,7 @@ def test_scoring_all_places_is_scoring_none_in_particular(model, text):
 
 def score_network(seed=0):
     """A SEDD network with random weights, as `score_entropy_bound` wants it."""
-    net = DiT(Network(VOCAB, 16, 2, 2, 2, 8, False, attention="dense")).eval()
+    net = DiT(DiTConfig(VOCAB, 16, 2, 2, 2, 8, False, attention="dense")).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -277,7 +277,7 @@ def test_sedd_scores_parts(text):
 
 @torch.no_grad()
 def test_autoregressive_scores_parts(text):
-    net = DiT(Network(VOCAB, 16, 2, 2, 2, 8, True, attention="sdpa")).eval()
+    net = DiT(DiTConfig(VOCAB, 16, 2, 2, 2, 8, True, attention="sdpa")).eval()
     initialise(net, 0)
     torch.nn.init.normal_(net.head.linear.weight)
     whole = likelihood.autoregressive(causal(net), text, MASK).nelbo

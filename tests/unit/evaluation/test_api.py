@@ -17,7 +17,7 @@ from bd3_ds.config.schema import AR, BD3, MDLM, OBJECTIVES, SEDD
 from bd3_ds.data.tokenizer import number_tokenizer
 from bd3_ds.diffusion.subs import subs_nll
 from bd3_ds.evaluation import api
-from bd3_ds.model.build import network_of
+from bd3_ds.model.build import dit_config
 from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.errors import UserError
 from tests.helpers.tiny import tiny_export, tiny_run
@@ -48,7 +48,7 @@ def place(tmp_path_factory):
         }
         run = load_defaults(values, "the test")
         generator = torch.Generator().manual_seed(0)
-        shapes = DiT(network_of(run.model, objective)).state_dict()
+        shapes = DiT(dit_config(run.model, objective)).state_dict()
         weights = {name: torch.randn(tensor.shape, generator=generator) * 0.3 for name, tensor in shapes.items()}
         write_export(root / case, weights, run, None if case == "mute" else root / "tokenizer", step=7)
     return root

@@ -18,10 +18,10 @@ from bd3_ds.data.streaming_import import import_streaming
 from bd3_ds.data.tokenizer import number_tokenizer
 from bd3_ds.evaluation import api
 from bd3_ds.evaluation.api import LanguageModel, load
+from bd3_ds.evaluation.harness import continuations
+from bd3_ds.evaluation.harness import lm_eval as harness
 from bd3_ds.evaluation.harness.continuations import Continuations
 from bd3_ds.evaluation.harness.greedy import is_greedy
-from bd3_ds.evaluation.harness.lm_eval import continuations
-from bd3_ds.evaluation.harness.lm_eval import lm_eval as harness
 from bd3_ds.evaluation.text_windows import TextWindows
 from bd3_ds.runtime.errors import UserError, run_command
 from tests.helpers.tiny import LENGTH, tiny_export, tiny_run, tiny_text

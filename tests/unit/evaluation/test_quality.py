@@ -26,7 +26,7 @@ from bd3_ds.evaluation.text import quality
 from bd3_ds.evaluation.text.gen_ppl import Scores, Windows, fit_windows, open_judge, score_rows, text_features
 from bd3_ds.evaluation.text.quality import Quality, mauve_score, sampling_figures
 from bd3_ds.evaluation.text.statistics import distinct, entropy, lengths, mean_and_stderr, ratio_and_stderr
-from bd3_ds.model.build import network_of
+from bd3_ds.model.build import dit_config
 from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.errors import UserError, run_command
 from bd3_ds.runtime.samples import read_samples
@@ -76,7 +76,7 @@ def root(tmp_path_factory):
             "model.cond_size": 8,
         }
         run = load_defaults(values, "the test")
-        shapes = DiT(network_of(run.model, objective)).state_dict()
+        shapes = DiT(dit_config(run.model, objective)).state_dict()
         weights = {key: torch.randn(tensor.shape) * 0.3 for key, tensor in shapes.items()}
         write_export(root / name, weights, run, None if name == "mute" else root / "tokenizer", step=7)
     return root

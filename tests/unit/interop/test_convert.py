@@ -13,7 +13,7 @@ import bd3_ds
 from bd3_ds.commands import convert as convert_command
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD
 from bd3_ds.data.tokenizer import number_tokenizer
-from bd3_ds.model.dit import DiT, Network
+from bd3_ds.model.dit import DiT, DiTConfig
 from bd3_ds.runtime.errors import UserError
 from tests.helpers.hub_stand_in import hub_stand_in
 from tests.helpers.tiny import tiny_export, tiny_run
@@ -66,7 +66,7 @@ def source(tmp_path):
 
     def make(objective, prefix="backbone.", name="src", **changes):
         torch.manual_seed(0)
-        model = DiT(Network(13, 16, 2, 2, 4, 8, objective == AR)).eval()
+        model = DiT(DiTConfig(13, 16, 2, 2, 4, 8, objective == AR)).eval()
         weights = {}
         for key, parameter in model.named_parameters():
             torch.nn.init.normal_(parameter, 0, 0.3)
@@ -319,7 +319,7 @@ def lightning(tmp_path):
 
     def make(causal=False, **more):
         torch.manual_seed(0)
-        model = DiT(Network(13, 16, 2, 2, 4, 8, causal)).eval()
+        model = DiT(DiTConfig(13, 16, 2, 2, 4, 8, causal)).eval()
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, 0, 0.3)
         names = [name for name, _ in model.named_parameters()]

@@ -22,7 +22,7 @@ from bd3_ds.train.start import find_start
 from tests.helpers.hub_reader import LOGITS, TOKENIZER, reader
 from tests.helpers.hub_stand_in import Hub, hub_stand_in
 from tests.helpers.tiny import tiny_export, tiny_run, tiny_text
-from tests.unit.test_starting_weights import causal_model
+from tests.unit.interop.test_starting_weights import causal_model
 
 ROOT = Path(__file__).resolve().parents[3]
 KINDS = {

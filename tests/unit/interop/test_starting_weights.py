@@ -12,14 +12,14 @@ from bd3_ds.checkpoint.export import fit_weights
 from bd3_ds.commands import convert as convert_command
 from bd3_ds.config.load import override
 from bd3_ds.data.streaming_import import import_streaming
-from bd3_ds.model.build import initialise, network_of
+from bd3_ds.model.build import dit_config, initialise
 from bd3_ds.model.dit import DiT
 from bd3_ds.model.kv_cache import KVCache
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.train.preflight import preflight
 from bd3_ds.train.start import find_start, starting_weights
 from tests.helpers.tiny import tiny_export, tiny_run
-from tests.unit.test_convert import config_of, their_name, upstream_folder
+from tests.unit.interop.test_convert import config_of, their_name, upstream_folder
 
 GPT2 = (
     "model.biases=[norm,qkv,out,mlp] model.positions=learned model.max_positions=20 model.tie_embeddings=true "
@@ -51,7 +51,7 @@ def causal_model(kind, **changes):
 def started(run):
     """The run's network with the weights that it starts from."""
     assert find_start(run).problems(run) == []
-    model = DiT(network_of(run.model, run.objective.name))
+    model = DiT(dit_config(run.model, run.objective.name))
     initialise(model, 1)
     weights, said = starting_weights(find_start(run), model)
     fit_weights(model, weights, "test")
@@ -199,7 +199,7 @@ def lightning_file(path, network, average):
 @pytest.mark.parametrize("average", [True, False])
 def test_lightning_files(tmp_path, average):
     run = tiny_run(tmp_path, f"train.init_from={tmp_path / 'last.ckpt'}")
-    source = DiT(network_of(run.model, "bd3"))
+    source = DiT(dit_config(run.model, "bd3"))
     torch.manual_seed(0)
     for parameter in source.parameters():
         torch.nn.init.normal_(parameter)
@@ -253,7 +253,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
 
 def test_upstream_folders_and_exports(tmp_path):
     run = tiny_run(tmp_path)
-    source = DiT(network_of(run.model, "bd3"))
+    source = DiT(dit_config(run.model, "bd3"))
     torch.manual_seed(0)
     for parameter in source.parameters():
         torch.nn.init.normal_(parameter)

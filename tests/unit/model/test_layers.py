@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from bd3_ds.config.load import override
-from bd3_ds.model.build import initialise, network_of, without_decay
-from bd3_ds.model.dit import DiT, Network
+from bd3_ds.model.build import dit_config, initialise, without_decay
+from bd3_ds.model.dit import DiT, DiTConfig
 from bd3_ds.model.flops import training_flops_per_sequence
 from bd3_ds.parallel.apply import prepare_layers
 from tests.helpers.tiny import tiny_run
 
-PAPER = Network(33, 32, 2, 4, 4, 16, False, dropout=0.1)
+PAPER = DiTConfig(33, 32, 2, 4, 4, 16, False, dropout=0.1)
 LLAMA = dataclasses.replace(
     PAPER, norm="rmsnorm", biases=(), mlp="swiglu", mlp_size=48, kv_heads=2, tie_embeddings=True, dropout=0.1
 )
@@ -143,6 +143,6 @@ def test_shapes_that_cannot_be(tmp_path):
     ):
         with pytest.raises(UserError, match=sentence.replace("[", r"\[")):
             check_run(override(run, words, ("model.",)), 1)
-    assert network_of(run.model, "bd3") == dataclasses.replace(
-        Network(run.model.vocab_size, 32, 2, 2, 4, 16, False), biases=("mlp", "head")
+    assert dit_config(run.model, "bd3") == dataclasses.replace(
+        DiTConfig(run.model.vocab_size, 32, 2, 2, 4, 16, False), biases=("mlp", "head")
     )

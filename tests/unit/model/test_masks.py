@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bd3_ds.config.schema import AR, BD3, MDLM
 from bd3_ds.model.attention.masks import CLEAN, AttentionMask, pass_mask, places
-from bd3_ds.model.dit import DiT, Network
+from bd3_ds.model.dit import DiT, DiTConfig
 from bd3_ds.model.flops import training_flops_per_sequence
 from bd3_ds.model.kv_cache import KVCache
 from tests.helpers.attention import assert_backends_agree
@@ -126,7 +126,7 @@ def test_backends_are_dense(noisy: int, clean: int, past: int, size: int, views:
 
 def network(attention: str, causal: bool = False) -> DiT:
     """Random weights everywhere, the same for each backend."""
-    model = DiT(Network(VOCAB, 16, 3, 2, 2, 8, causal, attention=attention)).eval()
+    model = DiT(DiTConfig(VOCAB, 16, 3, 2, 2, 8, causal, attention=attention)).eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -217,7 +217,7 @@ def test_nothing_leaks(backend: str, size: int) -> None:
 )
 def test_operations_are_counted_by_pairs(objective: str, size: int) -> None:
     """Projections by tokens, attention by pairs; the last layer's clean tokens give keys and values alone."""
-    net = Network(VOCAB, 12, 3, 2, 4, 8, objective == AR)
+    net = DiTConfig(VOCAB, 12, 3, 2, 4, 8, objective == AR)
     noisy = [] if objective == AR else tokens(0, 0, LENGTH, size)
     clean = tokens(None, 0, LENGTH, size) if objective == AR or size < LENGTH else []
     width, total = net.hidden_size, 0.0

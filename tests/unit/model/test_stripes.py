@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bd3_ds.model.attention.attention import stripe_attention, stripes
+from bd3_ds.model.attention import stripe_attention, stripes
 from bd3_ds.model.attention.masks import AttentionMask, pass_mask
 from bd3_ds.model.attention.stripe_attention import attend_in_stripes
 from tests.helpers.documents import numbers
@@ -87,7 +87,7 @@ def test_stripes_are_softmax_under_the_mask(
         patch.setattr(stripe_attention, "SCORE_BYTES", score_bytes)
         mask = given_pass.mask()
         if starts is not None:
-            mask = mask.within(numbers(starts, 99))
+            mask = mask.restrict_to_documents(numbers(starts, 99))
         assert mask.layout is not None
         q, k, v, above = inputs(mask, 2, torch.float64, seed)
         output, d_q, d_k, d_v = in_stripes(mask, q, k, v, above)
@@ -119,7 +119,7 @@ def test_memory_grows_with_the_length(size: int, with_documents: bool, monkeypat
         with LargestTensor() as seen:
             mask = Pass(size, length // size, length // size, 0, 0, False, 2).mask()
             if with_documents:
-                mask = mask.within(numbers([[0, length // 2]], length))
+                mask = mask.restrict_to_documents(numbers([[0, length // 2]], length))
             in_stripes(mask, *inputs(mask, 1, torch.float32))
         assert seen.numel < len(mask.queries) * len(mask.keys) / 4
         return seen.numel

@@ -14,7 +14,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bd3_ds.model.attention.attention import attend, attention
+from bd3_ds.model.attention import attention
+from bd3_ds.model.attention.attention import attend
 from bd3_ds.model.attention.masks import AttentionMask, pass_mask
 from bd3_ds.model.attention.tiles import TILE
 
@@ -82,7 +83,7 @@ def test_tables_are_those_of_the_dense_mask(given_pass: tuple[int, int, int, int
     mask = pass_mask(noisy, clean, past, past, size, noisy_only, CPU, views)
     assert_tables(mask)
     for seed in range(3):
-        assert_tables(mask.within(documents_of(2, past + max(noisy, clean), seed)), exact=False)
+        assert_tables(mask.restrict_to_documents(documents_of(2, past + max(noisy, clean), seed)), exact=False)
 
 
 @given(
@@ -116,7 +117,7 @@ def test_tables_are_torchs_own() -> None:
 def test_one_document_hides_nothing_more() -> None:
     """A text of one document has the tables of the rule alone, in each row."""
     mask = pass_mask(384, 384, 0, 0, 16, False, CPU, 1)
-    narrowed = mask.within(torch.zeros(2, 384, dtype=torch.long))
+    narrowed = mask.restrict_to_documents(torch.zeros(2, 384, dtype=torch.long))
     for one, other in zip(tables(narrowed.flex), tables(mask.flex), strict=True):  # type: ignore[arg-type]
         assert torch.equal(one, other.expand_as(one))
 
@@ -149,7 +150,7 @@ def test_a_long_mask_is_never_dense(packed: bool) -> None:
     length = 16_384
     mask = pass_mask(length, length, 0, 0, 16, False, CPU, 1)
     if packed:
-        mask = mask.within(documents_of(2, length, 0))
+        mask = mask.restrict_to_documents(documents_of(2, length, 0))
     largest = Largest()
     with largest:
         assert isinstance(mask.flex, BlockMask)
@@ -163,7 +164,7 @@ def test_tables_of_documents_need_no_value_from_the_device() -> None:
     some, every = mask.tiles.some, mask.tiles.every
     meta = pass_mask(256, 256, 0, 0, 16, False, torch.device("meta"), 1)
     meta.__dict__["tiles"] = type(mask.tiles)(some.to("meta"), every.to("meta"))  # of the rule: made once a run
-    narrowed = meta.within(documents_of(2, 256, 0).to("meta"))
+    narrowed = meta.restrict_to_documents(documents_of(2, 256, 0).to("meta"))
     assert narrowed.tiles.ordered()[0].device.type == "meta"
 
 
@@ -171,7 +172,7 @@ def test_tables_of_documents_need_no_value_from_the_device() -> None:
 def test_attention_by_the_tables_is_dense_attention(given_pass: tuple[int, int, int, int, bool, int]) -> None:
     noisy, clean, past, size, noisy_only, views = given_pass
     mask = pass_mask(noisy, clean, past, past, size, noisy_only, CPU, views)
-    for each in (mask, mask.within(documents_of(2, past + max(noisy, clean), 1))):
+    for each in (mask, mask.restrict_to_documents(documents_of(2, past + max(noisy, clean), 1))):
         generator = torch.Generator().manual_seed(0)
         q, k, v = (torch.randn(2, 2, len(x), 8, generator=generator) for x in (each.queries, each.keys, each.keys))
         torch.testing.assert_close(

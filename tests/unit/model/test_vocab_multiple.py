@@ -20,8 +20,8 @@ from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.diffusion.score_entropy import ScoreNats
 from bd3_ds.evaluation.network import load_model
 from bd3_ds.evaluation.perplexity import bound_of
-from bd3_ds.model.build import initialise, network_of
-from bd3_ds.model.dit import DiT, Network, as_denoiser
+from bd3_ds.model.build import dit_config, initialise
+from bd3_ds.model.dit import DiT, DiTConfig, as_denoiser
 from bd3_ds.model.flops import training_flops_per_sequence
 from bd3_ds.planning.memory import parameter_count
 from bd3_ds.runtime.errors import UserError
@@ -37,7 +37,9 @@ OBJECTIVES = [(AR, 1), (MDLM, LENGTH), (SEDD, LENGTH), (BD3, 1), (BD3, 4)]
 
 def networks(objective: str, multiple: int = 8) -> tuple[DiT, DiT]:
     """One network with and one without further rows, which hold huge numbers."""
-    plain, wide = (DiT(Network(VOCAB, 16, 2, 2, 2, 8, objective == AR, vocab_multiple=m)).eval() for m in (1, multiple))
+    plain, wide = (
+        DiT(DiTConfig(VOCAB, 16, 2, 2, 2, 8, objective == AR, vocab_multiple=m)).eval() for m in (1, multiple)
+    )
     generator = torch.Generator().manual_seed(0)
     given = dict(wide.named_parameters())
     with torch.no_grad():
@@ -56,7 +58,7 @@ def texts() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("vocab", "multiple", "rows"), [(13, 1, 13), (13, 8, 16), (16, 8, 16), (50258, 64, 50304)])
 def test_rows(vocab: int, multiple: int, rows: int) -> None:
-    network = Network(vocab, 2, 1, 1, 1, 2, False, vocab_multiple=multiple)
+    network = DiTConfig(vocab, 2, 1, 1, 1, 2, False, vocab_multiple=multiple)
     assert network.vocab_rows == rows
     model = DiT(network)
     assert model.embed.weight.shape == model.head.linear.weight.shape == (rows, 2)
@@ -122,7 +124,7 @@ def test_bounds_of_an_export(tmp_path: Path, objective: str, size: int) -> None:
     export = find_export(str(tiny_export(run)))
     wide = load_model(export, CPU)
     assert wide.network.vocab_rows == 128 and wide.network.vocab_size == 81
-    narrow = DiT(network_of(tiny_run(tmp_path, objective__name=objective, **more).model, objective)).eval()
+    narrow = DiT(dit_config(tiny_run(tmp_path, objective__name=objective, **more).model, objective)).eval()
     weights = {
         name: tensor[:81] if len(tensor) == 128 and ("embed" in name or "head.linear" in name) else tensor
         for name, tensor in wide.state_dict().items()
@@ -158,12 +160,12 @@ def test_a_fresh_network_is_the_same(tmp_path: Path) -> None:
 
 
 def test_costs_follow(tmp_path: Path) -> None:
-    plain, wide = (Network(VOCAB, 16, 2, 2, 2, 8, False, vocab_multiple=m) for m in (1, 8))
+    plain, wide = (DiTConfig(VOCAB, 16, 2, 2, 2, 8, False, vocab_multiple=m) for m in (1, 8))
     costs = [training_flops_per_sequence(network, BD3, LENGTH, 4, 0.5) for network in (plain, wide)]
     assert costs[1] - costs[0] == pytest.approx(3 * 0.5 * (LENGTH - 1) * 2 * 16 * (16 - VOCAB))
     run = preflight(tiny_run(tmp_path), 1)
     wider = preflight(tiny_run(tmp_path, model__vocab_multiple=64), 1)
-    counts = [parameter_count(network_of(r.model, BD3)) for r in (run, wider)]
+    counts = [parameter_count(dit_config(r.model, BD3)) for r in (run, wider)]
     assert counts[1] - counts[0] == (128 - 81) * (32 + 32 + 1)
 
 

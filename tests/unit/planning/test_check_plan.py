@@ -14,7 +14,7 @@ from bd3_ds.commands import check as check_command
 from bd3_ds.config.ds_json import load_ds_json
 from bd3_ds.config.load import load_recipe
 from bd3_ds.data.pack import read_manifest
-from bd3_ds.model.build import network_of
+from bd3_ds.model.build import dit_config
 from bd3_ds.planning import dry_step
 from bd3_ds.planning.disk import disk_of, free_at
 from bd3_ds.planning.memory import memory_of, parameter_count, zero_of
@@ -26,7 +26,7 @@ from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.gpus import GIB
 from tests.helpers.launch import ROOT
 from tests.helpers.tiny import tiny_export, tiny_run
-from tests.unit.test_plan import LENGTH, wide_run
+from tests.unit.planning.test_plan import LENGTH, wide_run
 
 
 def test_check_plans_for_a_gpu_that_is_not_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +84,7 @@ def test_every_recipe_is_planned_without_data(
     vocabulary = 1025 if "docs" in recipe.stem else 30522 if "lm1b" in recipe.stem else 50258
     rows = {1025: 1025, 30522: 30528, 50258: 50304}[vocabulary]
     run = load_recipe(str(recipe), [f"model.vocab_size={vocabulary}", "model.mask_id=1"])
-    network = network_of(run.model, run.objective.name)
+    network = dit_config(run.model, run.objective.name)
     assert network.vocab_rows == rows and made["parameters"] == parameter_count(network)
 
 
@@ -128,7 +128,7 @@ def test_what_would_fit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_the_largest_micro_batch(tmp_path: Path) -> None:
     """Of those that divide 48 sequences on 2 ranks, whatever the recipe has; none where nothing fits or divides."""
     run = wide_run(tmp_path, train__global_batch=48, train__micro_batch=5, train__precision="bf16")
-    network, machine = network_of(run.model, "bd3"), machine_of("h100-80g", "bf16", 8)
+    network, machine = dit_config(run.model, "bd3"), machine_of("h100-80g", "bf16", 8)
     assert micro_batches(run, 2) == [1, 2, 3, 4, 6, 8, 12, 24] and micro_batches(run, 5) == []
     assert largest_micro_batch(run, network, {}, 2, machine.memory, True) == 24
     grid = dataclasses.replace(run.objective.clip_search, method="grid", sequences=14)
@@ -172,7 +172,7 @@ def test_disk_of_a_real_run(tmp_path: Path) -> None:
     """The bytes of a number in an export, as they are written."""
     run = tiny_run(tmp_path)
     export = tiny_export(run)
-    count = parameter_count(network_of(run.model, run.objective.name))
+    count = parameter_count(dit_config(run.model, run.objective.name))
     written = (export / "model.safetensors").stat().st_size
     assert disk_of(run, count).export <= written < disk_of(run, count).export + 8192
     assert free_at(run.run_dir) - free_at(str(tmp_path / "new" / "run")) >= 0
@@ -202,7 +202,7 @@ def test_a_long_dry_step_is_announced_or_left_out(
 def test_a_dry_step_of_16_thousand_tokens_is_long(tmp_path: Path) -> None:
     """17 TFLOP or so of forward, recomputed and backward pass: minutes on CPU cores, which are not spent unasked."""
     run = load_recipe(str(ROOT / "configs/recipes/long_16k.yaml"), ["model.vocab_size=50258", "model.mask_id=50257"])
-    network = network_of(run.model, "bd3")
+    network = dit_config(run.model, "bd3")
     per_token = sum(flops_per_token(network, run))
     assert dry_step.sequence_flops(network, run) == pytest.approx(per_token * 16_384) and per_token * 16_384 > 5e13
     kept = dry_step.needed_bytes(network, run, torch.device("cpu")) - 16 * parameter_count(network)
@@ -266,7 +266,7 @@ def test_axes_of_the_schedule_begin_at_zero(tmp_path: Path, words: str, top: flo
 def test_other_stages_are_planned_as_their_files_have_them(tmp_path: Path) -> None:
     """What `--deepspeed_config ds_configs/zero3.json` would say of stage 3, the plan for stage 2 says as well."""
     run = wide_run(tmp_path, train__precision="bf16", train__global_batch=4 * 8)
-    network, machine = network_of(run.model, "bd3"), machine_of("h100-80g", "bf16", 8)
+    network, machine = dit_config(run.model, "bd3"), machine_of("h100-80g", "bf16", 8)
     two, three = (load_ds_json(ROOT / f"ds_configs/zero{stage}.json") for stage in (2, 3))
     rows = {row["recompute"]: row["peak"] for row in make_plan(run, network, two, 8, 1, machine, 0.4)["stages"][9:]}
     assert rows["none"] == make_plan(run, network, three, 8, 1, machine, 0.4)["memory"]["peak"]
@@ -275,7 +275,7 @@ def test_other_stages_are_planned_as_their_files_have_them(tmp_path: Path) -> No
 def test_the_longest_bounds_a_step(tmp_path: Path) -> None:
     """Between computing, sending and reading; with slow links the days are those of sending."""
     run = wide_run(tmp_path, train__precision="bf16", train__global_batch=64)
-    network, machine = network_of(run.model, "bd3"), machine_of("h100-80g", "bf16", 8)
+    network, machine = dit_config(run.model, "bd3"), machine_of("h100-80g", "bf16", 8)
     slow = dataclasses.replace(machine, peak=1e9)
     assert make_plan(run, network, {}, 16, 2, slow, 0.5)["bound"]["name"] == "compute"
     found = make_plan(run, network, {}, 16, 2, machine, 0.5)

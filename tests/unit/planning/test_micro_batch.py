@@ -13,7 +13,7 @@ from bd3_ds.config.ds_json import DEFAULT, load_ds_json
 from bd3_ds.config.load import from_values, load_recipe, load_resolved, to_yaml
 from bd3_ds.config.schema import AUTO, RunConfig
 from bd3_ds.launch.plan import Host, make_plan
-from bd3_ds.model.build import network_of
+from bd3_ds.model.build import dit_config
 from bd3_ds.planning.memory import zero_of
 from bd3_ds.planning.micro_batch import with_micro_batch
 from bd3_ds.planning.plan import USABLE, worst_memory
@@ -42,7 +42,7 @@ def test_the_largest_that_divides_and_fits(ranks: int, gpu: str, capsys: pytest.
 
     def peak(size: int) -> int:
         tried = dataclasses.replace(run, train=dataclasses.replace(run.train, micro_batch=size))
-        return worst_memory(tried, network_of(run.model, "bd3"), zero_of(ds_json), ranks, "none", True).peak
+        return worst_memory(tried, dit_config(run.model, "bd3"), zero_of(ds_json), ranks, "none", True).peak
 
     size, part = found.train.micro_batch, 512 // ranks
     assert part % size == 0 and peak(size) <= memory and (size == part or peak(2 * size) > memory)

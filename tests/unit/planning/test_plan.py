@@ -13,8 +13,8 @@ import torch
 from bd3_ds.config.ds_json import load_ds_json
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.diffusion.subs import SubsNats
-from bd3_ds.model.build import network_of
-from bd3_ds.model.dit import DiT, Network, as_denoiser
+from bd3_ds.model.build import dit_config
+from bd3_ds.model.dit import DiT, DiTConfig, as_denoiser
 from bd3_ds.model.flops import recomputed_flops_per_sequence, training_flops_per_sequence
 from bd3_ds.parallel.apply import prepare_layers
 from bd3_ds.planning import activations
@@ -50,7 +50,7 @@ def wide_run(tmp_path: Path, **overrides: Any) -> RunConfig:
 def kept_by_autograd(run: RunConfig, stage: int, scored: int) -> int:
     """Bytes of the storages that a forward pass with its loss saves; weights left out, casts of weights not."""
     torch.manual_seed(0)
-    model = DiT(network_of(run.model, run.objective.name))
+    model = DiT(dit_config(run.model, run.objective.name))
     if run.train.precision == "bf16" and stage > 0:
         model = model.bfloat16()
     prepare_layers(model, run.train)
@@ -89,7 +89,7 @@ def kept_by_autograd(run: RunConfig, stage: int, scored: int) -> int:
 )
 def test_activations_are_what_autograd_keeps(tmp_path: Path, stage: int, changes: dict[str, Any]) -> None:
     run = wide_run(tmp_path, **changes)
-    network = network_of(run.model, run.objective.name)
+    network = dit_config(run.model, run.objective.name)
     given = activations.pass_of(run, network, run.objective.block_size or LENGTH, stage, cuda=False)
     given = dataclasses.replace(given, scored=100)
     recompute = run.train.activation_checkpointing
@@ -100,7 +100,7 @@ def test_activations_are_what_autograd_keeps(tmp_path: Path, stage: int, changes
 
 def test_recomputing_keeps_less_and_says_what_it_takes_again(tmp_path: Path) -> None:
     run = wide_run(tmp_path)
-    given = activations.pass_of(run, network_of(run.model, "bd3"), 16, 1, cuda=False)
+    given = activations.pass_of(run, dit_config(run.model, "bd3"), 16, 1, cuda=False)
     none, selective, full = (activations.layers_bytes(given, mode) for mode in activations.RECOMPUTE)
     inside = 2 * 4 * WIDTH * 4  # up and GELU of a token in fp32
     assert none - selective == 4 * inside * (2 * 128 + 64)  # rows; two layers of 2L tokens, one of L
@@ -114,7 +114,7 @@ def test_recomputing_keeps_less_and_says_what_it_takes_again(tmp_path: Path) -> 
 def test_ranks_that_share_a_sequence_have_a_part_of_it(tmp_path: Path) -> None:
     alone, shared = wide_run(tmp_path), wide_run(tmp_path)
     shared = dataclasses.replace(shared, train=dataclasses.replace(shared.train, sequence_parallel=4))
-    network = network_of(alone.model, "bd3")
+    network = dit_config(alone.model, "bd3")
     one, part = (activations.pass_of(run, network, 16, 1, True) for run in (alone, shared))
     assert part.tokens * 4 == one.tokens
     assert activations.layers_bytes(part, "none") * 4 == activations.layers_bytes(one, "none")
@@ -122,7 +122,7 @@ def test_ranks_that_share_a_sequence_have_a_part_of_it(tmp_path: Path) -> None:
 
 def test_weights_are_counted_once() -> None:
     """Of the paper's small model, with GPT-2's vocabulary and [MASK]."""
-    network = Network(50258, 768, 12, 12, 4, 128, causal=False)
+    network = DiTConfig(50258, 768, 12, 12, 4, 128, causal=False)
     layer = 12 * 768**2 + 4 * 768 + 768 + 2 * 768 + (128 + 1) * 6 * 768  # matrices, biases of the MLP, norms, adaLN
     time, head = (256 + 1) * 128 + (128 + 1) * 128, 768 + (128 + 1) * 2 * 768 + 50258 * 768 + 50258
     assert parameter_count(network) == 12 * layer + time + head + 50258 * 768
@@ -132,7 +132,7 @@ def test_weights_are_counted_once() -> None:
 
 def test_what_each_stage_shards(tmp_path: Path) -> None:
     run = wide_run(tmp_path, train__precision="bf16", train__global_batch=4 * 8)
-    network = network_of(run.model, "bd3")
+    network = dit_config(run.model, "bd3")
     count = parameter_count(network)
     none, one, two, three = (
         memory_of(run, network, 16, zero_of({"zero_optimization": {"stage": stage}}), 8, "none", True)
@@ -150,7 +150,7 @@ def test_what_each_stage_shards(tmp_path: Path) -> None:
 def test_offload_moves_the_optimizer_to_the_host(tmp_path: Path) -> None:
     run, offload = wide_run(tmp_path, train__global_batch=32), {"device": "cpu"}
     zero = zero_of({"zero_optimization": {"stage": 3, "offload_optimizer": offload, "offload_param": offload}})
-    network = network_of(run.model, "bd3")
+    network = dit_config(run.model, "bd3")
     found = memory_of(run, network, 16, zero, 8, "none", True)
     part = -(-parameter_count(network) // 8)
     assert (found.optimizer, found.ema, found.weights, found.host) == (0, 0, 0, (12 + 4 + 4) * part)
@@ -158,7 +158,7 @@ def test_offload_moves_the_optimizer_to_the_host(tmp_path: Path) -> None:
 
 def test_a_start_draws_part_by_part_and_divides_tensor_by_tensor(tmp_path: Path) -> None:
     run = wide_run(tmp_path, train__precision="bf16", train__global_batch=32)
-    network, drawn = network_of(run.model, "bd3"), 4 * 2**20
+    network, drawn = dit_config(run.model, "bd3"), 4 * 2**20
     count = parameter_count(network)
     found = {
         (stage, cuda): starting_bytes(run, network, zero_of({"zero_optimization": {"stage": stage}}), 8, cuda)
@@ -189,7 +189,7 @@ def test_settings_of_the_json_count() -> None:
 
 def test_zeropp_holds_weights_once_more_in_a_node_and_sends_fewer_bytes(tmp_path: Path) -> None:
     run = wide_run(tmp_path, train__precision="bf16", train__global_batch=4 * 16)
-    network = network_of(run.model, "bd3")
+    network = dit_config(run.model, "bd3")
     plain, plus = (zero_of(load_ds_json(ROOT / f"ds_configs/{name}.json")) for name in ("zero3", "zeropp"))
     assert (plain.variant, plus.variant) == ("3", "3 ZeRO++")
     assert zero_of({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}).variant == "3 hpZ"
@@ -210,7 +210,7 @@ def test_what_is_gathered_again_follows_the_json() -> None:
 
 
 def test_recomputed_flops(tmp_path: Path) -> None:
-    network = Network(100, 32, 3, 4, 4, 16, False)
+    network = DiTConfig(100, 32, 3, 4, 4, 16, False)
     again = {
         mode: recomputed_flops_per_sequence(network, "bd3", 64, 16, 1, mode) for mode in ("none", "selective", "full")
     }
@@ -224,7 +224,7 @@ def test_a_plan_in_numbers(tmp_path: Path) -> None:
     """8 ranks, 2 of them to a sequence, micro-batch 4: 4 groups, so 64 sequences take 4 micro-batches each."""
     run = wide_run(tmp_path, train__global_batch=64, train__precision="bf16")
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, sequence_parallel=2))
-    network, machine = network_of(run.model, "bd3"), machine_of("H100-80G", "bf16", 8)
+    network, machine = dit_config(run.model, "bd3"), machine_of("H100-80G", "bf16", 8)
     made = make_plan(run, network, {"zero_optimization": {"stage": 1}}, 8, 2, machine, 0.5)
     assert made["batch"]["groups"] == 4 and made["batch"]["accumulation"] == 4
     assert made["speed"]["tokens_per_s"] == pytest.approx(8 * 989e12 * 0.5 / made["flops"]["per_token"])
@@ -297,7 +297,7 @@ def test_overlap_needed() -> None:
 def test_boards_without_nvlink_send_by_pcie(tmp_path: Path) -> None:
     """The same bytes take as many times longer as the link is slower; between nodes a network is no faster than it."""
     run = wide_run(tmp_path, train__precision="bf16", train__global_batch=64)
-    network = network_of(run.model, "bd3")
+    network = dit_config(run.model, "bd3")
     for nodes, slower in ((1, 450 / 25), (2, 50 / 25)):
         seconds = [
             make_plan(run, network, {}, 16, nodes, machine_of(gpu, "bf16", 16 // nodes), 0.4)["communication"][

@@ -21,7 +21,7 @@ from bd3_ds.runtime.samples import read_samples
 from bd3_ds.sampling import memory
 from bd3_ds.sampling.sampler import ENDED, UniformDraws
 from tests.conftest import ROOT
-from tests.unit.test_api import place  # noqa: F401 (a fixture)
+from tests.unit.evaluation.test_api import place  # noqa: F401 (a fixture)
 
 INTERRUPTED = ENDED.index("interrupted")
 

@@ -8,7 +8,7 @@ import torch
 
 from bd3_ds.diffusion.score_entropy import sigma_of
 from bd3_ds.diffusion.subs import subs_log_probs
-from bd3_ds.model.dit import DiT, Network
+from bd3_ds.model.dit import DiT, DiTConfig
 from bd3_ds.sampling.denoiser import Recomputing
 from bd3_ds.sampling.draw import draw as token_draw
 from bd3_ds.sampling.draw import draw_tokens, token_weights
@@ -23,7 +23,7 @@ TEXTS = torch.tensor(list(itertools.product(range(MASK), repeat=LENGTH - 1)))  #
 
 def network(causal=False, vocab=VOCAB, kind=DiT, seed=3, scales=(3.0, 0.4, 0.3)):
     """Random weights everywhere, of these scales in embedding, layers and head: neither uniform nor certain."""
-    model = kind(Network(vocab, 16, 2, 2, 2, 8, causal)).eval()
+    model = kind(DiTConfig(vocab, 16, 2, 2, 2, 8, causal)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bd3_ds.model.dit import DiT, Network
+from bd3_ds.model.dit import DiT, DiTConfig
 from bd3_ds.sampling import denoiser as denoiser_module
 from bd3_ds.sampling.denoiser import LOGITS_AT_ONCE, Cached, Causal, logits_at_once
 from bd3_ds.sampling.options import Options
@@ -34,7 +34,7 @@ def blank() -> Samples:
 def test_orders_that_look_at_no_prediction_never_wait(causal: bool, how: dict[str, Any]) -> None:
     """A whole block behind clean tokens, one row of which has fewer masks than the others."""
     size = 1 if causal else SIZE
-    model = DiT(Network(VOCAB, 16, 2, 2, 2, 8, causal)).eval().to(META)
+    model = DiT(DiTConfig(VOCAB, 16, 2, 2, 2, 8, causal)).eval().to(META)
     options = Options(**how)
     masked = torch.ones(ROWS, size, dtype=torch.bool)
     masked[0, 1:] = False

@@ -77,7 +77,7 @@ def one_at_random(_state, masked, _left):
 
 
 def each_by_chance(chance_of):
-    """Places fall independently, with chance_of(state, place, left)."""
+    """TokenLayout fall independently, with chance_of(state, place, left)."""
 
     def choose(state, masked, left):
         for flags in itertools.product([0, 1], repeat=len(masked)):

@@ -15,8 +15,8 @@ from bd3_ds.config.schema import AR, BD3, SEDD
 from bd3_ds.diffusion.subs import SubsNats, subs_nll
 from bd3_ds.evaluation.denoisers import causal, conditioned
 from bd3_ds.model.attention.attention import attend
-from bd3_ds.model.attention.masks import CLEAN, AttentionMask, Places, pass_mask, places
-from bd3_ds.model.dit import DiT, Network
+from bd3_ds.model.attention.masks import CLEAN, AttentionMask, TokenLayout, pass_mask, places
+from bd3_ds.model.dit import DiT, DiTConfig
 from bd3_ds.model.kv_cache import KVCache
 from tests.helpers.attention import assert_backends_agree
 from tests.helpers.documents import ANYWHERE, CASES, each_alone, numbers
@@ -28,7 +28,7 @@ VOCAB, MASK = 13, 12
 
 def network(causal: bool = False, attention: str = "dense") -> DiT:
     """Random weights everywhere, so that nothing cancels."""
-    model = DiT(Network(VOCAB, 16, 3, 2, 2, 8, causal, attention=attention)).eval()
+    model = DiT(DiTConfig(VOCAB, 16, 3, 2, 2, 8, causal, attention=attention)).eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -48,7 +48,7 @@ def test_a_document_is_the_starts_up_to_it(starts: list[list[int]]) -> None:
     assert numbers(starts, 10).tolist() == expected
 
 
-def by_definition(queries: Places, keys: Places, documents: list[int]) -> Tensor:
+def by_definition(queries: TokenLayout, keys: TokenLayout, documents: list[int]) -> Tensor:
     """The block rule in the three cases of Arriola et al. 2025 (figure 2), and the same document."""
 
     def sees(q: tuple[int, int, int], k: tuple[int, int, int]) -> bool:
@@ -59,7 +59,7 @@ def by_definition(queries: Places, keys: Places, documents: list[int]) -> Tensor
             return q_view == k_view and q_block == k_block
         return k_block < q_block or (q_view == CLEAN and k_block == q_block)
 
-    def listed(tokens: Places) -> list[tuple[int, int, int]]:
+    def listed(tokens: TokenLayout) -> list[tuple[int, int, int]]:
         columns = (tokens.view.tolist(), tokens.position.tolist(), tokens.block.tolist())
         return list(zip(*columns, strict=True))
 
@@ -93,7 +93,7 @@ def test_masks_of_a_pass(
         return
     documents = numbers(starts, 32)
     rule = pass_mask(noisy * size, clean * size, past * size, past * size, size, noisy_only, CPU)
-    mask = rule.within(documents)
+    mask = rule.restrict_to_documents(documents)
     expected = torch.stack([by_definition(mask.queries, mask.keys, row.tolist()) for row in documents])
     assert torch.equal(mask.dense, expected[:, None])
     assert not mask.is_full and not mask.is_causal

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bd3_ds.model.build import Initial, initialise
-from bd3_ds.model.dit import DiT, Network
+from bd3_ds.model.dit import DiT, DiTConfig
 
-PAPER = Network(33, 32, 2, 4, 4, 16, False)
+PAPER = DiTConfig(33, 32, 2, 4, 4, 16, False)
 LLAMA = dataclasses.replace(
     PAPER, norm="rmsnorm", biases=(), mlp="swiglu", mlp_size=48, kv_heads=2, tie_embeddings=True
 )
@@ -36,7 +36,7 @@ def digest(model: DiT) -> str:
 
 
 @pytest.mark.parametrize(("network", "golden"), GOLDEN)
-def test_weights_are_those_of_former_builds(network: Network, golden: str) -> None:
+def test_weights_are_those_of_former_builds(network: DiTConfig, golden: str) -> None:
     model = DiT(network)
     initialise(model, 7)
     assert digest(model) == golden

@@ -13,7 +13,7 @@ from bd3_ds.checkpoint.export import find_export
 from bd3_ds.config.schema import AR, BD3
 from bd3_ds.data.loader import MicroBatch
 from bd3_ds.evaluation.network import load_model
-from bd3_ds.model.build import network_of
+from bd3_ds.model.build import dit_config
 from bd3_ds.model.flops import training_flops_per_sequence
 from bd3_ds.runtime.peak_flops import LARGEST, PRODUCTS, measured_rate, peak_flops
 from bd3_ds.runtime.world import World
@@ -79,7 +79,7 @@ def test_two_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of 2 s inside 16 s of the wall, the rest of which went to saves; then one of 2 s in 4 s."""
     run = tiny_run(tmp_path)
     clock = Clock(monkeypatch)
-    measured = Meter(network_of(run.model, BD3), run, peak=1e9)
+    measured = Meter(dit_config(run.model, BD3), run, peak=1e9)
     for _ in range(2):
         measured.add(result())
     clock.now += 16.0

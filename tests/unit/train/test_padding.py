@@ -22,7 +22,7 @@ from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
 from bd3_ds.evaluation.denoisers import causal, conditioned
 from bd3_ds.model.attention.masks import pass_mask
-from bd3_ds.model.dit import DiT, Network, as_denoiser
+from bd3_ds.model.dit import DiT, DiTConfig, as_denoiser
 from tests.helpers.attention import assert_backends_agree
 from tests.helpers.schedules import schedule_config
 
@@ -43,7 +43,7 @@ GAPS = torch.tensor(
 
 def network(objective: str, backend: str = "dense") -> DiT:
     """Random weights everywhere, so that nothing cancels."""
-    model = DiT(Network(VOCAB, 16, 2, 2, 2, 8, objective == AR, attention=backend)).eval()
+    model = DiT(DiTConfig(VOCAB, 16, 2, 2, 2, 8, objective == AR, attention=backend)).eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():

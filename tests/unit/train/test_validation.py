@@ -21,7 +21,7 @@ from bd3_ds.train.step import Stepper
 from bd3_ds.train.validation import Validation, validation_set
 from tests.helpers.engine import OneProcess
 from tests.helpers.tiny import LENGTH, tiny_export, tiny_pack, tiny_run
-from tests.unit.test_padded_runs import padded_pack
+from tests.unit.train.test_padded_runs import padded_pack
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ from bd3_ds.diffusion.noise import Noise, make_noise, mask_draws, stratified_tim
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.diffusion.weighting import WeightConfig
-from bd3_ds.model.dit import DiT, Network, as_denoiser
+from bd3_ds.model.dit import DiT, DiTConfig, as_denoiser
 from bd3_ds.parallel.sequence import Sequence, Slice
 from tests.helpers.schedules import schedule_config
 
@@ -48,7 +48,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("attention", ["sdpa", "stripes"])
 @pytest.mark.parametrize(("name", "size"), [(AR, 1), (BD3, 4), (MDLM, LENGTH), (SEDD, LENGTH)])
 def test_forward_and_backward_never_wait(name: str, size: int, attention: str) -> None:
-    model = DiT(Network(VOCAB, 16, 2, 2, 2, 8, name == AR, dropout=0.1, attention=attention))
+    model = DiT(DiTConfig(VOCAB, 16, 2, 2, 2, 8, name == AR, dropout=0.1, attention=attention))
     x0, slots = torch.randint(0, VOCAB - 1, (2, LENGTH)), np.arange(2)
     u, draws = stratified_times(1, 0, slots, 2, LENGTH // size), mask_draws(1, 0, slots, LENGTH)
     noise = make_noise(u, draws, make_proposal(schedule_config()), WeightConfig("elbo", 0.0))
@@ -73,7 +73,7 @@ META = torch.device("meta")  # a device without values: to read one, or a shape 
 @pytest.mark.parametrize(("name", "size"), [(AR, 1), (BD3, 4), (MDLM, LENGTH), (SEDD, LENGTH)])
 def test_a_micro_batch_needs_no_value_from_the_device(name: str, size: int, packed: bool) -> None:
     """All of it, what the objective does around the network too, from batch and noise on the host to gradients."""
-    model = DiT(Network(VOCAB, 16, 2, 2, 2, 8, name == AR, attention="sdpa")).to(META)
+    model = DiT(DiTConfig(VOCAB, 16, 2, 2, 2, 8, name == AR, attention="sdpa")).to(META)
     documents = documents_of_two() if packed else None
     denoiser = as_denoiser(model, size, None if documents is None else documents.to(META))
     loss = training_loss(name, denoiser, *batch_of(name, size), VOCAB - 1, META, documents)

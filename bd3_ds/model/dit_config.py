@@ -1,4 +1,4 @@
-"""What decides a network's parameters and their use, in numbers and names; no torch here, so that checks are quick."""
+"""DiTConfig: the architecture of a network in numbers and names; no torch here, so that checks are quick."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bd3_ds.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
-class Network:
+class DiTConfig:
     """All that decides the network's parameters and their use; `causal` is AR: no conditioning, block size 1.
 
     Embedding and output matrix have `vocab_rows` rows, vocab_size rounded up to a multiple of vocab_multiple: GPUs
@@ -59,11 +59,11 @@ class Network:
         return self.kv_heads or self.heads
 
 
-def network_of(model: ModelConfig, objective: str) -> Network:
+def dit_config(model: ModelConfig, objective: str) -> DiTConfig:
     """The network that a complete model section (vocabulary known) and an objective ask for."""
     if model.vocab_size is None:
         raise UserError("model.vocab_size is not set; it comes from the data's tokenizer or from the export")
-    return Network(
+    return DiTConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
         layers=model.layers,
