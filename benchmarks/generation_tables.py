@@ -26,9 +26,9 @@ from bd3_ds.evaluation.options import open_device
 from bd3_ds.evaluation.text.gen_ppl import open_judge
 from bd3_ds.evaluation.text.quality import Quality, read_texts, sampling_figures
 from bd3_ds.evaluation.text.statistics import lengths
-from bd3_ds.report.tables import markdown_table
 from bd3_ds.runtime.errors import UserError, run_command
 from bd3_ds.runtime.samples import BY_TEXT, BY_TOKEN, read_samples
+from bd3_ds.runtime.tables import markdown_table
 from benchmarks.measure import finish, parser, say
 
 ORDER = (AR, SEDD, MDLM, BD3)

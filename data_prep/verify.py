@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bd3_ds.runtime.cli import Parser
 from bd3_ds.runtime.errors import UserError, run_command
+from bd3_ds.runtime.tables import console_table
 from data_prep.packing import BOS_EOS
 
 SAMPLES, SAMPLE_CHARACTERS, FREQUENT = 2, 400, 10
@@ -86,9 +87,11 @@ def verify(directory: Path) -> None:
     print(f"{manifest.tokens} tokens, {manifest.dropped_tokens} of them dropped; {padding} places of padding")
     print(f"vocabulary {manifest.tokenizer.vocab_size}, of which {int((counts > 0).sum())} occur")
     total = counts.sum()
-    for token in np.argsort(-counts, kind="stable")[:FREQUENT]:
-        shown = tokenizer.decode([int(token)]) or "(special)"
-        print(f"  {token:6d} {shown!r:14} {100 * counts[token] / total:5.2f} %")
+    frequent = [
+        (token, repr(tokenizer.decode([int(token)]) or "(special)"), f"{100 * counts[token] / total:.2f} %")
+        for token in np.argsort(-counts, kind="stable")[:FREQUENT]
+    ]
+    print(console_table(("token", "text", "share"), frequent, left=(1,)))
     for i in np.linspace(0, len(pack) - 1, min(SAMPLES, len(pack))).astype(int):
         print(f"--- chunk {i}\n{tokenizer.decode(pack.tokens(int(i)))[:SAMPLE_CHARACTERS]}")
     print(f"ok, pack hash {manifest.pack_hash}, of its tokens alone {manifest.content_hash}")

@@ -19,6 +19,7 @@ from bd3_ds.runtime.cli import Parser, at_least_one
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import require_writable, write_text
 from bd3_ds.runtime.gpus import GPUS, PER_NODE, find_gpu
+from bd3_ds.runtime.tables import labelled, wrapped
 
 T = TypeVar("T")
 
@@ -178,14 +179,14 @@ def _collect(problems: list[str], do: Callable[[], T]) -> T | None:
 def _show(found: Findings, ds_json: dict[str, Any], asked: Asked, arguments: argparse.Namespace) -> None:
     """Print the plan, write what was asked for, take the dry step."""
     from bd3_ds.planning.facts import masking, run_rows, warnings
-    from bd3_ds.planning.table import lay_out, plan_rows, verdict, wrapped
+    from bd3_ds.planning.table import plan_rows, verdict
 
     made, run = _plan(found, ds_json, asked)
     schedule, doubts = masking(run)
     said = [*warnings(found, made, run, asked.here), *doubts, *unreached(run)]
     for line in wrapped(verdict(made), further="  "):
         print(line)
-    print(f"\n{lay_out([*run_rows(run, made, found, asked.assumed), *plan_rows(made), *schedule])}")
+    print(f"\n{labelled([*run_rows(run, made, found, asked.assumed), *plan_rows(made), *schedule])}")
     for line in (line for text in said for line in wrapped(f"warning: {text}", further="  ")):
         print(line)
     if arguments.resolved:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable
 from typing import Any
 
 from bd3_ds.planning import communication
 from bd3_ds.planning.activations import RECOMPUTE
 from bd3_ds.runtime.gpus import GIB
+from bd3_ds.runtime.tables import console_table
 
-WIDTH, LABEL = 100, 16
 MIB = 2**20
 Rows = list[tuple[str, str]]
 
@@ -55,21 +53,6 @@ def plan_rows(plan: dict[str, Any]) -> Rows:
         ("data", _data(plan)),
         *_disk(plan["disk"]),
     ]
-
-
-def lay_out(rows: Iterable[tuple[str, str]]) -> str:
-    """Labels in a column, texts beside them, wrapped at WIDTH; a text of several lines keeps them."""
-    lines = []
-    for label, text in rows:
-        parts = text.split("\n") if "\n" in text else wrapped(text, WIDTH - LABEL - 2)
-        for place, part in enumerate(parts):
-            lines.append(f"  {(label if place == 0 else '').ljust(LABEL)}{part}".rstrip())
-    return "\n".join(lines)
-
-
-def wrapped(text: str, width: int = WIDTH, further: str = "") -> list[str]:
-    """Lines of at most `width` columns; those after the first begin with `further`. Paths and words stay whole."""
-    return textwrap.wrap(text, width, subsequent_indent=further, break_on_hyphens=False, break_long_words=False)
 
 
 def number(value: float) -> str:
@@ -144,15 +127,15 @@ def _stages(plan: dict[str, Any]) -> Rows:
     """The most at once at each stage and recomputation, as a small table, and what would make the run fit."""
     heads = {"none": "nothing", "selective": "MLPs (selective)", "full": "layers (full)"}
     unit, each = unit_of(plan["memory"])
-    lines = ["stage" + "".join(f"{heads[mode]:>19}" for mode in RECOMPUTE) + "    computed again"]
+    rows = []
     for stage in range(4):
         cells = {row["recompute"]: row for row in plan["stages"] if row["stage"] == stage}
         marked = (number(cells[mode]["peak"] / each) + ("" if cells[mode]["fits"] else " !") for mode in RECOMPUTE)
-        own = "    <- this run" if stage == plan["zero"]["stage"] else ""
-        lines.append(f"{stage:>5}" + "".join(f"{cell:>19}" for cell in marked) + own)
+        rows.append([stage, *marked, "<- this run" if stage == plan["zero"]["stage"] else ""])
+    text = console_table(["stage", *(heads[mode] for mode in RECOMPUTE), "computed again"], rows, left=(0, 4))
     if any(not row["fits"] for row in plan["stages"]):
-        lines.append("! more than a rank has")
-    return [(f"{unit} by stage", "\n".join(lines)), *([] if plan["memory"]["fits"] else [("to fit", _remedies(plan))])]
+        text += "\n! more than a rank has"
+    return [(f"{unit} by stage", text), *([] if plan["memory"]["fits"] else [("to fit", _remedies(plan))])]
 
 
 def _remedies(plan: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bd3_ds.report.collect import RunRecords, differences, is_bound
+from bd3_ds.runtime.tables import markdown_table
 
 Row = Sequence[Any]
 
@@ -60,22 +61,6 @@ def csv_text(columns: Row, rows: Sequence[Row]) -> str:
     writer.writerow(columns)
     writer.writerows(rows)
     return out.getvalue()
-
-
-def markdown_table(columns: Row, rows: Sequence[Row]) -> str:
-    """A Markdown table whose columns are aligned in the source as well; numbers to the right."""
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (columns, *rows)]
-    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(columns))]
-    numeric = [bool(rows) and all(_is_number(row[column]) for row in cells[1:]) for column in range(len(columns))]
-    rule = ["-" * (width - 1) + ":" if right else "-" * width for width, right in zip(widths, numeric, strict=True)]
-    lines = []
-    for row in (cells[0], rule, *cells[1:]):
-        padded = (
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        )
-        lines.append("| " + " | ".join(padded) + " |")
-    return "\n".join(lines)
 
 
 def runs_table(runs: list[RunRecords]) -> str:
@@ -149,7 +134,3 @@ def _shortened(words: list[str]) -> str:
 def _objective(run: RunRecords) -> str:
     size = f", L' = {run.block_size}" if run.block_size else ""
     return f"{run.objective or 'unknown'}{size}"
-
-
-def _is_number(cell: str) -> bool:
-    return cell.replace(",", "").replace(" ± ", "").replace(".", "").replace("no bound", "0").isdigit()

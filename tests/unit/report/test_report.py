@@ -13,7 +13,6 @@ from bd3_ds.commands import report as report_command
 from bd3_ds.report import curves
 from bd3_ds.report.collect import collect
 from bd3_ds.report.curves import smooth
-from bd3_ds.report.tables import markdown_table
 from bd3_ds.runtime import records
 from bd3_ds.runtime.errors import run_command
 
@@ -135,12 +134,6 @@ def test_smoothing():
     np.testing.assert_allclose(smooth(values, 10)[:4], 1.0)
     np.testing.assert_array_equal(smooth(values[:2], 1), values[:2])
     assert 1 < smooth(values, 10)[-1] < 2
-
-
-def test_markdown_table_is_aligned():
-    table = markdown_table(("name", "n"), [("a|b", "1,000"), ("c", "7.5")])
-    assert table.splitlines()[1:3] == ["| ---- | ----: |", "| a\\|b | 1,000 |"]
-    assert len({len(line) for line in table.splitlines()}) == 1
 
 
 def cell(table, run, column):
