@@ -124,7 +124,7 @@ def test_one_document_hides_nothing_more() -> None:
 
 def test_documents_far_apart_are_passed_over() -> None:
     """Three documents of a tile each: behind the block's own tile, a query's tile has the clean one of its document."""
-    mask = pass_mask(0, 384, 0, 0, 4, False, CPU, 1).within(torch.arange(3).repeat_interleave(128)[None])
+    mask = pass_mask(0, 384, 0, 0, 4, False, CPU, 1).restrict_to_documents(torch.arange(3).repeat_interleave(128)[None])
     partly, full = tables(mask.flex)  # type: ignore[arg-type]
     assert torch.equal((partly | full)[0], torch.eye(3, dtype=torch.bool))
 

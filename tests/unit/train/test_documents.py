@@ -77,7 +77,7 @@ def test_views_beside_a_clean_text(starts: list[list[int]], size: int, blocks: i
     for view in range(views):
         packed = packed + places(view, start, count, size, CPU)
     documents = numbers(starts, 32)
-    dense = AttentionMask(packed, packed).within(documents).dense
+    dense = AttentionMask(packed, packed).restrict_to_documents(documents).dense
     expected = torch.stack([by_definition(packed, packed, row.tolist()) for row in documents])
     assert torch.equal(dense, expected[:, None])
     assert dense.diagonal(dim1=-2, dim2=-1).all()  # no softmax over nothing
@@ -106,12 +106,12 @@ PASSES = [(16, 16, 0, 4), (16, 16, 0, 1), (4, 0, 12, 4), (0, 16, 0, 1), (16, 0, 
 @pytest.mark.parametrize(("noisy", "clean", "past", "size"), PASSES)
 def test_backends_are_dense(noisy: int, clean: int, past: int, size: int) -> None:
     """Outputs and gradients of sdpa, and of `auto` on a CPU, where the rule alone may be full or causal."""
-    assert_backends_agree(pass_mask(noisy, clean, past, past, size, False, CPU).within(numbers(ANYWHERE)), batch=3)
+    assert_backends_agree(pass_mask(noisy, clean, past, past, size, False, CPU).restrict_to_documents(numbers(ANYWHERE)), batch=3)
 
 
 @pytest.mark.parametrize(("noisy", "clean", "past", "size"), PASSES)
 def test_flex_has_the_same_rule(noisy: int, clean: int, past: int, size: int) -> None:
-    mask = pass_mask(noisy, clean, past, past, size, False, CPU).within(numbers(ANYWHERE))
+    mask = pass_mask(noisy, clean, past, past, size, False, CPU).restrict_to_documents(numbers(ANYWHERE))
     b, i = torch.arange(3)[:, None, None], torch.arange(len(mask.queries))[:, None]
     j = torch.arange(len(mask.keys))
     assert torch.equal(mask.flex.mask_mod(b, torch.tensor(0), i, j), mask.dense[:, 0])
@@ -119,7 +119,7 @@ def test_flex_has_the_same_rule(noisy: int, clean: int, past: int, size: int) ->
 
 def test_flex_skips_other_documents() -> None:
     """Tiles of 128 x 128 tokens in which no pair shares a document, row by row."""
-    mask = pass_mask(0, 512, 0, 0, 1, False, CPU).within(numbers([[0, 128, 300], [256], []], 512))
+    mask = pass_mask(0, 512, 0, 0, 1, False, CPU).restrict_to_documents(numbers([[0, 128, 300], [256], []], 512))
     tiles = mask.dense.unfold(2, 128, 128).unfold(3, 128, 128).any(-1).any(-1)  # [B, 1, 4, 4]
     assert torch.equal(mask.flex.to_dense().bool(), tiles)
     assert [int(row.sum()) for row in tiles] == [6, 6, 10]
@@ -132,7 +132,7 @@ def test_compiled_flex_follows_the_documents() -> None:
     q, k, v = (torch.randn(2, 2, 64, 16, generator=generator) for _ in range(3))
     for seed in range(3):
         starts = np.random.default_rng(seed).integers(0, 64, (2, 4))
-        mask = pass_mask(32, 32, 0, 0, 4, False, CPU).within(numbers(starts.tolist(), 32 * 2))
+        mask = pass_mask(32, 32, 0, 0, 4, False, CPU).restrict_to_documents(numbers(starts.tolist(), 32 * 2))
         with torch.no_grad():
             outputs = [attend(q, k, v, mask, backend) for backend in ("flex", "dense")]
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)

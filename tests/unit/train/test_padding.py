@@ -278,7 +278,7 @@ def test_text_does_not_see_padding(objective: str, size: int, backend: str) -> N
 
 @pytest.mark.parametrize(("noisy", "clean", "size"), [(16, 16, 4), (16, 16, 1), (0, 16, 1), (16, 0, 16), (16, 16, 8)])
 def test_backends_agree_on_padding(noisy: int, clean: int, size: int) -> None:
-    mask = pass_mask(noisy, clean, 0, 0, size, False, CPU).within(GAPS)
+    mask = pass_mask(noisy, clean, 0, 0, size, False, CPU).restrict_to_documents(GAPS)
     assert_backends_agree(mask, batch=3)
     assert bool(mask.dense.any(-1).all())  # no softmax over nothing
     b, i = torch.arange(3)[:, None, None], torch.arange(len(mask.queries))[:, None]
