@@ -106,7 +106,9 @@ PASSES = [(16, 16, 0, 4), (16, 16, 0, 1), (4, 0, 12, 4), (0, 16, 0, 1), (16, 0, 
 @pytest.mark.parametrize(("noisy", "clean", "past", "size"), PASSES)
 def test_backends_are_dense(noisy: int, clean: int, past: int, size: int) -> None:
     """Outputs and gradients of sdpa, and of `auto` on a CPU, where the rule alone may be full or causal."""
-    assert_backends_agree(pass_mask(noisy, clean, past, past, size, False, CPU).restrict_to_documents(numbers(ANYWHERE)), batch=3)
+    assert_backends_agree(
+        pass_mask(noisy, clean, past, past, size, False, CPU).restrict_to_documents(numbers(ANYWHERE)), batch=3
+    )
 
 
 @pytest.mark.parametrize(("noisy", "clean", "past", "size"), PASSES)
