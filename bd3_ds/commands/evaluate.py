@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bd3_ds.config.check import ESTIMATORS, estimator_used
-from bd3_ds.config.schema import block_size
+from bd3_ds.config.check import estimator_used
+from bd3_ds.config.schema import ESTIMATORS, block_size
 from bd3_ds.data.pack import read_manifest
 from bd3_ds.evaluation import figures
 from bd3_ds.evaluation.exports import open_export

@@ -1,4 +1,7 @@
-"""What a value must be, beyond its type. All problems are collected, so that one run of `check` shows them all."""
+"""Whether a configuration can be trained: the schema's rule for each value, then rules that compare values.
+
+All problems are collected, so that one run of `check` shows them all.
+"""
 
 from __future__ import annotations
 
@@ -16,28 +19,14 @@ from bd3_ds.config.check_diffusion import (
     diffusion_shapes,
     exported_sizes,
 )
-from bd3_ds.config.schema import AR, AUTO, BD3, OBJECTIVES, SEDD, RunConfig, block_size
+from bd3_ds.config.keys import flat, schema_keys
+from bd3_ds.config.schema import AR, AUTO, BD3, ESTIMATORS, OBJECTIVES, SEDD, RunConfig, block_size
 from bd3_ds.runtime.errors import UserError, did_you_mean
-
-FP32_MATMUL = ("highest", "high")  # as torch.set_float32_matmul_precision has them
-ATTENTION = ("auto", "dense", "sdpa", "flex", "stripes")
-NORMS = ("layernorm", "rmsnorm")
-MLPS = ("gelu", "gelu_erf", "swiglu")
-POSITIONS = ("rotary", "learned")
-BIASES = ("norm", "qkv", "out", "mlp", "head")
-PRECISION = ("bf16", "fp32")
-RECOMPUTE = ("none", "selective", "full")
-DECAY = ("constant", "cosine")
-SPIKE = ("none", "warn", "skip", "stop")
-ESTIMATORS = ("exact", "stratified", "mc", "report")
 
 
 def check_run(run: RunConfig, world_size: int) -> None:
     """Raise UserError with every impossible value or combination for a run on `world_size` ranks."""
-    problems = [
-        *_choices(run),
-        *_ranges(run),
-    ]
+    problems = [*_single_values(run), *_names(run), *diffusion_ranges(run), *data_problems(run.data)]
     problems = problems or [*_shapes(run), *_sequence_parallel(run), *_batch(run, world_size), *_optim(run)]
     if problems:
         raise UserError(*problems)
@@ -92,111 +81,35 @@ def _estimator(run: RunConfig, asked: str, option: str, tokens: int | None, toge
     return []
 
 
-def _choices(run: RunConfig) -> list[str]:
-    problems = []
-    for key, value, known in (
-        ("objective.name", run.objective.name, OBJECTIVES),
-        ("model.attention", run.model.attention, ATTENTION),
-        ("model.norm", run.model.norm, NORMS),
-        ("model.mlp", run.model.mlp, MLPS),
-        ("model.positions", run.model.positions, POSITIONS),
-        *(("model.biases", part, BIASES) for part in run.model.biases),
-        ("train.precision", run.train.precision, PRECISION),
-        ("train.fp32_matmul", run.train.fp32_matmul, FP32_MATMUL),
-        ("train.activation_checkpointing", run.train.activation_checkpointing, RECOMPUTE),
-        ("optim.decay", run.optim.decay, DECAY),
-        ("eval.estimator", run.eval.estimator, ESTIMATORS),
-        ("guards.spike", run.guards.spike, SPIKE),
-        *diffusion_choices(run),
-    ):
-        if value not in known:
-            problems.append(f"{key}={value} is unknown; {did_you_mean(value, known)}")
+def _single_values(run: RunConfig) -> list[str]:
+    """What the rules of the schema say of each value by itself; null is a value of its own."""
+    values = flat(run)
+    return [
+        problem
+        for key, one in schema_keys().items()
+        if one.rule is not None and values[key] is not None
+        for problem in one.rule.problems(key, values[key])
+    ]
+
+
+def _names(run: RunConfig) -> list[str]:
+    """Names that are known elsewhere than in the schema."""
+    problems = [
+        f"{key}={value} is unknown; {did_you_mean(value, known)}"
+        for key, value, known in [("objective.name", run.objective.name, OBJECTIVES), *diffusion_choices(run)]
+        if value not in known
+    ]
     if (name := run.train.validate_set) is not None and name not in run.eval.sets:
         hint = did_you_mean(name, run.eval.sets) if run.eval.sets else "eval.sets is empty, name its directory there"
         problems.append(f"train.validate_set={name} is not one of eval.sets; {hint}")
-    return problems
-
-
-def _ranges(run: RunConfig) -> list[str]:
-    model, optim, train = run.model, run.optim, run.train
-    positive = {
-        "model.hidden_size": model.hidden_size,
-        "model.layers": model.layers,
-        "model.heads": model.heads,
-        "model.mlp_ratio": model.mlp_ratio,
-        "model.cond_size": model.cond_size,
-        "model.vocab_multiple": model.vocab_multiple,
-        "model.norm_eps": model.norm_eps,
-        "objective.views": run.objective.views,
-        "model.rope_base": model.rope_base,
-        "data.canonical_nodes": run.data.canonical_nodes,
-        "optim.lr": optim.lr,
-        "optim.eps": optim.eps,
-        "optim.clip": optim.clip,
-        "train.total_steps": train.total_steps,
-        "train.global_batch": train.global_batch,
-        "train.micro_batch": 1 if train.micro_batch == AUTO else train.micro_batch,
-        "train.sequence_parallel": train.sequence_parallel,
-        "train.log_every": train.log_every,
-        "train.validate_sequences": train.validate_sequences,
-        "train.checkpoint_every": train.checkpoint_every,
-        "train.keep_checkpoints": train.keep_checkpoints,
-        "train.export_every": train.export_every,
-        "guards.spike_sigmas": run.guards.spike_sigmas,
-        "eval.views": run.eval.views,
-        "eval.batch": run.eval.batch,
-    }
-    optional = {
-        "objective.block_size": run.objective.block_size,
-        "eval.max_chunks": run.eval.max_chunks,
-        "eval.sample_length": run.eval.sample_length,
-        "train.keep_every": train.keep_every,
-        "train.keep_exports": train.keep_exports,
-        "data.predownload": run.data.predownload,
-        "model.vocab_size": model.vocab_size,
-        "model.mlp_size": model.mlp_size,
-        "model.kv_heads": model.kv_heads,
-        "model.max_positions": model.max_positions,
-    }
-    positive |= {key: value for key, value in optional.items() if value is not None}
-    problems = [
-        f"{key}={value} must be finite and above 0" for key, value in positive.items() if not 0 < value < math.inf
-    ]
-    not_negative = {
-        "data.workers": run.data.workers,
-        "optim.weight_decay": optim.weight_decay,
-        "optim.warmup_steps": optim.warmup_steps,
-        "optim.min_lr": optim.min_lr,
-        "guards.max_skipped": run.guards.max_skipped,
-        "guards.stall_seconds": run.guards.stall_seconds,
-        "train.validate_every": train.validate_every or 0,
-        "eval.samples": run.eval.samples,
-        "eval.variance_batches": run.eval.variance_batches,
-    }
-    problems += [
-        f"{key}={value} must be finite and not negative"
-        for key, value in not_negative.items()
-        if not 0 <= value < math.inf
-    ]
-    # numpy's and streaming's generators take no larger ones.
-    seeds = {"seed": run.seed, "data.shuffle_seed": run.data.shuffle_seed}
-    problems += [f"{key}={value} must lie in 0 … 2^32 - 1" for key, value in seeds.items() if not 0 <= value < 2**32]
-    below_one = {
-        "model.dropout": model.dropout,
-        "optim.beta1": optim.beta1,
-        "optim.beta2": optim.beta2,
-        "optim.ema_decay": optim.ema_decay,
-    }
-    problems += [f"{key}={value} must lie in [0, 1)" for key, value in below_one.items() if not 0 <= value < 1]
-    problems += [*diffusion_ranges(run), *data_problems(run.data)]
-    if not run.run_dir.strip():
-        problems.append("run_dir is empty; name a directory such as runs/mine")
     # A set's name becomes a part of file names and of TensorBoard's tags.
     problems += [
         f"eval.sets has the name '{name}'; use letters, digits, '.', '_' and '-'"
         for name in run.eval.sets
         if not re.fullmatch(r"[\w.-]+", name)
     ]
+    if run.eval.variance_batches == 1:
+        problems.append("eval.variance_batches=1 has no variance; use 0 (none) or at least 2")
     return problems
 
 

@@ -1,4 +1,4 @@
-"""What the values of `data:` must be, beyond their types and before any pack is looked at."""
+"""The packs that `data:` names, and rules that compare its values, before any pack is looked at."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 from bd3_ds.config.schema import DataConfig
 from bd3_ds.runtime.errors import did_you_mean
 
-SHUFFLES = ("py1e", "py1br", "py1s", "py2s", "naive")
 UNITS = {"": 1, "b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "tb": 2**40}
 REMOTE = ("s3", "http", "https", "hf", "gs", "oci", "azure", "azure-dl", "sftp")
 
@@ -29,13 +28,8 @@ def size_in_bytes(text: str) -> int | None:
 
 
 def data_problems(data: DataConfig) -> list[str]:
-    """A sentence for every impossible value."""
-    problems = []
-    if data.length < 2:
-        problems.append(f"data.length={data.length} must be at least 2: the first token is given, the rest scored")
-    if (name := data.shuffle_algorithm) not in SHUFFLES:
-        problems.append(f"data.shuffle_algorithm={name} is unknown; {did_you_mean(name, SHUFFLES)}")
-    return [*problems, *_remotes(data), *_mix(data)]
+    """A sentence for every impossible combination."""
+    return [*_remotes(data), *_mix(data)]
 
 
 def _remotes(data: DataConfig) -> list[str]:
@@ -44,8 +38,6 @@ def _remotes(data: DataConfig) -> list[str]:
         for pack in packs(data)
         if is_remote(pack) and (protocol := pack.partition("://")[0]) not in REMOTE
     ]
-    if not data.cache.strip():
-        problems.append("data.cache is empty; name a directory on a local disk such as /tmp/bd3-ds-{uid}")
     if data.cache_limit is None:
         return problems
     local = [pack for pack in packs(data) if not is_remote(pack)]

@@ -1,73 +1,92 @@
-"""The shape of a run's configuration: names and types. Defaults and meanings stand in `configs/base.yaml`, once.
+"""The shape of a run's configuration: names, types and, by `rules.py`, which values a key takes.
 
-Every field is required here; OmegaConf fills the tree from base.yaml, the recipe and the command line, in that order,
-and refuses what is not in this file.
+Defaults and meanings stand in `configs/base.yaml`, once: a new key is a field here and a line there. Every field is
+required here; OmegaConf fills the tree from base.yaml, the recipe and the command line, in that order, and refuses what
+is not in this file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Dict, List, Optional  # OmegaConf reads annotations at run time and wants the classes of `typing`
+
+# OmegaConf reads annotations at run time, without what Annotated adds, and needs the classes of `typing`.
+from typing import Annotated, Dict, List, Optional
+
+from bd3_ds.config.rules import choice, number, path
 
 AR, MDLM, SEDD, BD3 = "ar", "mdlm", "sedd", "bd3"
 OBJECTIVES = (AR, MDLM, SEDD, BD3)
 AUTO = -1  # train.micro_batch: auto, until `planning/micro_batch.py` has put a number in its place
+ESTIMATORS = ("exact", "stratified", "mc", "report")
+
+# Types with the rule of `rules.py` that goes with them, where several keys share it.
+Count = Annotated[int, number(above=0)]
+WholeNumber = Annotated[int, number(at_least=0)]
+Seed = Annotated[int, number(at_least=0, below=2**32, shown="0 … 2^32 - 1")]  # numpy and streaming take no larger ones
+Positive = Annotated[float, number(above=0)]
+NotNegative = Annotated[float, number(at_least=0)]
+BelowOne = Annotated[float, number(at_least=0, below=1)]
+Share = Annotated[float, number(at_least=0, at_most=1)]
+Fraction = Annotated[float, number(above=0, below=1)]
+Rate = Annotated[float, number(at_least=0, at_most=1, why="it is a masking rate")]
+Spread = Annotated[float, number(at_least=0.001, at_most=10, why="a width on the scale of masking rates")]
+Path = Annotated[str, path()]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    hidden_size: int
-    layers: int
-    heads: int
-    mlp_ratio: int
-    cond_size: int
-    dropout: float
-    rope_base: float
-    attention: str
-    vocab_multiple: int
+    hidden_size: Count
+    layers: Count
+    heads: Count
+    mlp_ratio: Count
+    cond_size: Count
+    dropout: BelowOne
+    rope_base: Positive
+    attention: Annotated[str, choice("auto", "dense", "sdpa", "flex", "stripes")]
+    vocab_multiple: Count
     tie_embeddings: bool
-    norm: str
-    norm_eps: float
-    biases: List[str]
-    mlp: str
-    mlp_size: Optional[int]
-    kv_heads: Optional[int]
-    positions: str
-    max_positions: Optional[int]
-    vocab_size: Optional[int]
+    norm: Annotated[str, choice("layernorm", "rmsnorm")]
+    norm_eps: Positive
+    biases: Annotated[List[str], choice("norm", "qkv", "out", "mlp", "head")]
+    mlp: Annotated[str, choice("gelu", "gelu_erf", "swiglu")]
+    mlp_size: Optional[Count]
+    kv_heads: Optional[Count]
+    positions: Annotated[str, choice("rotary", "learned")]
+    max_positions: Optional[Count]
+    vocab_size: Optional[Count]
     mask_id: Optional[int]
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str
-    mix: Dict[str, float]
-    length: int
+    train: Path
+    mix: Annotated[Dict[str, float], path(in_keys=True)]
+    length: Annotated[int, number(at_least=2, why="the first token is given, the rest scored")]
     shuffle: bool
-    shuffle_algorithm: str
-    shuffle_seed: int
-    canonical_nodes: int
-    cache: str
+    shuffle_algorithm: Annotated[str, choice("py1e", "py1br", "py1s", "py2s", "naive")]
+    shuffle_seed: Seed
+    canonical_nodes: Count
+    cache: Annotated[str, path("a directory on a local disk such as /tmp/bd3-ds-{uid}")]
     cache_limit: Optional[str]
-    predownload: Optional[int]
-    workers: int
+    predownload: Optional[Count]
+    workers: WholeNumber
     document_mask: bool
 
 
 @dataclass(frozen=True)
 class GaussianConfig:
-    mu: float
-    sigma: float
+    mu: Rate
+    sigma: Spread
 
 
 @dataclass(frozen=True)
 class BimodalConfig:
-    w1: float
-    mu1: float
-    sigma1: float
-    mu2: float
-    sigma2: float
-    mu2_end: Optional[float]
+    w1: Fraction
+    mu1: Rate
+    sigma1: Spread
+    mu2: Rate
+    sigma2: Spread
+    mu2_end: Optional[Rate]
 
 
 @dataclass(frozen=True)
@@ -75,7 +94,7 @@ class ScheduleConfig:
     name: str
     t_min: float
     t_max: float
-    defensive: float
+    defensive: BelowOne
     gaussian: GaussianConfig
     bimodal: BimodalConfig
 
@@ -83,32 +102,32 @@ class ScheduleConfig:
 @dataclass(frozen=True)
 class WeightConfig:
     name: str
-    sigmoid_k: float
+    sigmoid_k: Annotated[float, number(at_least=-50, at_most=50)]
 
 
 @dataclass(frozen=True)
 class FrequencyConfig:
-    power: float
-    curriculum_steps: int
+    power: Share
+    curriculum_steps: WholeNumber
 
 
 @dataclass(frozen=True)
 class ClipSearchConfig:
     method: str
-    every: int
-    widths: List[float]
-    min_coverage: float
-    explore: float
+    every: Count
+    widths: List[Fraction]
+    min_coverage: Share
+    explore: Fraction
     set: str
-    sequences: int
+    sequences: Count
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     name: str
-    block_size: Optional[int]
+    block_size: Optional[Count]
     block_schedule: Dict[int, List[int]]
-    views: int
+    views: Count
     schedule: ScheduleConfig
     weight: WeightConfig
     frequency: FrequencyConfig
@@ -117,65 +136,65 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    warmup_steps: int
-    decay: str
-    min_lr: float
-    clip: float
-    ema_decay: float
+    lr: Positive
+    beta1: BelowOne
+    beta2: BelowOne
+    eps: Positive
+    weight_decay: NotNegative
+    warmup_steps: WholeNumber
+    decay: Annotated[str, choice("constant", "cosine")]
+    min_lr: NotNegative
+    clip: Positive
+    ema_decay: BelowOne
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    total_steps: int
-    global_batch: int
-    micro_batch: int
-    precision: str
-    fp32_matmul: str
-    activation_checkpointing: str
+    total_steps: Count
+    global_batch: Count
+    micro_batch: Annotated[int, number(above=0, words={"auto": AUTO})]
+    precision: Annotated[str, choice("bf16", "fp32")]
+    fp32_matmul: Annotated[str, choice("highest", "high")]
+    activation_checkpointing: Annotated[str, choice("none", "selective", "full")]
     compile: bool
-    sequence_parallel: int
-    init_from: Optional[str]
-    log_every: int
-    validate_every: Optional[int]
+    sequence_parallel: Count
+    init_from: Optional[Path]
+    log_every: Count
+    validate_every: Optional[WholeNumber]
     validate_set: Optional[str]
-    validate_sequences: int
-    checkpoint_every: int
-    keep_checkpoints: int
-    keep_every: Optional[int]
+    validate_sequences: Count
+    checkpoint_every: Count
+    keep_checkpoints: Count
+    keep_every: Optional[Count]
     checkpoint_async: bool
-    export_every: int
-    keep_exports: Optional[int]
+    export_every: Count
+    keep_exports: Optional[Count]
 
 
 @dataclass(frozen=True)
 class GuardConfig:
-    max_skipped: int
-    spike: str
-    spike_sigmas: float
-    stall_seconds: int
+    max_skipped: WholeNumber
+    spike: Annotated[str, choice("none", "warn", "skip", "stop")]
+    spike_sigmas: Positive
+    stall_seconds: WholeNumber
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    sets: Dict[str, str]
-    estimator: str
-    views: int
-    batch: int
-    max_chunks: Optional[int]
-    samples: int
-    sample_length: Optional[int]
-    variance_batches: int
+    sets: Annotated[Dict[str, str], path()]
+    estimator: Annotated[str, choice(*ESTIMATORS)]
+    views: Count
+    batch: Count
+    max_chunks: Optional[Count]
+    samples: WholeNumber
+    sample_length: Optional[Count]
+    variance_batches: WholeNumber
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    run_dir: str
-    seed: int
+    run_dir: Annotated[str, path("a directory such as runs/mine")]
+    seed: Seed
     model: ModelConfig
     data: DataConfig
     objective: ObjectiveConfig

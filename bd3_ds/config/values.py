@@ -13,9 +13,6 @@ from typing import Any
 
 from bd3_ds.config.yaml_text import Plain
 
-# Keys whose text names a file or directory: `~` is expanded, which the shell does not do after `data.train=`.
-PATHS = ("run_dir", "data.train", "data.cache", "data.mix", "train.init_from", "eval.sets")
-
 _NUMBER = re.compile(
     r"[-+]?(?:(?:0|[1-9][0-9]*(?:_[0-9]+)*)(?:\.(?:[0-9]+(?:_[0-9]+)*)?)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 )
@@ -66,18 +63,16 @@ def convert(value: Any, annotation: Any, as_it_stands: bool = False) -> Any:
     return _scalar(value, annotation, annotation, as_it_stands)
 
 
-def at_home(key: str, value: Any) -> Any:
-    """`value` of a key of PATHS with its leading `~` expanded; other values as they are. Raises Unfit."""
-    if key not in PATHS or value is None:
-        return value
-    if key == "data.mix":
-        full = {_expanded(pack): share for pack, share in value.items()}
-        if len(full) < len(value):
-            raise Unfit("names a pack twice; name it once, with the sum of both shares")
-        return full
-    if key == "eval.sets":
-        return {name: _expanded(pack) for name, pack in value.items()}
-    return _expanded(value)
+def at_home(value: Any, in_keys: bool = False) -> Any:
+    """A path, or those of a mapping's values or keys, with leading `~` expanded. Raises Unfit."""
+    if not isinstance(value, dict):
+        return None if value is None else _expanded(value)
+    if not in_keys:
+        return {name: _expanded(path) for name, path in value.items()}
+    full = {_expanded(path): one for path, one in value.items()}
+    if len(full) < len(value):
+        raise Unfit("names a pack twice; name it once, with the sum of both shares")
+    return full
 
 
 def _expanded(path: str) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bd3_ds.checkpoint.manifest import committed
-from bd3_ds.config.load import flat, from_values, load_resolved
+from bd3_ds.config.keys import flat
+from bd3_ds.config.load import from_values, load_resolved
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.runtime.run_dir import CHECKPOINTS, RUN_YAML
 

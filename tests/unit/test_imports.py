@@ -36,7 +36,7 @@ MAY_IMPORT = {
 # A library is imported by these files and directories alone, so that a new version of it is met in one place.
 HOMES = {
     "deepspeed": ("bd3_ds/train/engine.py", "bd3_ds/train/hardware.py", "bd3_ds/runtime/world.py", "bd3_ds/parallel/"),
-    "omegaconf": ("bd3_ds/config/load.py",),
+    "omegaconf": ("bd3_ds/config/",),
     "streaming": ("bd3_ds/data/", "data_prep/"),
     "transformers": (
         "bd3_ds/data/tokenizer.py",

@@ -106,7 +106,7 @@ OVERRIDES = [
         ["train.global_batch=5", "train.micro_batch=2 x 1 ranks = 2; set train.micro_batch=1, or auto; or,"],
     ),
     ("train.micro_batch=many", ["train.micro_batch=many", "a whole number such as 1_000, or auto"]),
-    ("train.micro_batch=-1", ["train.micro_batch=-1", "must be above 0, or auto"]),
+    ("train.micro_batch=-1", ["train.micro_batch=-1", "must be finite and above 0, or auto"]),
     ("train.global_batch=128", ["train.global_batch=128", "64 sequences"]),
     ("data.train={0}/nowhere", ["data.train", "'{0}/nowhere'", "data_prep.prepare"]),
     ("data.train={0}/trian", ["data pack not found: '{0}/trian'; did you mean '{0}/train'?"]),
