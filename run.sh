@@ -57,7 +57,7 @@ stage() { # train one recipe with an evaluation worker beside it; nothing is don
     trap "kill $worker 2>/dev/null || true" EXIT
     # 16 sequences a step in two micro-batches on 1 to 8 ranks, in one on more
     local share=$((16 / $(ranks)))
-    "$python" -m bd3_ds.launch "configs/recipes/$recipe.yaml" train.micro_batch=$((share > 1 ? share / 2 : 1))
+    "$python" run.py launch "configs/recipes/$recipe.yaml" train.micro_batch=$((share > 1 ? share / 2 : 1))
     trap - EXIT
     echo "waiting for the evaluation worker (its log: runs/docs/$2-worker.log)"
     wait $worker || echo "the worker stopped early; evaluating what is left"
@@ -116,7 +116,7 @@ case "${1:-}" in
     shift
     setup
     cd "$caller"
-    PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} exec "$here/$python" -m bd3_ds.launch "$@"
+    exec "$here/$python" "$here/run.py" launch "$@"
     ;;
   *)
     setup

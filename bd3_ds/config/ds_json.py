@@ -11,8 +11,9 @@ from bd3_ds.config.check import accumulation_steps
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.runtime.errors import UserError, did_you_mean
 from bd3_ds.runtime.files import parse_json, require_writable, unique_keys
+from bd3_ds.runtime.resources import find_shipped, shipped
 
-DEFAULT = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
+DEFAULT = shipped("ds_configs") / "zero2.json"
 
 OWNED_BY_YAML = {
     "train_batch_size": "train.global_batch",
@@ -54,6 +55,7 @@ def load_ds_json(path: Path) -> dict[str, Any]:
     That is: what the YAML owns, keys and values that DeepSpeed would ignore or not take, and offloading that cannot be.
     What depends on ranks and disks is in `check_place`, what depends on devices in `train/hardware.py`.
     """
+    path = find_shipped(str(path), "ds_configs", ".json")
     if not path.is_file():
         known = [str(p) for p in path.parent.glob("*.json")] or [
             f"ds_configs/{p.name}" for p in DEFAULT.parent.glob("*.json")

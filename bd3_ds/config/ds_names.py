@@ -32,7 +32,7 @@ TOP_NOT_TAKEN: dict[str, str] = {
     "sparse_gradients": "leave it out",
     "fp32_allreduce": 'set communication_data_type to "fp32" instead',
     "grad_accum_dtype": "set it inside data_types",
-    "elasticity": "leave it out: python -m bd3_ds.launch fits a run to the hosts that answer",
+    "elasticity": "leave it out: run.py launch fits a run to the hosts that answer",
     "autotuning": "leave it out: run.py check plans micro-batch, stage and recomputation",
     "load_universal_checkpoint": "leave it out: a checkpoint continues on any number of ranks anyway",
     "dataloader_drop_last": "leave it out: the data order is the recipe's (data.*)",

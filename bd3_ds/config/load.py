@@ -13,11 +13,15 @@ from bd3_ds.config.merge import CONFIGS, empty_tree, merge_file, merge_tree, mer
 from bd3_ds.config.rules import Range
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.resources import find_shipped
 
 
 def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
-    """base.yaml, the recipe's includes, the recipe itself and the overrides; raises UserError with all problems."""
-    path = Path(recipe)
+    """base.yaml, the recipe's includes, the recipe itself and the overrides; raises UserError with all problems.
+
+    recipe: a YAML file, or one that is shipped: `configs/recipes/docs_pretrain.yaml` or `docs_pretrain` from anywhere.
+    """
+    path = find_shipped(recipe, "configs/recipes", ".yaml")
     tree = empty_tree(RunConfig)
     problems = [*merge_file(tree, CONFIGS / "base.yaml"), *merge_file(tree, path), *merge_words(tree, overrides)]
     missing = [] if problems else sorted(OmegaConf.missing_keys(tree))

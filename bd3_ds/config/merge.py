@@ -19,8 +19,9 @@ from bd3_ds.config.values import Unfit, at_home, convert, describe, is_optional
 from bd3_ds.config.words import without_spaced, word_value
 from bd3_ds.config.yaml_file import read_file, resolved
 from bd3_ds.runtime.errors import did_you_mean
+from bd3_ds.runtime.resources import shipped
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = shipped("configs")
 
 
 def empty_tree(cls: Any) -> DictConfig:

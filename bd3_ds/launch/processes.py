@@ -15,11 +15,11 @@ import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
+from bd3_ds.runtime.resources import ROOT
+
 LOCAL = "localhost"
 _RANK = "--local_rank="
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5")

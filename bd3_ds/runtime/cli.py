@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import NoReturn
 
 from bd3_ds.runtime.errors import UserError, did_you_mean
+from bd3_ds.runtime.resources import ROOT
+
+
+def program() -> str:
+    """What the user types before the mode: run.py in a checkout, bd3-ds where the package is installed."""
+    return "bd3-ds" if Path(sys.argv[0]).name == "bd3-ds" or not (ROOT / "run.py").is_file() else "run.py"
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError instead of leaving by itself; options may not be abbreviated."""
+    """An ArgumentParser that raises UserError instead of leaving by itself; options may not be abbreviated.
+
+    prog: such as `run.py train`; an installed package shows `bd3-ds train`.
+    """
 
     def __init__(self, prog: str, description: str):
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
+        super().__init__(prog=prog.replace("run.py", program()), description=description, allow_abbrev=False)
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """The options of `argv`; they may stand before, between and behind the other words."""

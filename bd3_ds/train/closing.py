@@ -11,12 +11,11 @@ from pathlib import Path
 from bd3_ds.checkpoint.export import export_name
 from bd3_ds.checkpoint.manifest import complete_checkpoint
 from bd3_ds.config.schema import RunConfig
+from bd3_ds.runtime.resources import ROOT
 from bd3_ds.runtime.run_dir import CHECKPOINTS, EXPORTS, finished_step
 from bd3_ds.runtime.world import World
 from bd3_ds.train.state import TrainState
 from bd3_ds.train.validation import Validated
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def finished_before(run: RunConfig, world: World) -> int | None:
@@ -86,8 +85,11 @@ def duration(seconds: float) -> str:
 def _next(run: RunConfig) -> str:
     """Commands that can be typed as they stand."""
     own = Path(sys.prefix) == ROOT / ".venv"  # its python need not be that of the shell
-    script = os.path.relpath(ROOT / ("run.sh" if own else "run.py"))
-    start = (script if os.sep in script else f"./{script}") if own else f"python {script}"
+    if (ROOT / "run.py").is_file():
+        script = os.path.relpath(ROOT / ("run.sh" if own else "run.py"))
+        start = (script if os.sep in script else f"./{script}") if own else f"python {script}"
+    else:
+        start = "bd3-ds"
     place = shlex.quote(run.run_dir)
     modes = ["evaluate", "sample", "report"] if run.eval.sets else ["sample", "report"]
     return "next: " + "   ".join(f"{start} {mode} {place}" for mode in modes)

@@ -1,11 +1,10 @@
-"""`run.py harness --model bd3 …`: our models in EleutherAI's lm-evaluation-harness (`lm_eval`).
+"""Our models in EleutherAI's lm-evaluation-harness (`lm_eval`), as its model `bd3`.
 
 lm_eval is an optional package (`requirements-extra.txt`). All but its interface is in `continuations.py`.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -14,16 +13,6 @@ from bd3_ds.evaluation.options import open_device
 from bd3_ds.runtime.errors import UserError
 
 NAME = "bd3"
-
-
-def main(argv: list[str]) -> int:
-    """lm_eval's own command line, in which the model `bd3` is known."""
-    harness_model()
-    from lm_eval.__main__ import cli_evaluate
-
-    sys.argv = ["lm_eval", *with_device(argv)]  # lm_eval reads no other
-    cli_evaluate()
-    return 0
 
 
 def with_device(argv: list[str]) -> list[str]:

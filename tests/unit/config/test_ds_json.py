@@ -72,7 +72,7 @@ def test_refused(tmp_path, content, parts):
             ['set zero_optimization.offload_optimizer to {"device": "cpu"}'],
         ),
         ({"zero_allow_untested_optimizer": True}, ["leave it out: the trainer sets it"]),
-        ({"elasticity": {}}, ["python -m bd3_ds.launch"]),
+        ({"elasticity": {}}, ["run.py launch"]),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {**CPU, "ratio": 1}}}, ["all of the optimizer"]),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer as Backend
 
 from bd3_ds.commands import convert as convert_command
+from bd3_ds.commands import harness as harness_command
 from bd3_ds.config.schema import AR, BD3, MDLM, OBJECTIVES, SEDD
 from bd3_ds.data.streaming_import import import_streaming
 from bd3_ds.data.tokenizer import number_tokenizer
@@ -238,7 +239,7 @@ def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     harness.harness_model.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    assert run_command(harness.main, ["--model", "bd3"]) == 2
+    assert run_command(harness_command.main, ["--model", "bd3"]) == 2
     assert "pip install -r requirements-extra.txt" in capsys.readouterr().err
 
 

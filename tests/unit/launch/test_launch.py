@@ -14,7 +14,7 @@ import pytest
 
 from bd3_ds.config.load import load_recipe
 from bd3_ds.config.schema import RunConfig
-from bd3_ds.launch.__main__ import free_port, planned
+from bd3_ds.launch.command import free_port, planned
 from bd3_ds.launch.plan import Host, Plan, make_plan, read_hostfile
 from bd3_ds.launch.supervisor import Progress, Verdict, code_in_words, judge
 from bd3_ds.runtime.errors import UserError
@@ -71,7 +71,7 @@ def test_ranks_meet_at_a_port_where_nobody_listens(monkeypatch):
         probe.bind(("", 0))
         free = probe.getsockname()[1]
         probe.close()
-        monkeypatch.setattr("bd3_ds.launch.__main__.PORTS", [taken.getsockname()[1], free])
+        monkeypatch.setattr("bd3_ds.launch.command.PORTS", [taken.getsockname()[1], free])
         assert {free_port() for _ in range(8)} == {free}
 
 

@@ -1,4 +1,4 @@
-"""`python -m bd3_ds.launch [--restarts N] [--hostfile FILE] RECIPE [--deepspeed_config JSON] [key=value …]`"""
+"""`run.py launch [--restarts N] [--hostfile FILE] RECIPE [--deepspeed_config JSON] [key=value …]`"""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from bd3_ds.config.ds_json import DEFAULT
 from bd3_ds.config.load import load_recipe
 from bd3_ds.config.schema import AUTO, RunConfig
 from bd3_ds.launch.plan import Host, Plan, explain, make_plan, read_hostfile
-from bd3_ds.launch.processes import LOCAL, ROOT, answering, ranks_on
+from bd3_ds.launch.processes import LOCAL, answering, ranks_on
 from bd3_ds.launch.supervisor import Progress, Supervisor
 from bd3_ds.runtime.cli import Parser, at_least_one
-from bd3_ds.runtime.errors import UserError, leave, run_command
+from bd3_ds.runtime.errors import UserError
+from bd3_ds.runtime.resources import ROOT
 from bd3_ds.runtime.slurm import PORTS
 
 MICRO_BATCH = "train.micro_batch"
@@ -33,7 +34,7 @@ _QUIET = ("--log_level", "critical")
 
 
 class DeepSpeedLaunch:
-    """`deepspeed … run.py train …` on the ranks of a plan, in a session that a terminal's Ctrl-C does not reach."""
+    """`deepspeed … --module bd3_ds train …` on a plan's ranks, in a session that a terminal's Ctrl-C does not reach."""
 
     def __init__(self, plan: Plan, launcher: list[str], words: list[str], remote: bool):
         self._plan = plan
@@ -43,9 +44,7 @@ class DeepSpeedLaunch:
         env.setdefault("OMP_NUM_THREADS", "1")
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
         if not has_gpus():
-            env.setdefault(
-                "DS_ACCELERATOR", "cpu"
-            )  # DeepSpeed's launcher then need not warn that it found nothing better
+            env.setdefault("DS_ACCELERATOR", "cpu")  # the launcher then need not warn that it found nothing better
         env["PDSH_SSH_ARGS_APPEND"] = f"{env.get('PDSH_SSH_ARGS_APPEND', '')} {_NOTICE_LOSS}".strip()
         command = [str(tools / "deepspeed"), *_QUIET, "--master_port", str(self._port), *launcher]
         if remote:
@@ -58,7 +57,7 @@ class DeepSpeedLaunch:
         else:
             command += ["--hostfile", os.devnull, "--num_accelerators", str(plan.ranks)]
         # In the caller's directory, on every host: relative paths of recipes and command lines are the caller's.
-        command += [str(ROOT / "run.py"), "train", *planned(words, plan)]
+        command += ["--module", "bd3_ds", "train", *planned(words, plan)]
         self.process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def signal(self, number: int) -> bool:
@@ -105,7 +104,7 @@ def this_host(ranks: int | None) -> Host:
 
 def main(argv: list[str]) -> int:
     """Supervise a run to its end; the exit codes are run.py's."""
-    parser = Parser(prog="python -m bd3_ds.launch", description="Train on one host or many; start again what fails.")
+    parser = Parser(prog="run.py launch", description="Train on one host or many; start again what fails.")
     parser.add_argument("recipe", help="YAML file, such as configs/recipes/docs_pretrain.yaml")
     parser.add_argument("--hostfile", type=Path, help="'name slots=N' lines; absent: this machine alone")
     parser.add_argument("--ranks", type=at_least_one, help="of this machine, at most; absent: its accelerators, or 2")
@@ -153,7 +152,3 @@ def start_once(run: RunConfig, hosts: list[Host], words: list[str], remote: bool
         return None
     print(explain(run, plan, there), file=sys.stderr, flush=True)
     return DeepSpeedLaunch(plan, [], words, remote)
-
-
-if __name__ == "__main__":
-    leave(run_command(main, sys.argv[1:]))
