@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bd3_ds.config.schema import AR
+from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.model.dit import DiTConfig
 
 
@@ -42,11 +42,11 @@ def products(
     """The products of one step on `batch` sequences of which a share `masked` of the noisy tokens carries a loss."""
     width, heads, wide = network.hidden_size, network.heads, network.mlp_ratio * network.hidden_size
     noisy = batch * length * views
-    clean = batch * length if objective != AR and block_size < length else 0
-    scored = round(batch * (length - 1) * (1.0 if objective == AR else masked) * views)
+    clean = batch * length if not OBJECTIVES[objective].causal and block_size < length else 0
+    scored = round(batch * (length - 1) * (1.0 if OBJECTIVES[objective].causal else masked) * views)
     blocks = length // block_size
     pairs = block_size**2 * blocks * (blocks + 1) // 2  # what one stream sees of clean and own tokens
-    if objective == AR:
+    if OBJECTIVES[objective].causal:
         pairs = length * (length + 1) // 2
     streams = (views + (1 if clean else 0)) * (network.layers - 1) + views
     # Scores by rectangles of 128 queries and 640 keys, a typical one; their number is what the mask asks for.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bd3_ds.checkpoint.export import find_export
-from bd3_ds.config.schema import SEDD
+from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.evaluation.api import LanguageModel
 from bd3_ds.evaluation.text.gen_ppl import open_judge
 from bd3_ds.evaluation.text.quality import Quality
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     length = asked.length or model.run.data.length
     size = min(model.block_size, length)
     orders = [*ORDERS, *({"steps": max(1, size // part)} for part in (1, 2, 4))]
-    if model.run.objective.name == SEDD:
+    if OBJECTIVES[model.run.objective.name].timed:
         orders += [{"steps": size, "analytic": True}, {"steps": max(1, size // 4), "analytic": True}]
     model.sample(2, min(length, 2 * size))
     results = []

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bd3_ds.config.schema import MDLM
+from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.model.build import dit_config
 from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.allocator import keep_freed_memory
@@ -112,7 +112,7 @@ def floor(configuration: str, objective: str, precision: str, masked: float) -> 
     given = ours.CONFIGURATIONS[configuration]
     network = dit_config(ours.make_run(given, objective, precision).model, objective)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    size = given.length if objective == MDLM else given.block_size
+    size = OBJECTIVES[objective].block_size(given.block_size, given.length)
     counted = costs.products(network, objective, given.length, size, given.batch, masked)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in DiT(network).parameters())
@@ -128,7 +128,7 @@ def make_reference(configuration: str, objective: str, precision: str, stages: d
     network = reference.Reference(
         given.vocab, model.hidden_size, model.layers, model.heads, model.cond_size, model.dropout
     )
-    size = given.length if objective == MDLM else given.block_size
+    size = OBJECTIVES[objective].block_size(given.block_size, given.length)
     return reference.make_step(network, given.length, given.batch, size, precision == "bf16", stages)
 
 

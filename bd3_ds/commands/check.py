@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from bd3_ds.config.check import unreached
 from bd3_ds.config.ds_json import DEFAULT, check_place, load_ds_json
 from bd3_ds.config.load import load_recipe, to_yaml
-from bd3_ds.config.schema import AR, RunConfig
+from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.schema import RunConfig
 from bd3_ds.planning.findings import Findings, find
 from bd3_ds.runtime.cli import Parser, at_least_one
 from bd3_ds.runtime.errors import UserError
@@ -34,8 +35,8 @@ def main(argv: list[str]) -> int:
     run = _collect(problems, lambda: load_recipe(arguments.recipe, arguments.overrides))
     found = None
     if run is not None:
-        if arguments.plot is not None and run.objective.name == AR:
-            problems.append("--plot draws a noise schedule, and objective.name=ar has none")
+        if arguments.plot is not None and OBJECTIVES[run.objective.name].causal:
+            problems.append(f"--plot draws a noise schedule, and objective.name={run.objective.name} has none")
         found = find(run, asked.world_size, asked.here)
         problems += found.problems
         if ds_json is not None:

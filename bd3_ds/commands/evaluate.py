@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bd3_ds.config.check import estimator_used
-from bd3_ds.config.schema import ESTIMATORS, block_size
+from bd3_ds.config.registries import ESTIMATORS
+from bd3_ds.config.schema import block_size
 from bd3_ds.data.pack import read_manifest
 from bd3_ds.evaluation import figures
 from bd3_ds.evaluation.exports import open_export

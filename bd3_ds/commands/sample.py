@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bd3_ds.config.schema import AR
+from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.evaluation.arguments import make_options
 from bd3_ds.evaluation.options import DEVICES, PRECISIONS, open_device
 from bd3_ds.runtime.cli import Parser, at_least_one
@@ -95,7 +95,7 @@ def _show(model: LanguageModel, samples: Samples, given: Tensor, seconds: float)
         print(RULE)
         print(text if ENDED[why] == "length" else f"{text}\n[ended: {ENDED[why]}]")
     print(RULE)
-    print(_summary(samples, given, seconds, model.run.objective.name == AR))
+    print(_summary(samples, given, seconds, OBJECTIVES[model.run.objective.name].causal))
     note = _expectation(model)
     if note:
         print(note)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bd3_ds.config.load import load_resolved
-from bd3_ds.config.schema import BD3, RunConfig, block_size
+from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.schema import RunConfig, block_size
 from bd3_ds.data.remote import fetch_facts
 from bd3_ds.evaluation import figures
 from bd3_ds.evaluation.unigram import unigram_perplexity
@@ -43,9 +44,10 @@ def column(run_dir: Path) -> dict[str, str]:
     if not steps:
         raise UserError(f"{run_dir} has no training records yet; train it first")
     per_step = run.train.global_batch * run.data.length
+    blocks = f", {block_size(run)}" if OBJECTIVES[run.objective.name].has_blocks else ""
     values = {
         "run": run_dir.name,
-        "objective, block size": run.objective.name + (f", {block_size(run)}" if run.objective.name == BD3 else ""),
+        "objective, block size": run.objective.name + blocks,
         "steps, tokens": f"{steps[-1]['step']:,}, {steps[-1]['tokens']:,}",
         f"train loss (nats, last {LAST})": f"{statistics.fmean(line['loss'] for line in steps[-LAST:]):.3f}",
         "tokens/s": f"{per_step / statistics.median(line['seconds'] for line in steps):,.0f}",

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bd3_ds.config.schema import AR
+from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.evaluation.options import DEVICES, open_device
 from bd3_ds.evaluation.packs import check_pack, choose_sets
 from bd3_ds.runtime.cli import Parser, at_least_one
@@ -38,9 +38,10 @@ def main(argv: list[str]) -> int:
     export = open_export(options.export)
     run = override(as_trained_now(export.run), options.overrides, FREE)
     check_run(run, world_size=run.train.sequence_parallel)  # measured on one device, however many share a sequence
-    if options.intervals and run.objective.name == AR:
+    if options.intervals and OBJECTIVES[run.objective.name].causal:
         raise UserError(
-            f"--intervals {options.intervals}: objective.name=ar masks nothing, so there is nothing to clip"
+            f"--intervals {options.intervals}: objective.name={run.objective.name} masks nothing, so there is nothing "
+            "to clip"
         )
     name, directory = next(iter(choose_sets([options.set] if options.set else None, export, None).items()))
     check_pack(export, name, directory)

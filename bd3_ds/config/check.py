@@ -20,7 +20,8 @@ from bd3_ds.config.check_diffusion import (
     exported_sizes,
 )
 from bd3_ds.config.keys import flat, schema_keys
-from bd3_ds.config.schema import AR, AUTO, BD3, ESTIMATORS, OBJECTIVES, SEDD, RunConfig, block_size
+from bd3_ds.config.registries import ESTIMATORS, OBJECTIVES
+from bd3_ds.config.schema import AUTO, RunConfig, block_size
 from bd3_ds.runtime.errors import UserError, did_you_mean
 
 
@@ -54,16 +55,18 @@ def estimator_used(
     problems = _estimator(run, asked, option, tokens, together)
     if problems:
         raise UserError(*problems)
-    return "exact" if run.objective.name == AR else asked
+    return "exact" if OBJECTIVES[run.objective.name].causal else asked
 
 
 def _estimator(run: RunConfig, asked: str, option: str, tokens: int | None, together: int | None = None) -> list[str]:
     if asked not in ESTIMATORS:
         return [f"{option}={asked} is unknown; {did_you_mean(asked, ESTIMATORS)}"]
-    if run.objective.name == SEDD and asked != "mc":
-        return [f"{option}={asked} cannot score objective.name=sedd, whose bound is an integral over time; use mc"]
+    objective = OBJECTIVES[run.objective.name]
+    if asked not in objective.estimators:
+        able = " or ".join(objective.estimators)
+        return [f"{option}={asked} cannot score objective.name={run.objective.name}; use {able}"]
     size = block_size(run) if together is None else together
-    if run.objective.name == AR or asked != "exact" or size <= EXACT_ALWAYS:
+    if objective.causal or asked != "exact" or size <= EXACT_ALWAYS:
         return []
     # In words of what the user wrote: full diffusion has no block size.
     what = f"objective.block_size is {size}"
@@ -130,12 +133,13 @@ def _shapes(run: RunConfig) -> list[str]:
         problems.append(
             f"model.positions=learned wants model.max_positions of data.length={length} at least, not {given}"
         )
-    if run.objective.views > 1 and run.objective.name != BD3:
+    has_blocks = OBJECTIVES[run.objective.name].has_blocks
+    if run.objective.views > 1 and not has_blocks:
         problems.append(
             f"objective.views={run.objective.views} belongs to objective.name=bd3, whose views share a clean pass, not "
             f"{run.objective.name}; raise train.micro_batch instead"
         )
-    if size is not None and run.objective.name != BD3 and size != block_size(run):
+    if size is not None and not has_blocks and size != block_size(run):
         problems.append(
             f"objective.block_size={size} belongs to objective.name=bd3, not {run.objective.name}; set it to null"
         )

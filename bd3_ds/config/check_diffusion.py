@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from bd3_ds.config.schema import AR, BD3, SEDD, RunConfig, block_size
+from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.schema import RunConfig, block_size
 
 SCHEDULES = ("log_linear", "square", "square_root", "logarithmic", "cosine", "gaussian", "bimodal")
 WEIGHTS = ("elbo", "edm", "iddpm", "sigmoid", "fm", "simple")
@@ -52,7 +53,7 @@ def _block_schedule(run: RunConfig) -> list[str]:
     if not stages:
         return []
     key = "objective.block_schedule"
-    if run.objective.name != BD3:
+    if not OBJECTIVES[run.objective.name].has_blocks:
         return [f"{key} belongs to objective.name=bd3, not {run.objective.name}; set it to {{}}"]
     problems = []
     if 0 not in stages:
@@ -95,9 +96,10 @@ def _ignored(run: RunConfig) -> list[str]:
         "frequency.power": objective.frequency.power,
         "clip_search.method": objective.clip_search.method,
     }
-    if objective.name == AR:
+    if OBJECTIVES[objective.name].causal:
         return [
-            f"objective.{key}={value} is for diffusion; objective.name=ar masks nothing: set it to {_NEUTRAL[key]}"
+            f"objective.{key}={value} is for diffusion; objective.name={objective.name} masks nothing: set it to "
+            f"{_NEUTRAL[key]}"
             for key, value in values.items()
             if value != _NEUTRAL[key]
         ]
@@ -107,10 +109,10 @@ def _ignored(run: RunConfig) -> list[str]:
             f"objective.frequency.power={objective.frequency.power} moves masks between the tokens of a block, and "
             "blocks of 1 have but one; set it to 0"
         ]
-    if objective.name == SEDD and objective.frequency.power:
+    if OBJECTIVES[objective.name].timed and objective.frequency.power:
         return [
             f"objective.frequency.power={objective.frequency.power} gives tokens rates of their own, but "
-            "objective.name=sedd is conditioned on one noise level; use bd3 or mdlm"
+            f"objective.name={objective.name} is conditioned on one noise level; use bd3 or mdlm"
         ]
     return []
 

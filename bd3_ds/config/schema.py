@@ -12,12 +12,16 @@ from dataclasses import dataclass
 # OmegaConf reads annotations at run time, without what Annotated adds, and needs the classes of `typing`.
 from typing import Annotated, Dict, List, Optional
 
+from bd3_ds.config.registries import ESTIMATORS, OBJECTIVES
 from bd3_ds.config.rules import choice, number, path
 
-AR, MDLM, SEDD, BD3 = "ar", "mdlm", "sedd", "bd3"
-OBJECTIVES = (AR, MDLM, SEDD, BD3)
+AR, MDLM, SEDD, BD3 = (
+    "ar",
+    "mdlm",
+    "sedd",
+    "bd3",
+)  # what they mean, `registries.py` says
 AUTO = -1  # train.micro_batch: auto, until `planning/micro_batch.py` has put a number in its place
-ESTIMATORS = ("exact", "stratified", "mc", "report")
 
 # Types with the rule of `rules.py` that goes with them, where several keys share it.
 Count = Annotated[int, number(above=0)]
@@ -206,11 +210,7 @@ class RunConfig:
 
 def block_size(run: RunConfig) -> int:
     """L', the tokens denoised together: 1 for AR, all L for MDLM and SEDD, the configured one for BD3 (null: L)."""
-    if run.objective.name == AR:
-        return 1
-    if run.objective.name in (MDLM, SEDD):
-        return run.data.length
-    return run.objective.block_size or run.data.length
+    return OBJECTIVES[run.objective.name].block_size(run.objective.block_size, run.data.length)
 
 
 def block_sizes(run: RunConfig, step: int) -> tuple[int, ...]:

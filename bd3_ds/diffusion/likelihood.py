@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd3_ds.diffusion.noise import next_tokens, scored_places
+from bd3_ds.diffusion.noise import next_token_targets, scored_places
 from bd3_ds.diffusion.subs import SubsNats
 from bd3_ds.runtime.rng import Purpose, generator
 
@@ -78,7 +78,7 @@ def autoregressive(
     scored: Tensor | None = None,
 ) -> Bound:
     """The exact NLL of tokens 1 … L-1 of x0 [b, L], or of the scored ones, each given all tokens before it."""
-    at, of = next_tokens(x0, documents, scored)
+    at, of = next_token_targets(x0, documents, scored)
     _, nats = network(x0, at, SubsNats(x0.flatten()[of], mask_id))
     nelbo = torch.zeros(x0.numel(), device=x0.device).index_copy_(0, of, nats.float()).view(x0.shape)
     return Bound(nelbo, torch.zeros(len(x0), device=x0.device), len(x0), len(of))

@@ -96,8 +96,8 @@ def scored_places(x0: Tensor, documents: Tensor | None = None, among: Tensor | N
     return scored if among is None else scored & among
 
 
-def next_tokens(x0: Tensor, documents: Tensor | None, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What a causal network is asked about texts [b, L]: places `at` [N] of the flattened texts, and of their targets.
+def next_token_targets(x0: Tensor, documents: Tensor | None, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What a causal network is asked about texts [b, L]: (query_index, target_index), each [N], in the flattened texts.
 
     Each scored token is asked of the last text before it, so that padding in between does not count.
     """

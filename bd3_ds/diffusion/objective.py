@@ -1,21 +1,21 @@
-"""The training objectives: AR, MDLM, SEDD and BD3-LM, on a denoiser that is handed in.
+"""The loss of a micro-batch under an objective, on a denoiser that is handed in; what the objectives share.
 
-Each turns a micro-batch and its noise into one differentiable number in nats per scored token. Position 0 of a
-sequence is given, so L - 1 of its L tokens are scored, or fewer where there is padding.
+Each objective (`objectives/`) turns a micro-batch and its noise into one differentiable number in nats per scored
+token. Position 0 of a sequence is given, so L - 1 of its L tokens are scored, or fewer where there is padding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from bd3_ds.config.schema import AR, SEDD
+from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.diffusion.chunked_head import HeadLoss
-from bd3_ds.diffusion.noise import Noise, corrupt, next_tokens, scored_places
-from bd3_ds.diffusion.score_entropy import ScoreNats, sigma_of
+from bd3_ds.diffusion.noise import Noise, corrupt, scored_places
 from bd3_ds.diffusion.subs import SubsNats
 from bd3_ds.runtime.host_to_device import send
 
@@ -53,6 +53,46 @@ class Loss:
     bin_masked: Tensor
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What an objective's loss is given: clean tokens x0 [b, L] and their noise, which a causal one has not.
+
+    Padding, where documents [b, L] are below 0, costs nothing. The sum of nats is divided by `scored_per_sequence` a
+    sequence: a constant, so that a token counts the same in whatever micro-batch it stands. Where x0, `documents` and
+    the noise lie on the host, masks are made there and only sent to `device`, so that the host need not wait for it.
+    """
+
+    x0: Tensor
+    noise: Noise | None
+    mask_id: int
+    device: torch.device
+    documents: Tensor | None
+    scored_per_sequence: float
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The masked tokens of a micro-batch, which a network is asked about; all on its device but rate and places.
+
+    x_t [b K, L] noisy tokens; x0 [b, L]; rate [b K, L] the rates of the tokens' blocks, where they were drawn; at [N]
+    places in the flattened x_t, and the same as `places` where the denoiser wants them; targets [N] clean tokens;
+    weight [N] what their nats count in the loss.
+    """
+
+    x_t: Tensor
+    x0: Tensor
+    rate: Tensor
+    at: Tensor
+    places: Tensor
+    targets: Tensor
+    weight: Tensor
+    mask_id: int
+
+
+# The loss and the nats [N] of what is asked, by a denoiser: the one thing in which masked objectives differ.
+Ask = Callable[[Denoiser, Asked], tuple[Tensor, Tensor]]
+
+
 def training_loss(
     name: str,
     denoiser: Denoiser,
@@ -63,51 +103,45 @@ def training_loss(
     documents: Tensor | None = None,
     scored_tokens: float | None = None,
 ) -> Loss:
-    """The loss of objective `name` for clean tokens x0 [b, L]; AR takes no noise.
+    """The loss of objective `name` for clean tokens x0 [b, L]; a causal one takes no noise.
 
-    Padding, where documents [b, L] are below 0, costs nothing. The sum of nats is divided by `scored_tokens` a
-    sequence, L - 1 by default: a constant, so that a token counts the same in whatever micro-batch it stands.
+    `scored_tokens` are those of a sequence by which the sum of nats is divided, L - 1 by default; see `Batch`.
+    """
+    per_sequence = x0.shape[1] - 1 if scored_tokens is None else scored_tokens
+    batch = Batch(x0, noise, mask_id, x0.device if device is None else device, documents, per_sequence)
+    loss: Loss = OBJECTIVES[name].loss(denoiser, batch)
+    return loss
 
-    Noise of b K rows makes K views of each text, which share its clean pass. Where x0, `documents` and the noise lie on
-    the host, masks are made there and only sent to `device`, so that the host need not wait for it.
+
+def masked_loss(denoiser: Denoiser, batch: Batch, ask: Ask) -> Loss:
+    """The loss of masked diffusion: `ask` gives the nats of masked tokens, the noise their weights.
+
+    Noise of b K rows makes K views of each text, which share its clean pass.
 
     Where tokens of a block have rates of their own, p_i, their nats count p / p_i in the estimate of the bound: so each
     token counts as often as at the block's rate p. What it sees around it still differs, so the estimate is not exact.
     """
-    device = x0.device if device is None else device
-    length = x0.shape[1]
-    per_sequence = length - 1 if scored_tokens is None else scored_tokens
-    if name == AR:
-        return _autoregressive(denoiser, x0, mask_id, device, documents, per_sequence)
+    x0, noise, device = batch.x0, batch.noise, batch.device
     assert noise is not None
+    length = x0.shape[1]
     rows, blocks = noise.rate.shape
     spread, views = length // blocks, rows // len(x0)
     clean = x0.repeat_interleave(views, dim=0)  # [b K, L]
-    can_be = scored_places(x0, documents).repeat_interleave(views, dim=0)  # [b K, L]
+    can_be = scored_places(x0, batch.documents).repeat_interleave(views, dim=0)  # [b K, L]
     rate = noise.rate.repeat_interleave(spread, dim=1)  # [b K, L]
-    x_t, masked = corrupt(clean, rate if noise.token_rate is None else noise.token_rate, noise.draws, mask_id, can_be)
-    at = masked.flatten().nonzero()[:, 0]  # [N]
-    scored = rows * per_sequence
-    rate_at = rate.flatten()[at]
-    fair = torch.ones_like(rate_at) if noise.token_rate is None else rate_at / noise.token_rate.flatten()[at]
-    weight = noise.loss_weight.repeat_interleave(spread, dim=1).flatten()[at].float() / scored
-    targets = clean.flatten()[at]
-    places = at
+    drawn_at = rate if noise.token_rate is None else noise.token_rate
+    x_t, masked = corrupt(clean, drawn_at, noise.draws, batch.mask_id, can_be)
+    places = masked.flatten().nonzero()[:, 0]  # [N]
+    scored = rows * batch.scored_per_sequence
+    rate_at = rate.flatten()[places]
+    fair = torch.ones_like(rate_at) if noise.token_rate is None else rate_at / noise.token_rate.flatten()[places]
+    weight = noise.loss_weight.repeat_interleave(spread, dim=1).flatten()[places].float() / scored
+    targets = clean.flatten()[places]
     x_t, x0, at, rate_at, fair, weight, targets, bound_weight = (
-        send(tensor, device) for tensor in (x_t, x0, at, rate_at, fair, weight, targets, noise.bound_weight)
+        send(tensor, device) for tensor in (x_t, x0, places, rate_at, fair, weight, targets, noise.bound_weight)
     )
-    asked = places if _on_host(denoiser) else at
-    if name == SEDD:
-        sigma = send(sigma_of(rate[:, 0]).float(), device)
-        loss, nats = denoiser(
-            x_t,
-            None,
-            sigma=sigma,
-            at=asked,
-            read=ScoreNats(targets=targets, sigma=sigma[at // length], mask_id=mask_id, weight=weight),
-        )
-    else:
-        loss, nats = denoiser(x_t, x0, sigma=None, at=asked, read=SubsNats(targets, mask_id, weight))
+    places = places if wants_host_places(denoiser) else at
+    loss, nats = ask(denoiser, Asked(x_t, x0, rate, at, places, targets, weight, batch.mask_id))
 
     known = nats.double()
     by_token = torch.zeros(rows * length, dtype=torch.float64, device=device).index_copy_(0, at, known * fair)
@@ -117,28 +151,23 @@ def training_loss(
         ((bound_weight * by_block).sum() / scored).float(),
         by_block / send(can_be.view(rows, blocks, spread).sum(-1).double(), device),
         bound_weight,
-        *_by_rate(known, rate_at.float()),
+        *by_rate(known, rate_at.float()),
     )
 
 
-def _on_host(denoiser: Denoiser) -> bool:
+def cross_entropy(denoiser: Denoiser, asked: Asked) -> tuple[Tensor, Tensor]:
+    """The `Ask` of a network that gives a distribution over tokens (SUBS)."""
+    read = SubsNats(asked.targets, asked.mask_id, asked.weight)
+    return denoiser(asked.x_t, asked.x0, sigma=None, at=asked.places, read=read)
+
+
+def wants_host_places(denoiser: Denoiser) -> bool:
     """Whether it wants its places where the noise was drawn."""
     return bool(getattr(denoiser, "places_on_host", False))
 
 
-def _autoregressive(
-    denoiser: Denoiser, x0: Tensor, mask_id: int, device: torch.device, documents: Tensor | None, per_sequence: float
-) -> Loss:
-    """Token i from tokens before it; every position is a masked position at rate 1."""
-    at, of = next_tokens(x0, documents)
-    targets = send(x0.flatten()[of], device)
-    at, x0 = at if _on_host(denoiser) else send(at, device), send(x0, device)
-    weight = torch.full(at.shape, 1 / (len(x0) * per_sequence), device=device)
-    loss, nats = denoiser(x0, None, sigma=None, at=at, read=SubsNats(targets, mask_id, weight))
-    return Loss(loss, loss.detach(), None, None, *_by_rate(nats.double(), torch.ones_like(nats)))
-
-
-def _by_rate(nats: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+def by_rate(nats: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of nats [N] and how many they are, [BINS] each, by masking rate [N]."""
     # fp64: tens of thousands of numbers are added one by one, which costs fp32 three of its digits.
     index = (rate * BINS).long().clamp(max=BINS - 1)
     zeros = torch.zeros(BINS, device=nats.device, dtype=nats.dtype)

@@ -12,7 +12,8 @@ from torch.nn.functional import pad
 
 from bd3_ds.checkpoint.export import Export
 from bd3_ds.config.check import EXACT_ALWAYS, estimator_used
-from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, RunConfig, block_size
+from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.schema import RunConfig, block_size
 from bd3_ds.data.tokenizer import Tokenizer, load_tokenizer
 from bd3_ds.evaluation.arguments import (
     Ids,
@@ -88,10 +89,10 @@ class LanguageModel:
         BD3 sees the earlier blocks of the clean tokens x0 [B, L]; the others do not look at x0. AR takes clean tokens
         as x_t, and its logits at i are for token i + 1. SEDD, and it alone, takes the noise levels sigma [B].
         """
-        objective = self.run.objective.name
+        objective = OBJECTIVES[self.run.objective.name]
         noisy = self._ids("x_t", x_t)
         clean = None
-        if objective == BD3 and self.block_size < noisy.shape[1]:
+        if objective.has_blocks and self.block_size < noisy.shape[1]:
             if x0 is None:
                 raise UserError(
                     f"x0 is missing: in blocks of {self.block_size}, tokens depend on the clean text before"
@@ -99,9 +100,10 @@ class LanguageModel:
             clean = self._ids("x0", x0)
             if clean.shape != noisy.shape:
                 raise UserError(f"x0 is {list(clean.shape)}, x_t {list(noisy.shape)}; the two must have one shape")
-        if objective != SEDD and sigma is not None:
-            raise UserError(f"sigma is for SEDD; this model is {objective} and does not look at the noise level")
-        levels = noise_levels(sigma, len(noisy), self.device) if objective == SEDD else None
+        if not objective.timed and sigma is not None:
+            name = self.run.objective.name
+            raise UserError(f"sigma is for SEDD; this model is {name} and does not look at the noise level")
+        levels = noise_levels(sigma, len(noisy), self.device) if objective.timed else None
         logits: Tensor = self.network(noisy, clean, block_size=self.block_size, sigma=levels)
         return logits
 
@@ -246,7 +248,7 @@ class LanguageModel:
                     mask_id=self.mask_id,
                     options=options,
                     eos_id=eos_id,
-                    timed=self.run.objective.name == SEDD,
+                    timed=OBJECTIVES[self.run.objective.name].timed,
                     seed=seed,
                     first_row=first,
                     progress=progress,
@@ -320,13 +322,13 @@ class LanguageModel:
 
     def _estimator(self, together: int) -> str:
         """What scores blocks of so many tokens where nothing is asked for."""
-        if self.run.objective.name == SEDD:
-            return "mc"
-        return "exact" if self.run.objective.name == AR or together <= EXACT_ALWAYS else "stratified"
+        objective = OBJECTIVES[self.run.objective.name]
+        exact = objective.can_be_exact and (objective.causal or together <= EXACT_ALWAYS)
+        return "exact" if exact else objective.sampled_estimator
 
     def _run_at(self, length: int) -> RunConfig:
         """The run as if its sequences were `length` long: MDLM and SEDD take a shorter text as one shorter block."""
-        if self.run.objective.name not in (MDLM, SEDD):
+        if not OBJECTIVES[self.run.objective.name].is_whole:
             return self.run
         return dataclasses.replace(self.run, data=dataclasses.replace(self.run.data, length=length))
 

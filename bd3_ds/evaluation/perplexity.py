@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bd3_ds.checkpoint.export import Export
 from bd3_ds.config.check import estimator_used
-from bd3_ds.config.schema import AR, SEDD, RunConfig, block_size
+from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.schema import RunConfig, block_size
 from bd3_ds.data.pack import open_pack
 from bd3_ds.diffusion import likelihood
 from bd3_ds.diffusion.likelihood import Bound
@@ -154,9 +155,9 @@ def bound_of(
     """
     mask_id, size = run.model.mask_id, block_size(run)
     assert mask_id is not None
-    if run.objective.name == AR:
+    if OBJECTIVES[run.objective.name].causal:
         return likelihood.autoregressive(causal(model, documents), x0, mask_id, documents, scored)
-    if run.objective.name == SEDD:
+    if OBJECTIVES[run.objective.name].timed:
 
         def score(x_t: Tensor, sigma: Tensor, at: Tensor, read: Read) -> tuple[Tensor, Tensor]:
             answer: tuple[Tensor, Tensor] = model(

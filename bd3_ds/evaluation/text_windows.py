@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bd3_ds.config.check import EXACT_ALWAYS
-from bd3_ds.config.schema import AR, SEDD
+from bd3_ds.config.registries import OBJECTIVES
 
 FILL = 32  # tokens; texts of nearly one length go together where what follows a text does not matter
 
@@ -70,13 +70,14 @@ class TextWindows:
 
     def estimator(self, piece: Piece, objective: str, masks: int = EXACT_ALWAYS) -> str:
         """What scores a piece, by its own tokens alone: exact where no block has more than so many to score."""
-        if objective in (AR, SEDD):
-            return "exact" if objective == AR else "mc"
+        facts = OBJECTIVES[objective]
+        if facts.causal or not facts.can_be_exact:
+            return "exact" if facts.causal else facts.sampled_estimator
         size = len(piece.tokens) if self.one_block else self.grid
         block = [0] * -(-len(piece.tokens) // size)
         for place in range(piece.given, len(piece.tokens)):
             block[place // size] += 1
-        return "exact" if max(block) <= min(masks, EXACT_ALWAYS) else "stratified"
+        return "exact" if max(block) <= min(masks, EXACT_ALWAYS) else facts.sampled_estimator
 
 
 def filled(rows: list[list[int]], mask_id: int, width: int | None = None) -> Tensor:

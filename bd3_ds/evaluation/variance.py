@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from bd3_ds.checkpoint.export import Export
-from bd3_ds.config.schema import AR, EvalConfig, RunConfig, block_size
+from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.schema import EvalConfig, RunConfig, block_size
 from bd3_ds.data.pack import open_pack, read_token_counts
 from bd3_ds.data.remote import fetch_facts
 from bd3_ds.diffusion.clip_search import Spread, spread_sums
@@ -75,7 +76,7 @@ def variances(
     scored = scored_places(tokens, documents).sum(1)  # [N]
     expected = float(scored.double().mean())
     moved = min(1.0, step / run.train.total_steps)
-    proposal = None if run.objective.name == AR else make_proposal(run.objective.schedule, moved, interval)
+    proposal = None if OBJECTIVES[run.objective.name].causal else make_proposal(run.objective.schedule, moved, interval)
     wishes = None if token_counts is None else rarity(token_counts) ** power_at(run.objective.frequency, step)
     noise_seed = integer_seed(seed, Purpose.VARIANCE)
     estimates: list[float] = []

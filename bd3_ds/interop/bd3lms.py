@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD
 from bd3_ds.model.dit_config import DiTConfig
 from bd3_ds.runtime.errors import UserError
@@ -146,15 +147,15 @@ def upstream_config(network: DiTConfig, objective: str, block_size: int, length:
     return {
         "model_type": "bd3lm",
         "architectures": ["BD3LM"],
-        "block_size": length if objective == AR else block_size,
+        "block_size": length if OBJECTIVES[objective].causal else block_size,
         "vocab_size": network.vocab_size,
         "mask_index": mask_id,
         "model_length": length,
         "causal": network.causal,
-        "cross_attn": objective == BD3,
+        "cross_attn": OBJECTIVES[objective].has_blocks,
         "adaln": not network.causal,
-        "time_conditioning": objective == SEDD,
-        "var_min": objective == BD3,
+        "time_conditioning": OBJECTIVES[objective].timed,
+        "var_min": OBJECTIVES[objective].has_blocks,
         "attn_backend": "sdpa",
         "hidden_dim": network.hidden_size,
         "cond_dim": network.cond_size,

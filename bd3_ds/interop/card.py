@@ -7,14 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bd3_ds.checkpoint.export import Export
-from bd3_ds.config.schema import AR, BD3, SEDD, RunConfig, block_size
-
-_KINDS = {
-    AR: "an autoregressive language model",
-    "mdlm": "a masked diffusion language model (MDLM)",
-    SEDD: "a diffusion language model by score entropy (SEDD)",
-    BD3: "a block-diffusion language model (BD3-LM)",
-}
+from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.schema import RunConfig, block_size
 
 
 def model_card(export: Export, evaluations: list[dict[str, Any]], parameters: int, unlike: str | None) -> str:
@@ -26,7 +20,7 @@ def model_card(export: Export, evaluations: list[dict[str, Any]], parameters: in
     parts = [
         _front_matter(run),
         f"# {_title(export)}",
-        f"This is {_KINDS[run.objective.name]} of {parameters:,} parameters, trained with bd3-ds.",
+        f"This is {OBJECTIVES[run.objective.name].title} of {parameters:,} parameters, trained with bd3-ds.",
         "## Loading",
         _loading(run),
         _tokenizer(export, unlike),
@@ -43,34 +37,38 @@ def model_card(export: Export, evaluations: list[dict[str, Any]], parameters: in
 
 
 def _front_matter(run: RunConfig) -> str:
-    task = "pipeline_tag: text-generation\n" if run.objective.name == AR else ""
+    task = "pipeline_tag: text-generation\n" if OBJECTIVES[run.objective.name].causal else ""
     words = "\n".join(f"- {tag}" for tag in ("bd3-ds", run.objective.name, "block-diffusion"))
     return f"---\n# license: to be filled in\nlibrary_name: transformers\n{task}tags:\n{words}\n---"
 
 
 def _title(export: Export) -> str:
     run = export.run
-    blocks = f", blocks of {block_size(run)}" if run.objective.name == BD3 else ""
+    blocks = f", blocks of {block_size(run)}" if OBJECTIVES[run.objective.name].has_blocks else ""
     return f"{run.objective.name.upper()}{blocks}, {run.model.layers} layers of width {run.model.hidden_size}"
 
 
 def _loading(run: RunConfig) -> str:
-    name = "AutoModelForCausalLM" if run.objective.name == AR else "AutoModelForMaskedLM"
-    call = {AR: "input_ids", SEDD: "input_ids=x_t, sigma=sigma", BD3: "input_ids=x_t, clean_ids=x0"}
-    said = {
-        AR: "Logits at i are for token i + 1; `labels` gives a loss, `generate` texts.",
-        SEDD: "`x_t` [B, T] holds [MASK] where a token is noise, `sigma` [B] its level. Logits are raw network output.",
-        BD3: (
-            f"`x_t` [B, T] holds [MASK] where a token is noise; `x0` [B, T] is the clean text, of which a block of "
-            f"{block_size(run)} tokens sees the earlier blocks alone. Logits are raw network output."
-        ),
-    }
+    objective, name = OBJECTIVES[run.objective.name], "AutoModelForMaskedLM"
+    call, said = "input_ids=x_t", "`x_t` [B, T] holds [MASK] where a token is noise"
+    if objective.causal:
+        name, call = "AutoModelForCausalLM", "input_ids"
+        said = "Logits at i are for token i + 1; `labels` gives a loss, `generate` texts"
+    elif objective.timed:
+        call += ", sigma=sigma"
+        said += ", `sigma` [B] its level"
+    elif objective.has_blocks:
+        call += ", clean_ids=x0"
+        said += (
+            f"; `x0` [B, T] is the clean text, of which a block of {block_size(run)} tokens sees the earlier blocks "
+            "alone"
+        )
+    said += "." if objective.causal else ". Logits are raw network output."
     code = (
         f"from transformers import {name}\n\nmodel = {name}.from_pretrained(FOLDER, trust_remote_code=True)\n"
-        f"logits = model({call.get(run.objective.name, 'input_ids=x_t')}).logits"
+        f"logits = model({call}).logits"
     )
-    other = "`x_t` [B, T] holds [MASK] where a token is noise. Logits are raw network output."
-    return f"```python\n{code}\n```\n\n{said.get(run.objective.name, other)} `AutoModel` gives the same logits."
+    return f"```python\n{code}\n```\n\n{said} `AutoModel` gives the same logits."
 
 
 def _tokenizer(export: Export, unlike: str | None) -> str:
@@ -93,7 +91,7 @@ def _recipe(export: Export) -> list[tuple[str, str]]:
     model, optim, train = run.model, run.optim, run.train
     rows = [
         ("objective", run.objective.name),
-        *([("block size", str(block_size(run)))] if run.objective.name == BD3 else []),
+        *([("block size", str(block_size(run)))] if OBJECTIVES[run.objective.name].has_blocks else []),
         ("sequence length", str(run.data.length)),
         ("vocabulary, [MASK] included", str(model.vocab_size)),
         ("layers, width, heads", f"{model.layers}, {model.hidden_size}, {model.heads}"),

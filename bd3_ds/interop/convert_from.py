@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def convert_upstream(src: Path, dst: Path, tokenizer: str | None, words: list[st
 def _convert_lightning(src: Path, dst: Path, tokenizer: str | None, words: list[str]) -> None:
     from bd3_ds.config.check import check_run
     from bd3_ds.config.load import load_defaults, override
-    from bd3_ds.config.schema import AR, BD3, SEDD
+    from bd3_ds.config.schema import AR, BD3
     from bd3_ds.interop.bd3lms import our_name, values_of_shapes
     from bd3_ds.interop.lightning import read_lightning
 
@@ -71,19 +72,19 @@ def _convert_lightning(src: Path, dst: Path, tokenizer: str | None, words: list[
     causal = values["cond_size"] is None
     given = dict(word.partition("=")[::2] for word in words)
     objective = given.get("objective.name", AR if causal else BD3)
-    if (objective == AR) != causal:
+    if OBJECTIVES[objective].causal != causal:
         raise UserError(
             f"--set objective.name={objective} does not fit {src}: it has {'no' if causal else 'a'} time conditioning"
         )
     needed = ["model.heads", "data.length"]
     needed += [] if causal else ["objective.name"]
-    needed += ["objective.block_size"] if objective == BD3 else []
+    needed += ["objective.block_size"] if OBJECTIVES[objective].has_blocks else []
     if missing := [key for key in needed if key not in given]:
         examples = " ".join(f"--set {key}={_UNTOLD[key]}" for key in missing)
         raise UserError(
             f"the configuration in {src} is code and is not read; say how the model was trained, such as {examples}"
         )
-    estimator = "mc" if objective == SEDD else "stratified"
+    estimator = OBJECTIVES[objective].sampled_estimator
     of_model = {f"model.{key}": value for key, value in values.items() if value is not None}
     fixed = {"run_dir": str(dst), "data.train": "unknown", "objective.name": objective, "eval.estimator": estimator}
     run = override(load_defaults(fixed | of_model, str(src)), words, _SETTABLE)
@@ -153,23 +154,23 @@ def upstream_run(config: Any, path: Path, dst: Path) -> RunConfig:
     """The RunConfig of an upstream config.json (at `path`, for errors), defaults for all that it does not say."""
     from bd3_ds.config.check import check_run
     from bd3_ds.config.load import load_defaults
-    from bd3_ds.config.schema import AR, BD3, SEDD
     from bd3_ds.interop.bd3lms import upstream_network, upstream_objective
 
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold one JSON object; is this a bd3lms config.json?")
     objective = upstream_objective(config)
-    missing = [key for key in ("model_length", *(["block_size"] if objective == BD3 else [])) if key not in config]
+    has_blocks = OBJECTIVES[objective].has_blocks
+    missing = [key for key in ("model_length", *(["block_size"] if has_blocks else [])) if key not in config]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}; is this a bd3lms config.json?")
     # A causal network has no conditioning, so that its width need not be told.
-    network = upstream_network({"cond_dim": 128} | config if objective == AR else config, path)
+    network = upstream_network({"cond_dim": 128} | config if OBJECTIVES[objective].causal else config, path)
     values = {
         "run_dir": str(dst),
         "data.train": "unknown",
         "data.length": config["model_length"],
         "objective.name": objective,
-        "objective.block_size": config["block_size"] if objective == BD3 else None,
+        "objective.block_size": config["block_size"] if has_blocks else None,
         "model.vocab_size": network.vocab_size,
         "model.mask_id": config.get("mask_index"),
         "model.hidden_size": network.hidden_size,
@@ -179,7 +180,7 @@ def upstream_run(config: Any, path: Path, dst: Path) -> RunConfig:
         "model.cond_size": network.cond_size,
         "model.dropout": network.dropout,
         "model.rope_base": network.rope_base,
-        "eval.estimator": "mc" if objective == SEDD else "stratified",
+        "eval.estimator": OBJECTIVES[objective].sampled_estimator,
     }
     run = load_defaults(values, str(path))
     check_run(run, world_size=1)

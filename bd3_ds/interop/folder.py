@@ -81,7 +81,7 @@ def config_of(export: Export) -> BD3Config:
         mask_token_id=run.model.mask_id,
         run=dataclasses.asdict(run),
         step=export.step,
-        architectures=[(BD3ForCausalLM if run.objective.name == "ar" else BD3ForMaskedLM).__name__],
+        architectures=[(BD3ForCausalLM if network["causal"] else BD3ForMaskedLM).__name__],
         dtype="float32",
         **network | {"biases": list(network["biases"])},
         **special,

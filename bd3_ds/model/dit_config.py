@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bd3_ds.config.schema import AR, ModelConfig
+from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.schema import ModelConfig
 from bd3_ds.runtime.errors import UserError
 
 
@@ -70,7 +71,7 @@ def dit_config(model: ModelConfig, objective: str) -> DiTConfig:
         heads=model.heads,
         mlp_ratio=model.mlp_ratio,
         cond_size=model.cond_size,
-        causal=objective == AR,
+        causal=OBJECTIVES[objective].causal,
         dropout=model.dropout,
         rope_base=model.rope_base,
         attention=model.attention,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bd3_ds.config.schema import AR
+from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.model.dit_config import DiTConfig
 
 
@@ -38,7 +38,7 @@ def forward_flops_per_sequence(
     # Of a token, without scores.
     attention = 2 * (2 * width**2 + to_keys)
     mlp = 2 * (3 if network.mlp == "swiglu" else 2) * width * network.mlp_width
-    if objective == AR:
+    if OBJECTIVES[objective].causal:
         noisy, clean, scored = length, 0, length - 1.0
         noisy_pairs, clean_pairs = length * (length + 1) // 2, 0
     else:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bd3_ds.config.schema import AR, SEDD, RunConfig
+from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.schema import RunConfig
 from bd3_ds.diffusion.chunked_head import CACHED_BYTES, CHUNK_BYTES
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.model.dit_config import DiTConfig
@@ -52,8 +53,8 @@ def pass_of(run: RunConfig, network: DiTConfig, block_size: int, stage: int, cud
     """What a rank of `run` puts through the network at once; ranks that share a sequence have a part of it each."""
     name, length, ranks = run.objective.name, run.data.length, run.train.sequence_parallel
     views = run.objective.views
-    single = name == AR or block_size == length
-    masked = 1.0 if name == AR else make_proposal(run.objective.schedule).mean_rate
+    single = OBJECTIVES[name].causal or block_size == length
+    masked = 1.0 if OBJECTIVES[name].causal else make_proposal(run.objective.schedule).mean_rate
     bf16 = run.train.precision == "bf16"
     attention = network.attention
     if attention == "auto" or (attention == "stripes" and cuda):
@@ -67,7 +68,7 @@ def pass_of(run: RunConfig, network: DiTConfig, block_size: int, stage: int, cud
         residual=2 if bf16 and stage > 0 else 4,
         compute=2 if bf16 else 4,
         attention=attention,
-        per_row=name == SEDD and run.train.micro_batch > 1,
+        per_row=OBJECTIVES[name].timed and run.train.micro_batch > 1,
         cuda=cuda,
     )
 

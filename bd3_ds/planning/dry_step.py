@@ -9,7 +9,8 @@ import numpy as np
 import psutil
 import torch
 
-from bd3_ds.config.schema import AR, RunConfig, block_sizes
+from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.schema import RunConfig, block_sizes
 from bd3_ds.diffusion.noise import choose_block_size, make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
@@ -52,7 +53,7 @@ def sequence_flops(network: DiTConfig, run: RunConfig) -> float:
     """Forward and backward pass on one sequence at the first block size, with what is computed again."""
     name, length, views = run.objective.name, run.data.length, run.objective.views
     size, mode = choose_block_size(run.seed, 0, block_sizes(run, 0)), run.train.activation_checkpointing
-    masked = 1.0 if name == AR else make_proposal(run.objective.schedule).mean_rate
+    masked = 1.0 if OBJECTIVES[name].causal else make_proposal(run.objective.schedule).mean_rate
     once = training_flops_per_sequence(network, name, length, size, masked, views)
     return once + recomputed_flops_per_sequence(network, name, length, size, views, mode)
 
@@ -82,7 +83,7 @@ def dry_step(model: DiT, run: RunConfig) -> float:
     tokens = generator(run.seed, Purpose.SYNTHETIC).integers(0, run.model.vocab_size, (1, length))
     tokens[tokens == run.model.mask_id] = 0
     noise = None
-    if run.objective.name != AR:
+    if not OBJECTIVES[run.objective.name].causal:
         slots = np.arange(run.objective.views)
         u = stratified_times(run.seed, 0, slots, run.objective.views, length // size)
         proposal = make_proposal(run.objective.schedule)

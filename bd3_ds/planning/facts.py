@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from bd3_ds.config.check import ranks_at_work
-from bd3_ds.config.schema import AR, AUTO, RunConfig, block_size, block_sizes
+from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.schema import AUTO, RunConfig, block_size, block_sizes
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.planning.findings import Findings, micro_batch_sentence
 from bd3_ds.planning.table import Rows
@@ -64,7 +65,7 @@ def warnings(found: Findings, made: dict[str, Any], run: RunConfig, here: bool) 
 
 def masking(run: RunConfig) -> tuple[Rows, list[str]]:
     """What training masks, in a row; warnings where its noise schedule serves training or sampling badly."""
-    if run.objective.name == AR:
+    if OBJECTIVES[run.objective.name].causal:
         return [], []
     proposal = make_proposal(run.objective.schedule)
     effective = proposal.effective_share

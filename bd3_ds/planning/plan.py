@@ -11,7 +11,8 @@ import torch
 
 from bd3_ds.config.check import accumulation_steps
 from bd3_ds.config.ds_json import DEFAULT, load_ds_json, zero_stage
-from bd3_ds.config.schema import AR, RunConfig, block_sizes
+from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.schema import RunConfig, block_sizes
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.model.dit import DiTConfig
 from bd3_ds.model.flops import recomputed_flops_per_sequence, training_flops_per_sequence
@@ -148,7 +149,7 @@ def worst_memory(run: RunConfig, network: DiTConfig, zero: Zero, world_size: int
 
 def flops_per_token(network: DiTConfig, run: RunConfig) -> tuple[float, float]:
     """Training FLOPs of a clean token, and those computed again; means over the stages of a block size that changes."""
-    masked = 1.0 if run.objective.name == AR else make_proposal(run.objective.schedule).mean_rate
+    masked = 1.0 if OBJECTIVES[run.objective.name].causal else make_proposal(run.objective.schedule).mean_rate
     length, steps, name, views = run.data.length, run.train.total_steps, run.objective.name, run.objective.views
     begins = sorted({0, *(step for step in run.objective.block_schedule if step < steps)})
     total, again = 0.0, 0.0

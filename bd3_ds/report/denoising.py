@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.runtime.errors import UserError
 
 TEMPLATE = Path(__file__).with_name("denoising.html")
@@ -116,4 +117,5 @@ def _token(piece: str, order: int, probability: float | None) -> str:
 
 def _has_blocks(samples: dict[str, Any]) -> bool:
     """Whether there is a border to draw: AR's blocks are tokens, those of MDLM and SEDD windows that may overlap."""
-    return samples["objective"] == "bd3" and samples["block_size"] < samples["length"]
+    name = samples["objective"]
+    return name in OBJECTIVES and OBJECTIVES[name].has_blocks and samples["block_size"] < samples["length"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from bd3_ds.config.schema import AR, SEDD
+from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.runtime.errors import UserError, did_you_mean
 
 EOS, ENTROPY = "eos", "entropy"
@@ -52,9 +52,12 @@ class Options:
                 f"{chosen[0]}={getattr(self, chosen[0])} and {chosen[1]}={getattr(self, chosen[1])} are two orders of "
                 "unmasking; give one"
             )
-        if objective == AR and chosen:
-            raise UserError(f"{chosen[0]} is for diffusion; this model is ar and writes one token an evaluation")
-        if self.analytic and (objective != SEDD or self.steps is None):
+        facts = OBJECTIVES[objective]
+        if facts.causal and chosen:
+            raise UserError(
+                f"{chosen[0]} is for diffusion; this model is {objective} and writes one token an evaluation"
+            )
+        if self.analytic and (not facts.analytic or self.steps is None):
             raise UserError("analytic is SEDD's sampler and goes with steps, such as steps=128")
         for name in ("steps", "tokens_per_step", "top_k"):
             value = getattr(self, name)

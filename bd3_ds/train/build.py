@@ -16,7 +16,8 @@ from bd3_ds.checkpoint.shards import Shards
 from bd3_ds.checkpoint.store import Saver, newest_checkpoint
 from bd3_ds.config.check_data import packs
 from bd3_ds.config.load import to_yaml
-from bd3_ds.config.schema import BD3, RunConfig, block_size, block_sizes
+from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.schema import RunConfig, block_size, block_sizes
 from bd3_ds.data.loader import Loader, Share, of_all_ranks, require_same_packs
 from bd3_ds.data.mixture import samples_of_epoch
 from bd3_ds.data.pack import TOKENIZER_DIR, open_pack, read_manifest, read_token_counts
@@ -106,7 +107,7 @@ class Trainer:
         """The run with the block size of the step just done, where it had but one, and the interval in force for it."""
         objective = self.run.objective
         sizes = block_sizes(self.run, max(0, self.state.step - 1))
-        if objective.name == BD3 and len(sizes) == 1:
+        if OBJECTIVES[objective.name].has_blocks and len(sizes) == 1:
             objective = dataclasses.replace(objective, block_size=sizes[0])
         found = self.state.clip(block_size(self.run)).interval if len(sizes) > 1 else self.state.clip(sizes[0]).interval
         if found is not None:

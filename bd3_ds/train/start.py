@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bd3_ds.checkpoint.export import Export, find_export, load_weights
+from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import AR, ModelConfig, RunConfig
 from bd3_ds.interop.bd3lms import our_name, rename_upstream, upstream_network, upstream_objective, values_of_shapes
 from bd3_ds.interop.hf_causal import MODEL_TYPES, causal_values, rename_causal, vocabulary_problem, with_mask
@@ -79,16 +80,15 @@ class Start:
     def problems(self, run: RunConfig) -> list[str]:
         """Why the run cannot start from here, in sentences that name the keys to set."""
         name = f"train.init_from={run.train.init_from}"
-        if (self.objective == AR) != (run.objective.name == AR) and not self.adapts:
+        causal = self.objective in OBJECTIVES and OBJECTIVES[self.objective].causal
+        if causal != OBJECTIVES[run.objective.name].causal and not self.adapts:
             return [
                 f"{name} holds a model of objective.name={self.objective}, this run has {run.objective.name}: "
                 "one reads from left to right, the other both ways; start from another export"
             ]
         theirs, ours = _complete(self.values), _complete(vars(run.model))
         unlike = [
-            key
-            for key in _SHAPE
-            if key in theirs and theirs[key] != ours[key] and not (key == "cond_size" and self.objective == AR)
+            key for key in _SHAPE if key in theirs and theirs[key] != ours[key] and not (key == "cond_size" and causal)
         ]
         if self.adapts and unlike:
             words = " ".join(f"model.{key}={_shown(theirs[key])}" for key in unlike)
@@ -150,7 +150,8 @@ def _export(export: Export) -> Start:
 def _upstream(path: Path, config: dict[str, Any]) -> Start:
     objective = upstream_objective(config)
     # A causal network has no conditioning, so that its width need not be told.
-    network = upstream_network({"cond_dim": 128} | config if objective == AR else config, path / "config.json")
+    known = {"cond_dim": 128} | config if OBJECTIVES[objective].causal else config
+    network = upstream_network(known, path / "config.json")
     values = {key: getattr(network, key) for key in ("vocab_size", "hidden_size", "layers", "heads", "cond_size")}
     values["mlp_size"] = network.mlp_width
     values["mask_id"] = network.vocab_size - 1 if config.get("mask_index") is None else config["mask_index"]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from bd3_ds.config.check import accumulation_steps
-from bd3_ds.config.schema import AR, RunConfig, block_sizes
+from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.schema import RunConfig, block_sizes
 from bd3_ds.data.loader import MicroBatch
 from bd3_ds.diffusion.clip_search import TIME_BINS, Spread, moment_sums, spread_sums
 from bd3_ds.diffusion.frequency import power_at, rarity
@@ -117,7 +118,7 @@ class Stepper:
         run, done = self.run, state.step
         lr = learning_rate(run.optim, done, run.train.total_steps)
         size = choose_block_size(run.seed, done, block_sizes(run, done))
-        proposal = None if run.objective.name == AR else self.proposal(state, size)
+        proposal = None if OBJECTIVES[run.objective.name].causal else self.proposal(state, size)
         schedule = base_schedule(run.objective.schedule, done / run.train.total_steps)
         totals = torch.zeros(8 + 2 * BINS, device=self.world.device, dtype=torch.float64)
         keeps_moments = proposal is not None and run.objective.clip_search.method == "moments"

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bd3_ds.config.schema import AR, BD3, SEDD, RunConfig, block_size, block_sizes
+from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.schema import RunConfig, block_size, block_sizes
 from bd3_ds.data.pack import open_pack
 from bd3_ds.diffusion import likelihood
 from bd3_ds.diffusion.likelihood import Bound
@@ -114,7 +115,8 @@ class Validation:
         run, stepper, world = self._run, self._stepper, self._stepper.world
         assert self.set is not None
         size = self._block_size(step)
-        estimator = "exact" if size == 1 else "mc" if run.objective.name == SEDD else "stratified"
+        objective = OBJECTIVES[run.objective.name]
+        estimator = "exact" if size == 1 and objective.can_be_exact else objective.sampled_estimator
         views = 1 if estimator == "exact" else run.eval.views
         together = max(1, run.train.micro_batch // views)  # so that no pass holds more than training's do
         share = run.train.sequence_parallel
@@ -151,7 +153,8 @@ class Validation:
     def _block_size(self, step: int) -> int:
         """The block size that an export of this moment is scored with: that of the stage, where it has but one."""
         sizes = block_sizes(self._run, max(0, step - 1))
-        return sizes[0] if self._run.objective.name == BD3 and len(sizes) == 1 else block_size(self._run)
+        by_stage = OBJECTIVES[self._run.objective.name].has_blocks and len(sizes) == 1
+        return sizes[0] if by_stage else block_size(self._run)
 
     def _bound(self, rows: slice, first: int, size: int, estimator: str, views: int) -> Bound:
         """The Bound of these sequences, the first of which has this number."""
@@ -162,11 +165,11 @@ class Validation:
         x0 = tokens.to(device)
         parts = None if documents is None else documents.to(device)
         mask_id = stepper.mask_id
-        if run.objective.name == AR:
+        if OBJECTIVES[run.objective.name].causal:
             return likelihood.autoregressive(
                 lambda text, at, read: denoise(text, None, sigma=None, at=at, read=read), x0, mask_id, parts
             )
-        if run.objective.name == SEDD:
+        if OBJECTIVES[run.objective.name].timed:
             return score_entropy_bound(
                 lambda x_t, sigma, at, read: denoise(x_t, None, sigma=sigma, at=at, read=read),
                 x0,

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "train": _BASE | {"data", "diffusion", "model", "checkpoint", "parallel", "interop"},
     "planning": _BASE | {"data", "diffusion", "model", "checkpoint", "parallel", "train"},
     "evaluation": _BASE | {"data", "diffusion", "model", "checkpoint", "sampling", "interop"},
-    "report": {"runtime"},
+    "report": _BASE,
     "launch": _BASE,
     "data_prep": _BASE | {"data"},
     "hub": {"data", "interop"},  # one file: `import bd3_ds.hub` registers our classes with transformers
@@ -47,7 +47,13 @@ HOMES = {
 }
 
 # Imported before a configuration is found to be good, so torch must not come with them.
-LIGHT = ("run.py", "bd3_ds/config/", "bd3_ds/train/preflight.py", "bd3_ds/commands/train.py")
+LIGHT = (
+    "run.py",
+    "bd3_ds/config/",
+    "bd3_ds/diffusion/objectives/",
+    "bd3_ds/train/preflight.py",
+    "bd3_ds/commands/train.py",
+)
 
 FILES = [ROOT / "run.py", *sorted((ROOT / "bd3_ds").rglob("*.py")), *sorted((ROOT / "data_prep").rglob("*.py"))]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bd3_ds.config.schema import AR
+from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.evaluation.api import TOKENS_AT_ONCE, LanguageModel
 from bd3_ds.evaluation.arguments import check_seed, make_options
 from bd3_ds.evaluation.harness.greedy import is_greedy
@@ -166,7 +166,7 @@ class Continuations:
     def _sampler(self, how: dict[str, Any]) -> dict[str, Any]:
         """The sampler's options for a request's own."""
         how = {"temperature": 0.0, "stop": (EOS,)} | self.how | how
-        diffusion = self.model.run.objective.name != AR
+        diffusion = not OBJECTIVES[self.model.run.objective.name].causal
         if diffusion and how["temperature"] == 0 and not any(how.get(rule) is not None for rule in RULES):
             how["tokens_per_step"] = 1
         return how

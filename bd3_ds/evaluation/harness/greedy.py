@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bd3_ds.config.schema import AR, SEDD
-from bd3_ds.diffusion.noise import next_tokens
+from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.diffusion.noise import next_token_targets
 from bd3_ds.diffusion.score_entropy import sigma_of
 from bd3_ds.model.dit import DiT
 from bd3_ds.sampling.denoiser import in_parts
@@ -31,8 +31,8 @@ def is_greedy(network: DiT, objective: str, x0: Tensor, scored: Tensor, block_si
 
     read = in_parts(likeliest, network.network.vocab_size)
     right = torch.ones(len(x0), dtype=torch.bool, device=x0.device)
-    if objective == AR:
-        at, of = next_tokens(x0, None, scored)
+    if OBJECTIVES[objective].causal:
+        at, of = next_token_targets(x0, None, scored)
         tokens = network(x0, block_size=1, at=at, read=read).tokens
         wrong = of[tokens != x0.flatten()[of]] // x0.shape[1]
         return right.index_fill_(0, wrong, False)
@@ -46,7 +46,7 @@ def is_greedy(network: DiT, objective: str, x0: Tensor, scored: Tensor, block_si
             return right
         now, clean = masked[rows], x0[rows]
         at = now.flatten().nonzero()[:, 0]
-        sigma = sigma_of(now.double().mean(1)) if objective == SEDD else None
+        sigma = sigma_of(now.double().mean(1)) if OBJECTIVES[objective].timed else None
         drawn = network(x_t[rows], clean, block_size=block_size, sigma=sigma, at=at, read=read)
         tokens = clean.masked_scatter(now, drawn.tokens)
         falls = now & _surest(now, drawn.surest, block_size)

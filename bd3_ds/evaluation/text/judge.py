@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bd3_ds.checkpoint.export import Export
-from bd3_ds.config.schema import AR
+from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.data.tokenizer import load_tokenizer
 from bd3_ds.diffusion.subs import subs_nll
 from bd3_ds.evaluation.network import load_model
@@ -46,7 +46,7 @@ class ExportJudge(Judge):
 
     def __init__(self, name: str, export: Export, device: torch.device):
         objective = export.run.objective.name
-        if objective != AR:
+        if not OBJECTIVES[objective].causal:
             raise UserError(
                 f"--judge {name} is a model of objective.name={objective}; a judge must be causal: give an export of "
                 "objective.name=ar or a Hugging Face causal model"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bd3_ds.config.check import estimator_used
+from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import AR, EvalConfig, RunConfig, block_size
 from bd3_ds.data.pack import read_manifest
 from bd3_ds.evaluation.figures import duration
@@ -24,7 +25,7 @@ def set_flops(run: RunConfig, chunks: int, wanted: EvalConfig) -> float:
     """Operations that scoring so many sequences takes, with the variances where they are asked for."""
     network, size = dit_config(run.model, run.objective.name), block_size(run)
     used = estimator_used(run, wanted.estimator, "eval.estimator", chunks * (run.data.length - 1))
-    views = 2**size - 1 if used == "exact" and run.objective.name != AR else wanted.views
+    views = 2**size - 1 if used == "exact" and not OBJECTIVES[run.objective.name].causal else wanted.views
     once = forward_flops_per_sequence(network, run.objective.name, run.data.length, size, views=views)
     total = chunks * (once.attention + once.mlp + once.head)
     if wanted.variance_batches > 1:

@@ -18,7 +18,8 @@ from bd3_ds.config.ds_json import DEFAULT, OWNED_BY_YAML, complete_ds_json, load
 from bd3_ds.config.keys import flat
 from bd3_ds.config.load import load_recipe, load_resolved, to_yaml
 from bd3_ds.config.merge import CONFIGS
-from bd3_ds.config.schema import OBJECTIVES, OptimConfig, RunConfig, block_size
+from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.schema import OptimConfig, RunConfig, block_size
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import write_text
 from bd3_ds.train.lr import learning_rate

@@ -13,7 +13,8 @@ from bd3_ds.checkpoint.export import write_export
 from bd3_ds.commands import convert as convert_command
 from bd3_ds.commands import sample as sample_command
 from bd3_ds.config.load import load_defaults
-from bd3_ds.config.schema import AR, BD3, MDLM, OBJECTIVES, SEDD
+from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.schema import AR, BD3, MDLM, SEDD
 from bd3_ds.data.tokenizer import number_tokenizer
 from bd3_ds.diffusion.subs import subs_nll
 from bd3_ds.evaluation import api

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer as Backend
 
 from bd3_ds.commands import convert as convert_command
 from bd3_ds.commands import harness as harness_command
-from bd3_ds.config.schema import AR, BD3, MDLM, OBJECTIVES, SEDD
+from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.schema import AR, BD3, MDLM, SEDD
 from bd3_ds.data.streaming_import import import_streaming
 from bd3_ds.data.tokenizer import number_tokenizer
 from bd3_ds.evaluation import api

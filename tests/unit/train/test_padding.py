@@ -16,7 +16,7 @@ from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, WeightConfig
 from bd3_ds.diffusion import likelihood
 from bd3_ds.diffusion.clip_search import spread_sums
 from bd3_ds.diffusion.likelihood import Bound
-from bd3_ds.diffusion.noise import make_noise, mask_draws, next_tokens, scored_places, stratified_times
+from bd3_ds.diffusion.noise import make_noise, mask_draws, next_token_targets, scored_places, stratified_times
 from bd3_ds.diffusion.objective import Loss, training_loss
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
@@ -138,8 +138,8 @@ def test_a_text_with_gaps_is_read_on_from_its_last_token() -> None:
     assert found.tokens == int((GAPS >= 0).sum()) - 3
 
 
-def test_next_tokens_skip_padding() -> None:
-    at, of = next_tokens(texts(2)[:, :4], torch.tensor([[0, -1, 0, 0], [0, 0, -1, -1]]))
+def test_next_token_targets_skip_padding() -> None:
+    at, of = next_token_targets(texts(2)[:, :4], torch.tensor([[0, -1, 0, 0], [0, 0, -1, -1]]))
     assert at.tolist() == [0, 2, 4] and of.tolist() == [2, 3, 5]
 
 

@@ -1,0 +1,39 @@
+"""SEDD with the absorbing process (Lou et al. 2024): score entropy of a network that is told the noise level."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bd3_ds.config.registries import OBJECTIVES, Objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bd3_ds.diffusion.objective import Asked, Batch, Denoiser, Loss
+
+
+def loss(denoiser: Denoiser, batch: Batch) -> Loss:
+    """The diffusion-weighted score entropy at masked tokens."""
+    from bd3_ds.diffusion.objective import masked_loss
+
+    return masked_loss(denoiser, batch, score_entropy)
+
+
+def score_entropy(denoiser: Denoiser, asked: Asked) -> tuple[Tensor, Tensor]:
+    """The loss and nats [N] of a network that is conditioned on each sequence's noise level."""
+    from bd3_ds.diffusion.score_entropy import ScoreNats, sigma_of
+    from bd3_ds.runtime.host_to_device import send
+
+    sigma = send(sigma_of(asked.rate[:, 0]).float(), asked.x_t.device)
+    of_token = sigma[asked.at // asked.x_t.shape[1]]
+    read = ScoreNats(targets=asked.targets, sigma=of_token, mask_id=asked.mask_id, weight=asked.weight)
+    return denoiser(asked.x_t, None, sigma=sigma, at=asked.places, read=read)
+
+
+OBJECTIVES.register(
+    "sedd",
+    # Its bound is an integral over time, which nothing but drawing times estimates.
+    Objective(
+        "a diffusion language model by score entropy (SEDD)", loss, timed=True, estimators=("mc",), analytic=True
+    ),
+)
