@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bd3_ds.config.load import load_resolved, to_yaml
+from bd3_ds.config.plugins import require_plugins
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import new_directory, read_json, share, write_json, write_text
@@ -94,6 +95,7 @@ def find_export(place: str) -> Export:
     if form != FORMAT:
         raise UserError(f"{path} has export format {form}; this version reads format {FORMAT}")
     run = load_resolved(path / "config.yaml")
+    require_plugins(run.plugins, str(path))
     if not isinstance(meta.get("step"), int) or run.model.vocab_size is None or run.model.mask_id is None:
         raise UserError(f"{path} is damaged: it lacks its step, model.vocab_size or model.mask_id; export again")
     return Export(path, meta["step"], run)

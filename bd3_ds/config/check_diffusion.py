@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.registries import OBJECTIVES, SCHEDULES, WEIGHTS
 from bd3_ds.config.schema import RunConfig, block_size
 
-SCHEDULES = ("log_linear", "square", "square_root", "logarithmic", "cosine", "gaussian", "bimodal")
-WEIGHTS = ("elbo", "edm", "iddpm", "sigmoid", "fm", "simple")
 CLIP_SEARCHES = ("none", "grid", "moments")
 # Values with which a key of `objective` changes nothing.
 _NEUTRAL = {
@@ -33,13 +31,15 @@ def diffusion_choices(run: RunConfig) -> list[tuple[str, str, Iterable[str]]]:
 
 
 def diffusion_ranges(run: RunConfig) -> list[str]:
-    """Problems with the interval of times."""
+    """Problems with the interval of times and the parameters of the schedule."""
     schedule, problems = run.objective.schedule, []
     if not 0 <= schedule.t_min <= schedule.t_max <= 1 or schedule.t_max == 0:
         problems.append(
             f"objective.schedule.t_min={schedule.t_min} and t_max={schedule.t_max} must satisfy "
             "0 <= t_min <= t_max <= 1 and 0 < t_max"
         )
+    if schedule.name in SCHEDULES:
+        problems += SCHEDULES[schedule.name].problems("objective.schedule.parameters", schedule.parameters)
     return problems
 
 
@@ -124,7 +124,7 @@ def _search(run: RunConfig) -> list[str]:
             f"objective.schedule.t_min=t_max={schedule.t_min} draws a single rate, which has no density to mix with "
             f"objective.schedule.defensive={schedule.defensive}; make t_min smaller or defensive 0"
         ]
-    if schedule.t_min == schedule.t_max and run.objective.weight.name not in ("elbo", "simple"):
+    if schedule.t_min == schedule.t_max and not WEIGHTS[run.objective.weight.name].single_rate:
         return [
             f"objective.schedule.t_min=t_max={schedule.t_min} trains at a single rate, where "
             f"objective.weight.name={run.objective.weight.name} is but a factor; set it to elbo"

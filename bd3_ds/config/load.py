@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bd3_ds.config.keys import flat, schema_keys
 from bd3_ds.config.merge import CONFIGS, empty_tree, merge_file, merge_tree, merge_words, put
+from bd3_ds.config.plugins import load_plugins
 from bd3_ds.config.rules import Range
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.runtime.errors import UserError
@@ -20,6 +21,7 @@ def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
     """base.yaml, the recipe's includes, the recipe itself and the overrides; raises UserError with all problems.
 
     recipe: a YAML file, or one that is shipped: `configs/recipes/docs_pretrain.yaml` or `docs_pretrain` from anywhere.
+    The modules that it names under `plugins` are imported.
     """
     path = find_shipped(recipe, "configs/recipes", ".yaml")
     tree = empty_tree(RunConfig)
@@ -28,7 +30,9 @@ def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
     problems += [f"{key} has no value; give it in {path} or as {key}=…" for key in missing]
     if problems:
         raise UserError(*problems)
-    return _freeze(tree)
+    run = _freeze(tree)
+    load_plugins(run.plugins)
+    return run
 
 
 def load_resolved(path: Path) -> RunConfig:

@@ -6,10 +6,11 @@ The entries are registered where they are computed: `diffusion/objectives/`, `di
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from bd3_ds.config.rules import Range
 from bd3_ds.runtime.registry import Registry
 
 ESTIMATORS = ("exact", "stratified", "mc", "report")
@@ -62,4 +63,65 @@ class Objective:
         return (configured or length) if self.has_blocks else length
 
 
+@dataclass(frozen=True)
+class Parameter:
+    """A number that a schedule takes: which values it may have, and the one it has where a recipe gives none.
+
+    rule: `rules.number(…)`. default: None where every recipe must give it.
+    """
+
+    rule: Range
+    default: float | None = None
+
+
+@dataclass(frozen=True)
+class ScheduleKind:
+    """A noise schedule that a recipe can name. `make` gives a `diffusion.schedule.Schedule` for its parameters.
+
+    parameters: by name, the arguments of `make`; a recipe gives them in objective.schedule.parameters. moves: `make`
+    takes `progress` too, the share of the training that is over. No torch is imported before `make` is called.
+    """
+
+    make: Callable[..., Any]
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    moves: bool = False
+
+    def problems(self, key: str, given: Mapping[str, float]) -> list[str]:
+        """A sentence for each of the `given` parameters, under this key, that cannot be."""
+        unknown = [f"{key}.{name} is unknown; {self._known()}" for name in given if name not in self.parameters]
+        missing = [
+            f"{key}.{name} has no value; give it one"
+            for name, parameter in self.parameters.items()
+            if parameter.default is None and name not in given
+        ]
+        return (
+            unknown
+            + missing
+            + [
+                problem
+                for name, parameter in self.parameters.items()
+                if name in given
+                for problem in parameter.rule.problems(f"{key}.{name}", given[name])
+            ]
+        )
+
+    def _known(self) -> str:
+        return f"this schedule takes {', '.join(self.parameters)}" if self.parameters else "this schedule takes none"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight of the training loss. `function` gives it from log-SNRs [...] and the section objective.weight.
+
+    It is a factor on the bound's own weight. plain: the weight is 1 instead, whatever the bound's is. single_rate: it
+    neither vanishes nor explodes where everything is masked, so that a single rate can be trained with it.
+    """
+
+    function: Callable[..., Any]
+    plain: bool = False
+    single_rate: bool = False
+
+
 OBJECTIVES: Registry[Objective] = Registry("objective.name", "bd3_ds.diffusion.objectives")
+SCHEDULES: Registry[ScheduleKind] = Registry("objective.schedule.name", "bd3_ds.diffusion.schedules")
+WEIGHTS: Registry[Weight] = Registry("objective.weight.name", "bd3_ds.diffusion.weighting")

@@ -101,6 +101,7 @@ class ScheduleConfig:
     defensive: BelowOne
     gaussian: GaussianConfig
     bimodal: BimodalConfig
+    parameters: Dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ class EvalConfig:
 class RunConfig:
     run_dir: Annotated[str, path("a directory such as runs/mine")]
     seed: Seed
+    plugins: List[str]
     model: ModelConfig
     data: DataConfig
     objective: ObjectiveConfig

@@ -151,7 +151,7 @@ def describe(annotation: Any) -> str:
     if annotation == typing.Dict[int, typing.List[int]]:
         return "'step: [block sizes]' pairs such as {0: [128], 500: [16]}"
     if annotation == typing.Dict[str, float]:
-        return "'pack: share' pairs such as {data/code: 0.2}"
+        return "'name: number' pairs such as {data/code: 0.2}"
     if is_optional(annotation):
         optional = [part for part in typing.get_args(annotation) if part is not type(None)]
         return f"{names[optional[0]]}, or null"

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bd3_ds.config.registries import WEIGHTS
 from bd3_ds.config.schema import ObjectiveConfig
 from bd3_ds.diffusion.proposal import Interval, make_proposal
 from bd3_ds.diffusion.schedule import Schedule
@@ -28,7 +29,6 @@ TIME_BINS = 20  # bins of `Moments`, as wide as the grid
 HELD_OUT_BINS = 256  # at most, of the grid search
 ENOUGH = 16  # blocks that a bin must have seen to count
 SINGLE: Interval = (1.0, 1.0)
-SINGLE_WEIGHTS = ("elbo", "simple")  # those that neither vanish nor explode at rate 1
 
 
 def candidates(objective: ObjectiveConfig, block_size: int, progress: float = 0.0) -> list[Interval]:
@@ -41,7 +41,7 @@ def candidates(objective: ObjectiveConfig, block_size: int, progress: float = 0.
     search, schedule = objective.clip_search, objective.schedule
     whole = (schedule.t_min, schedule.t_max)
     if block_size == 1:
-        single = schedule.defensive == 0 and schedule.t_max == 1 and objective.weight.name in SINGLE_WEIGHTS
+        single = schedule.defensive == 0 and schedule.t_max == 1 and WEIGHTS[objective.weight.name].single_rate
         return [whole, SINGLE] if single else [whole]
     found = [whole]
     for width in search.widths:

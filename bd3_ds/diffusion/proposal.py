@@ -7,12 +7,14 @@ whatever the range is: a clip that moves during a run does not scale the gradien
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from bd3_ds.config.registries import SCHEDULES
 from bd3_ds.config.schema import ScheduleConfig
 from bd3_ds.diffusion import schedule as shapes
 from bd3_ds.diffusion.schedule import Schedule
@@ -102,22 +104,15 @@ class Exploring:
 
 def base_schedule(config: ScheduleConfig, progress: float = 0.0) -> Schedule:
     """The named schedule over all t, after a share `progress` of the training."""
-    if config.name == "gaussian":
-        return shapes.gaussian(config.gaussian.mu, config.gaussian.sigma)
-    if config.name == "bimodal":
-        two = config.bimodal
-        mu2 = two.mu2 if two.mu2_end is None else shapes.moved_mu2(two.mu2, two.mu2_end, progress)
-        return shapes.mixture(
-            (two.w1, shapes.gaussian(two.mu1, two.sigma1)), (1 - two.w1, shapes.gaussian(mu2, two.sigma2))
-        )
-    plain = {
-        "log_linear": shapes.log_linear,
-        "square": lambda: shapes.power(2.0),
-        "square_root": lambda: shapes.power(0.5),
-        "logarithmic": shapes.logarithmic,
-        "cosine": shapes.cosine,
-    }
-    return plain[config.name]()
+    kind = SCHEDULES[config.name]
+    section = getattr(config, config.name, None)
+    values = {name: parameter.default for name, parameter in kind.parameters.items()} | config.parameters
+    if dataclasses.is_dataclass(section) and not isinstance(section, type):
+        values = dataclasses.asdict(section)
+    if kind.moves:
+        values["progress"] = progress
+    schedule: Schedule = kind.make(**values)
+    return schedule
 
 
 def make_proposal(config: ScheduleConfig, progress: float = 0.0, interval: Interval | None = None) -> Proposal:

@@ -8,12 +8,13 @@ Any of them goes with any proposal. What is trained with one is still scored by 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from bd3_ds.config.registries import WEIGHTS, Weight
 from bd3_ds.config.schema import WeightConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EDM_MEAN, EDM_STD, EDM_DATA = 2.4, 2.4, 0.5
 P_MAX = 1 - 1e-6  # lambda is taken at most here: EDM and FM divide by alpha
@@ -22,28 +23,28 @@ P_MAX = 1 - 1e-6  # lambda is taken at most here: EDM and FM divide by alpha
 def edm(log_snr: Tensor) -> Tensor:
     """N(lambda; 2.4, 2.4^2) (exp(-lambda) + 0.5^2) / 0.5^2."""
     z = (log_snr - EDM_MEAN) / EDM_STD
-    normal = torch.exp(-0.5 * z**2) / (EDM_STD * math.sqrt(2 * math.pi))
-    return normal * (torch.exp(-log_snr) + EDM_DATA**2) / EDM_DATA**2
+    normal = (-0.5 * z**2).exp() / (EDM_STD * math.sqrt(2 * math.pi))
+    return normal * ((-log_snr).exp() + EDM_DATA**2) / EDM_DATA**2
 
 
 def iddpm(log_snr: Tensor) -> Tensor:
     """sech(lambda / 2) = 2 sqrt(alpha (1 - alpha))."""
-    return 1 / torch.cosh(log_snr / 2)
+    return 1 / (log_snr / 2).cosh()
 
 
 def sigmoid(log_snr: Tensor, k: float) -> Tensor:
     """sigmoid(k - lambda); for k = 0 it is p."""
-    return torch.sigmoid(k - log_snr)
+    return (k - log_snr).sigmoid()
 
 
 def flow_matching(log_snr: Tensor) -> Tensor:
     """exp(-lambda / 2) = sqrt(p / alpha)."""
-    return torch.exp(-log_snr / 2)
+    return (-log_snr / 2).exp()
 
 
 def log_snr_of(p: Tensor) -> Tensor:
     """lambda = log((1 - p) / p) at masking rate p."""
-    return -torch.logit(p.double().clamp(max=P_MAX))
+    return -p.double().clamp(max=P_MAX).logit()
 
 
 def loss_weight(config: WeightConfig, p: Tensor, bound_weight: Tensor) -> Tensor:
@@ -51,13 +52,16 @@ def loss_weight(config: WeightConfig, p: Tensor, bound_weight: Tensor) -> Tensor
 
     `simple` is 1 under every proposal: plain cross-entropy on masked tokens.
     """
-    if config.name == "simple":
-        return torch.ones_like(bound_weight)
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "elbo": torch.ones_like,
-        "edm": edm,
-        "iddpm": iddpm,
-        "sigmoid": lambda log_snr: sigmoid(log_snr, config.sigmoid_k),
-        "fm": flow_matching,
-    }
-    return functions[config.name](log_snr_of(p)) * bound_weight
+    weight = WEIGHTS[config.name]
+    if weight.plain:
+        return bound_weight.new_ones(bound_weight.shape)
+    factor: Tensor = weight.function(log_snr_of(p), config)
+    return factor * bound_weight
+
+
+WEIGHTS.register("elbo", Weight(lambda log_snr, _: log_snr.new_ones(log_snr.shape), single_rate=True))
+WEIGHTS.register("edm", Weight(lambda log_snr, _: edm(log_snr)))
+WEIGHTS.register("iddpm", Weight(lambda log_snr, _: iddpm(log_snr)))
+WEIGHTS.register("sigmoid", Weight(lambda log_snr, config: sigmoid(log_snr, config.sigmoid_k)))
+WEIGHTS.register("fm", Weight(lambda log_snr, _: flow_matching(log_snr)))
+WEIGHTS.register("simple", Weight(lambda log_snr, _: log_snr.new_ones(log_snr.shape), plain=True, single_rate=True))

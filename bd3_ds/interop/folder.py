@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from bd3_ds.checkpoint.export import WEIGHTS, Export, load_weights
 from bd3_ds.config.load import from_values
+from bd3_ds.config.plugins import require_plugins
+from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import RunConfig, block_size
 from bd3_ds.data.tokenizer import load_tokenizer
 from bd3_ds.interop.card import model_card
@@ -81,7 +83,7 @@ def config_of(export: Export) -> BD3Config:
         mask_token_id=run.model.mask_id,
         run=dataclasses.asdict(run),
         step=export.step,
-        architectures=[(BD3ForCausalLM if network["causal"] else BD3ForMaskedLM).__name__],
+        architectures=[(BD3ForCausalLM if OBJECTIVES[run.objective.name].causal else BD3ForMaskedLM).__name__],
         dtype="float32",
         **network | {"biases": list(network["biases"])},
         **special,
@@ -105,6 +107,7 @@ def read_run(src: Path) -> tuple[RunConfig, int]:
             f"{path} lacks run or step, the configuration of the training run; was it made by this program?"
         )
     run = from_values(content["run"], f"run in {path}")
+    require_plugins(run.plugins, str(src))
     network = dataclasses.asdict(dit_config(run.model, run.objective.name))
     for key, value in network.items():
         given = content.get(key, value)

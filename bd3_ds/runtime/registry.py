@@ -69,6 +69,10 @@ class Registry(Generic[T]):
         self._load()
         return iter(tuple(self._entries))
 
+    def __len__(self) -> int:
+        self._load()
+        return len(self._entries)
+
     def unknown(self, name: str) -> str:
         """A sentence for a name that is not known."""
         return f"{self.key}={name} is unknown; {did_you_mean(name, self)}"

@@ -51,6 +51,8 @@ LIGHT = (
     "run.py",
     "bd3_ds/config/",
     "bd3_ds/diffusion/objectives/",
+    "bd3_ds/diffusion/schedules.py",
+    "bd3_ds/diffusion/weighting.py",
     "bd3_ds/train/preflight.py",
     "bd3_ds/commands/train.py",
 )

@@ -112,8 +112,11 @@ class Worker:
 
     def _run(self) -> RunConfig:
         from bd3_ds.config.load import load_resolved
+        from bd3_ds.config.plugins import require_plugins
 
-        return load_resolved(self.run_dir / RUN_YAML)
+        run = load_resolved(self.run_dir / RUN_YAML)
+        require_plugins(run.plugins, str(self.run_dir))
+        return run
 
     def _work(self) -> bool:
         """One look at all exports; True while something is left, in the hands of another worker or given up by one."""

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bd3_ds.config.check_diffusion import SCHEDULES
 from bd3_ds.config.load import load_defaults
+from bd3_ds.config.registries import SCHEDULES
 from bd3_ds.config.schema import ObjectiveConfig, WeightConfig
 from bd3_ds.diffusion.clip_search import (
     ENOUGH,

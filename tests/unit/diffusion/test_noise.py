@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bd3_ds.config.check_diffusion import SCHEDULES
+from bd3_ds.config.registries import SCHEDULES
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, WeightConfig
 from bd3_ds.diffusion import noise as noise_module
 from bd3_ds.diffusion.chunked_head import HeadLoss

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bd3_ds.config.check_diffusion import SCHEDULES
+from bd3_ds.config.registries import SCHEDULES
 from bd3_ds.diffusion import schedule as shapes
 from bd3_ds.diffusion.proposal import Proposal, make_proposal
 from bd3_ds.diffusion.schedule import Schedule
@@ -126,7 +126,11 @@ def test_gaussian_with_clamped_quantiles_is_told_from_the_one_without() -> None:
 
 
 @given(
-    st.sampled_from(SCHEDULES), st.floats(0, 0.9), st.floats(0.05, 1), st.floats(0.05, 0.9), st.integers(0, 2**32 - 1)
+    st.sampled_from(list(SCHEDULES)),
+    st.floats(0, 0.9),
+    st.floats(0.05, 1),
+    st.floats(0.05, 0.9),
+    st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=60, deadline=None)
 def test_defended_proposals_cover_everything_and_bound_the_weight(
@@ -147,7 +151,7 @@ def test_single_rate_is_the_limit_of_narrow_intervals() -> None:
     assert bool((single.rate(uniform[:5]) == 1).all())
 
 
-@given(st.sampled_from(SCHEDULES), st.integers(1, 40), st.floats(0, 0.5), st.floats(0.55, 1))
+@given(st.sampled_from(list(SCHEDULES)), st.integers(1, 40), st.floats(0, 0.5), st.floats(0.55, 1))
 @settings(max_examples=40, deadline=None)
 def test_all_masked_share_is_an_expectation(name: str, tokens: int, t_min: float, t_max: float) -> None:
     proposal = make_proposal(schedule_config(name=name, t_min=t_min, t_max=t_max))

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bd3_ds.config.check_diffusion import WEIGHTS
 from bd3_ds.config.load import load_defaults
+from bd3_ds.config.registries import WEIGHTS
 from bd3_ds.config.schema import ObjectiveConfig, WeightConfig
 from bd3_ds.diffusion import likelihood
 from bd3_ds.diffusion.proposal import base_schedule, make_proposal
