@@ -1,13 +1,13 @@
-"""What one micro-batch keeps from the forward to the backward pass, in bytes, counted tensor by tensor.
+"""What one micro-batch holds on a rank, in bytes: kept from the forward to the backward pass, and in passing.
 
-It follows what the layers do (`model/layers.py`, `rope.py`, `dropout.py`, `stripe_attention.py`,
-`diffusion/chunked_head.py`): a product keeps its input, a norm its input, GELU its input, a gated residual what is
-gated; rotations and additions keep nothing. Vectors of one number a channel are left out.
-`tests/unit/planning/test_plan.py` holds it against autograd's own list.
+The layers are asked themselves (`trace.py`): they run on tensors that have no memory. The head is counted by hand: its
+loss goes chunk by chunk, and which tensors a chunk has is decided in `diffusion/chunked_head.py` alone.
+`tests/unit/planning/test_plan.py` holds both against autograd's own list.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from bd3_ds.config.registries import OBJECTIVES
@@ -15,6 +15,7 @@ from bd3_ds.config.schema import RunConfig
 from bd3_ds.diffusion.chunked_head import CACHED_BYTES, CHUNK_BYTES
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.model.dit_config import DiTConfig
+from bd3_ds.planning.trace import TRACED, Traced, Work, trace_layers
 
 RECOMPUTE = ("none", "selective", "full")
 
@@ -25,6 +26,7 @@ class Pass:
 
     rows: texts; noisy and clean: packed tokens of a text on this rank; scored: tokens with a loss, of all rows.
     residual and compute: bytes of a number between layers and inside them. per_row: each row has its own conditioning.
+    attention: the backend that runs, never "auto".
     """
 
     network: DiTConfig
@@ -73,72 +75,36 @@ def pass_of(run: RunConfig, network: DiTConfig, block_size: int, stage: int, cud
     )
 
 
-def attention_bytes(given: Pass, queries: int) -> int:
-    """Kept by a layer's attention and the residual around it, its input included."""
-    width, heads, r, c = given.network.hidden_size, given.network.heads, given.residual, given.compute
-    tokens = given.tokens
-    each_token = width * (r + c) + 2 * r  # input of the norm and its two statistics, input of qkv
-    each_query = width * c  # input of `out`
-    if given.attention == "stripes":
-        each_token += 2 * width * c  # keys, values
-        each_query += width * c
-    elif given.attention == "dense":
-        each_token += 2 * width * 4
-        each_query += 4 * width + 4 * heads * tokens
-    else:  # values are a view of qkv, all of which stays; output and log-sum-exp
-        each_token += 4 * width * c
-        each_query += 2 * width * c + 4 * heads
-    each_token += width * r if given.per_row else 0  # normed, before it is scaled
-    return given.rows * (tokens * each_token + queries * (each_query + _gated(given))) + _angles(given, queries)
-
-
-def mlp_bytes(given: Pass, queries: int, recompute: bool = False) -> int:
-    """Kept by a layer's MLP and the residual around it, its input included; with `recompute`, not what is inside."""
-    width, r, c = given.network.hidden_size, given.residual, given.compute
-    each = width * (r + c) + 2 * r  # input of the norm and its two statistics, input of `up`
-    each += width * r if given.per_row else 0
-    # Before and after GELU; or the gate before and after SiLU, what it gates, and their product.
-    inside = (4 if given.network.mlp == "swiglu" else 2) * given.network.mlp_width * c
-    each += 0 if recompute else inside
-    return given.rows * queries * (each + _gated(given))
-
-
 def layers_bytes(given: Pass, recompute: str) -> int:
-    """Kept by all layers; with "full" each layer's input, with "selective" all but what is inside the MLPs."""
-    count, width = given.network.layers, given.network.hidden_size
-    # The embedding's tokens, int64, and the angles that all layers share.
-    shared = 8 * given.rows * given.tokens + _angles(given, given.tokens)
-    if recompute == "full":
-        return shared + count * given.rows * given.tokens * width * given.residual
-    inside = recompute == "selective"
-    queries = [given.tokens] * (count - 1) + [given.queries]
-    return shared + sum(attention_bytes(given, q) + mlp_bytes(given, q, inside) for q in queries)
+    """Kept by all layers, and by autocast of their weights; with "full" each layer's input, with "selective" all but
+    what is inside the MLPs.
+    """
+    few = _few_rows(given, recompute)
+    return _at_rows([one.kept + max(0, given.network.layers - TRACED) * one.each_layer for one in few], given.rows)
 
 
-def recomputed_bytes(given: Pass, recompute: str) -> int:
-    """What one layer's recomputation holds while its backward pass runs."""
-    tokens = given.tokens if given.network.layers > 1 else given.queries
-    inside = mlp_bytes(given, tokens) - mlp_bytes(given, tokens, recompute=True)
-    whole = attention_bytes(given, tokens) + mlp_bytes(given, tokens)
-    kept = given.rows * given.tokens * given.network.hidden_size * given.residual
-    return {"none": 0, "selective": inside, "full": whole - kept}[recompute]
+def working_bytes(given: Pass, recompute: str) -> int:
+    """The most that the layers' backward pass holds beyond `layers_bytes`: gradients, and what is computed again."""
+    return _at_rows([one.working for one in _few_rows(given, recompute)], given.rows)
 
 
-def backward_bytes(given: Pass) -> int:
-    """Gradients inside one layer while its backward pass runs: the larger of MLP's and attention's."""
-    width, c = given.network.hidden_size, given.compute
-    mlp = (2 * given.network.mlp_ratio + 2) * width * c
-    # Of output, q, k, v and of qkv; stripes add keys' and values' up in fp32.
-    attention = 7 * width * c + (8 * width if given.attention == "stripes" else 0)
-    return given.rows * given.tokens * (max(mlp, attention) + width * given.residual)
+def _few_rows(given: Pass, recompute: str) -> list[Traced]:
+    """Traces of one row, or of two and of three where there are more."""
+    work = Work(
+        dataclasses.replace(given.network, layers=min(given.network.layers, TRACED), vocab_size=2, vocab_multiple=1),
+        given.noisy,
+        given.clean,
+        "fp32" if given.compute == 4 else "mixed" if given.residual == 4 else "bf16",
+        given.attention,
+        given.cuda,
+        recompute,
+    )
+    return [trace_layers(work, rows, given.per_row) for rows in ([1] if given.rows == 1 else [2, 3])]
 
 
-def cast_weights_bytes(given: Pass, parameters: int) -> int:
-    """Autocast keeps each product's weights in bf16 until the backward pass; the head's are cast for themselves."""
-    network = given.network
-    matrices = 1 if network.tie_embeddings else 2
-    in_products = parameters - matrices * network.vocab_rows * network.hidden_size
-    return given.compute * in_products if given.compute < given.residual else 0
+def _at_rows(values: list[int], rows: int) -> int:
+    """All counts are affine in the rows of a micro-batch from two on."""
+    return values[0] if len(values) == 1 else values[0] + (rows - 2) * (values[1] - values[0])
 
 
 def head_bytes(given: Pass) -> int:
@@ -159,15 +125,3 @@ def logits_bytes(given: Pass) -> int:
     adding = rows * width * ((4 + c if several else c) - given.residual)
     cast = rows * width * c if c < given.residual else 0
     return chunk + part + max(0, adding) + cast + given.scored * width * given.residual + 2 * in_chunk * width * c
-
-
-def _gated(given: Pass) -> int:
-    """Bytes a query of dropout's mask and of the branch that a gate scales."""
-    width = given.network.hidden_size
-    mask = 0 if given.network.dropout == 0 else width if given.cuda else width * given.compute
-    return mask + (0 if given.network.causal else width * given.compute)
-
-
-def _angles(given: Pass, tokens: int) -> int:
-    """cos and sin in fp32; a layer also keeps those of its queries, scaled."""
-    return 4 * tokens * given.network.hidden_size // given.network.heads

@@ -19,7 +19,7 @@ from bd3_ds.model.dit import DiT, as_denoiser
 from bd3_ds.model.dit_config import DiTConfig
 from bd3_ds.model.flops import recomputed_flops_per_sequence, training_flops_per_sequence
 from bd3_ds.parallel.apply import prepare_layers
-from bd3_ds.planning.activations import backward_bytes, head_bytes, layers_bytes, pass_of, recomputed_bytes
+from bd3_ds.planning.activations import head_bytes, layers_bytes, pass_of, working_bytes
 from bd3_ds.planning.memory import parameter_count
 from bd3_ds.runtime.gpus import GIB
 from bd3_ds.runtime.peak_flops import peak_flops
@@ -64,8 +64,8 @@ def needed_bytes(network: DiTConfig, run: RunConfig, device: torch.device) -> in
     size = choose_block_size(run.seed, 0, block_sizes(run, 0))
     given = pass_of(one, network, size, 0, device.type == "cuda")
     mode = run.train.activation_checkpointing
-    kept = layers_bytes(given, mode) + head_bytes(given) + backward_bytes(given) + recomputed_bytes(given, mode)
-    return 16 * parameter_count(network) + kept
+    held = layers_bytes(given, mode) + head_bytes(given) + working_bytes(given, mode)
+    return 16 * parameter_count(network) + held
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -85,6 +85,10 @@ def kept_by_autograd(run: RunConfig, stage: int, scored: int) -> int:
         (1, {"objective__name": "mdlm", "objective__block_size": None, "model__mlp_ratio": 2}),
         (1, {"objective__name": "sedd", "objective__block_size": None, "train__precision": "bf16"}),
         (1, {"train__activation_checkpointing": "full", "train__precision": "bf16", "model__dropout": 0.1}),
+        (1, {"train__activation_checkpointing": "selective", "train__precision": "bf16", "model__dropout": 0.1}),
+        (1, {"model__mlp": "swiglu", "model__norm": "rmsnorm", "model__kv_heads": 2, "train__precision": "bf16"}),
+        (0, {"model__mlp": "swiglu", "model__norm": "rmsnorm", "train__precision": "bf16"}),
+        (1, {"model__layers": 5, "train__micro_batch": 7, "objective__block_size": 8}),
     ],
 )
 def test_activations_are_what_autograd_keeps(tmp_path: Path, stage: int, changes: dict[str, Any]) -> None:
@@ -94,21 +98,46 @@ def test_activations_are_what_autograd_keeps(tmp_path: Path, stage: int, changes
     given = dataclasses.replace(given, scored=100)
     recompute = run.train.activation_checkpointing
     counted = activations.layers_bytes(given, recompute) + activations.head_bytes(given)
-    counted += activations.cast_weights_bytes(given, parameter_count(network))
-    assert counted == pytest.approx(kept_by_autograd(run, stage, 100), rel=0.02)
+    assert counted == pytest.approx(kept_by_autograd(run, stage, 100), rel=0.01)
 
 
-def test_recomputing_keeps_less_and_says_what_it_takes_again(tmp_path: Path) -> None:
+def test_recomputing_keeps_less_and_holds_it_again(tmp_path: Path) -> None:
     run = wide_run(tmp_path)
     given = activations.pass_of(run, dit_config(run.model, "bd3"), 16, 1, cuda=False)
     none, selective, full = (activations.layers_bytes(given, mode) for mode in activations.RECOMPUTE)
     inside = 2 * 4 * WIDTH * 4  # up and GELU of a token in fp32
     assert none - selective == 4 * inside * (2 * 128 + 64)  # rows; two layers of 2L tokens, one of L
-    assert full == 4 * 128 * (8 + 3 * WIDTH * 4) + 4 * 128 * WIDTH // 4  # and the angles of a head of width 32
-    assert activations.recomputed_bytes(given, "selective") == 4 * 128 * inside
-    # A layer computed again holds what each of the first two keeps, but for its input.
-    whole = activations.attention_bytes(given, 128) + activations.mlp_bytes(given, 128)
-    assert activations.recomputed_bytes(given, "full") == whole - 4 * 128 * WIDTH * 4
+    # Tokens, the input of each layer, angles of a head of width 32, and a little that all rows share.
+    assert full == pytest.approx(4 * 128 * (8 + 3 * WIDTH * 4) + 4 * 128 * WIDTH // 4, rel=0.01)
+    again = {mode: activations.working_bytes(given, mode) for mode in activations.RECOMPUTE}
+    assert again["none"] < again["selective"] < again["full"]
+    assert again["full"] > (none - full) / 3  # a layer computed again is whole when its backward pass begins
+
+
+def test_what_only_a_gpu_keeps(tmp_path: Path) -> None:
+    """Masks of dropout in bytes, the whole of qkv with flex, and one kernel of RMSNorm."""
+    run = wide_run(tmp_path, model__dropout=0.1, objective__name="mdlm", objective__block_size=None)
+    network = dit_config(run.model, "mdlm")
+    host, gpu = (
+        activations.layers_bytes(activations.pass_of(run, network, LENGTH, 1, cuda), "none") for cuda in (0, 1)
+    )
+    assert host - gpu == 3 * 2 * (4 - 1) * 4 * LENGTH * WIDTH  # layers, dropouts, bytes, tokens of the batch
+    bd3 = wide_run(tmp_path)
+    given = activations.pass_of(bd3, dit_config(bd3.model, "bd3"), 16, 1, True)
+    stripes = activations.layers_bytes(dataclasses.replace(given, attention="stripes"), "none")
+    queries = 4 * (128 + 128 + 64)
+    # v is a view of qkv: 2 more of every token are kept, and of every query the output and a number a head.
+    more = 4 * 128 * 3 * (3 * WIDTH - WIDTH) * 4 + queries * (WIDTH + 4) * 4
+    assert activations.layers_bytes(given, "none") - stripes == more
+    rms = wide_run(tmp_path, model__norm="rmsnorm")
+    host, gpu = (
+        activations.layers_bytes(
+            dataclasses.replace(activations.pass_of(rms, dit_config(rms.model, "bd3"), 16, 1, cuda), attention="sdpa"),
+            "none",
+        )
+        for cuda in (0, 1)
+    )
+    assert host > 1.05 * gpu
 
 
 def test_ranks_that_share_a_sequence_have_a_part_of_it(tmp_path: Path) -> None:
@@ -117,7 +146,8 @@ def test_ranks_that_share_a_sequence_have_a_part_of_it(tmp_path: Path) -> None:
     network = dit_config(alone.model, "bd3")
     one, part = (activations.pass_of(run, network, 16, 1, True) for run in (alone, shared))
     assert part.tokens * 4 == one.tokens
-    assert activations.layers_bytes(part, "none") * 4 == activations.layers_bytes(one, "none")
+    parts = activations.layers_bytes(part, "none") * 4
+    assert parts == pytest.approx(activations.layers_bytes(one, "none"), rel=0.01)  # but for what all rows share
 
 
 def test_weights_are_counted_once() -> None:
