@@ -1,7 +1,7 @@
 """`run.py convert --from upstream|hf|export [--to export|hf|upstream] SRC DST`: models in and out.
 
-Every way goes through an export: what comes from elsewhere becomes one (`convert_from`), and what goes elsewhere is
-made of one (`convert_to`).
+Every way goes through an export: what comes from elsewhere becomes one (`interop/to_export.py`), and what goes
+elsewhere is made of one (`interop/from_export.py`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bd3_ds.checkpoint.export import find_export
-from bd3_ds.interop.convert_from import convert_hugging_face, convert_upstream, find_source
-from bd3_ds.interop.convert_to import write_hugging_face, write_upstream
+from bd3_ds.interop.from_export import write_hugging_face, write_upstream
+from bd3_ds.interop.to_export import convert_hugging_face, convert_upstream, find_source
 from bd3_ds.runtime.cli import Parser
 from bd3_ds.runtime.errors import UserError, did_you_mean
 from bd3_ds.runtime.files import read_json

@@ -3,6 +3,13 @@
 A pickle can name any function and have it called. This reader knows tensors and plain containers; every other name
 becomes an inert object that swallows what is done to it. So a file of unknown origin cannot do anything.
 Layout: https://docs.pytorch.org/docs/stable/notes/serialization.html (a zip with data.pkl and data/KEY).
+
+Why not `torch.load(weights_only=True, mmap=True)`, with inert stand-ins for the file's other names inside
+`torch.serialization.safe_globals`: as of torch 2.13 it reads OmegaConf's objects that way, but fills no other
+containers than list, dict, OrderedDict and Counter. A deque, a subclass of dict, or an OmegaConf resolver cache in use,
+anywhere among the hyper-parameters, and the whole file is refused with its weights. It also refuses names of `os` and
+`sys` (such a file is read here, and nothing is called), and it needs torch, which checking a recipe does without.
+`tests/unit/interop/test_lightning.py` says when a newer torch can.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ def tensor_files(directory: Path) -> list[Path]:
     for file in files:
         if not file.is_file():
             pickled = any(directory.glob("*.bin"))
-            mend = "pickles (.bin) are not read, save the model as safetensors first" if pickled else "fetch it again"
-            raise UserError(f"{file} not found; {mend}")
+            advice = "pickles (.bin) are not read, save the model as safetensors first" if pickled else "fetch it again"
+            raise UserError(f"{file} not found; {advice}")
     return files
 
 
@@ -47,12 +47,12 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def require_finite(weights: Mapping[str, Tensor], origin: str) -> None:
+def require_finite(
+    weights: Mapping[str, Tensor], origin: str, advice: str = "take another checkpoint of the model"
+) -> None:
     """Raise UserError for the first of the `weights` (from `origin`) that holds a number which is not finite."""
     import torch
 
     for name, tensor in weights.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise UserError(
-                f"{origin} holds weights that are not finite ({name}); take another checkpoint of the model"
-            )
+            raise UserError(f"{origin} holds weights that are not finite ({name}); {advice}")

@@ -22,6 +22,7 @@ from bd3_ds.data.loader import Loader, Share, of_all_ranks, require_same_packs
 from bd3_ds.data.mixture import samples_of_epoch
 from bd3_ds.data.pack import TOKENIZER_DIR, open_pack, read_manifest, read_token_counts
 from bd3_ds.data.remote import pack_directory
+from bd3_ds.interop.init_from import find_start, starting_weights
 from bd3_ds.model.build import Initial, dit_config
 from bd3_ds.model.dit import DiT
 from bd3_ds.parallel.apply import prepare_layers, share_sequences
@@ -37,7 +38,6 @@ from bd3_ds.train.ema import Ema
 from bd3_ds.train.engine import Engine
 from bd3_ds.train.materialise import Awaited, Given, Values
 from bd3_ds.train.meter import Meter
-from bd3_ds.train.start import find_start, starting_weights
 from bd3_ds.train.state import TrainState
 from bd3_ds.train.step import Stepper
 from bd3_ds.train.validation import Validated, Validation

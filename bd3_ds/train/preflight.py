@@ -14,11 +14,11 @@ from bd3_ds.config.schema import RunConfig
 from bd3_ds.data.mixture import samples_of_epoch
 from bd3_ds.data.pack import INDEX, Manifest, check_same_tokenizer, read_index, read_manifest, read_token_counts
 from bd3_ds.data.remote import fetch_facts, pack_directory
+from bd3_ds.interop.init_from import find_start
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json, require_writable
 from bd3_ds.runtime.run_dir import CHECKPOINTS
 from bd3_ds.train.earlier import earlier_runs, refused_changes
-from bd3_ds.train.start import find_start
 
 
 def preflight(run: RunConfig, world_size: int) -> RunConfig:

@@ -16,9 +16,9 @@ import bd3_ds
 from bd3_ds.commands import convert as convert_command
 from bd3_ds.commands import sample as sample_command
 from bd3_ds.data.tokenizer import load_tokenizer, number_tokenizer
+from bd3_ds.interop.init_from import find_start
 from bd3_ds.runtime import records
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.train.start import find_start
 from tests.helpers.hub_reader import LOGITS, TOKENIZER, reader
 from tests.helpers.hub_stand_in import Hub, hub_stand_in
 from tests.helpers.tiny import tiny_export, tiny_run, tiny_text

@@ -1,8 +1,4 @@
-"""Models of other programs become exports: upstream's folders and Lightning files, causal models, folders of ours.
-
-No code that comes with a model is run, and no pickle is: what is read is JSON, safetensors and, of Lightning files, the
-tensors (`interop/lightning.py`).
-"""
+"""Models of other programs become exports: upstream's folders and Lightning files, causal models, folders of ours."""
 
 from __future__ import annotations
 
@@ -10,15 +6,29 @@ import dataclasses
 import re
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from bd3_ds.config.check import check_run
+from bd3_ds.config.load import load_defaults, override
 from bd3_ds.config.registries import OBJECTIVES
-from bd3_ds.runtime.errors import UserError
+from bd3_ds.config.schema import AR, BD3, RunConfig
+from bd3_ds.interop.hf_causal import MODEL_TYPES
+from bd3_ds.interop.source import (
+    CONFIG,
+    OURS,
+    CausalFolder,
+    LightningFile,
+    OurExport,
+    OurFolder,
+    UnknownFolder,
+    UpstreamFolder,
+    open_source,
+)
+from bd3_ds.runtime.errors import UserError, did_you_mean
+from bd3_ds.runtime.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from bd3_ds.config.schema import RunConfig
 
 # What a Lightning file's shapes do not tell, with what one writes for it.
 _UNTOLD = {"objective.name": "bd3", "objective.block_size": "16", "model.heads": "12", "data.length": "1024"}
@@ -48,28 +58,51 @@ def convert_upstream(src: Path, dst: Path, tokenizer: str | None, words: list[st
     Raises UserError for files or keys that are missing or damaged and for weights that do not fit the configuration;
     then nothing is written.
     """
-    from bd3_ds.interop.bd3lms import rename_upstream
-    from bd3_ds.interop.safetensors import read_tensors
-    from bd3_ds.runtime.files import read_json
-
-    if src.is_file():
-        _convert_lightning(src, dst, tokenizer, words)
+    source = _open(src)
+    if isinstance(source, LightningFile):
+        _convert_lightning(source, dst, tokenizer, words)
         return
     _refuse_words(words, src)
-    run = upstream_run(read_json(src / "config.json", "upstream config.json"), src / "config.json", dst)
-    _write(dst, run, rename_upstream(read_tensors(src)), str(src), tokenizer)
+    if not isinstance(source, UpstreamFolder):
+        kind = source.model_type
+        raise UserError(
+            f"{src / CONFIG} has model_type={kind}, which is not upstream's (bd3lms or MDLM); use --from hf"
+        )
+    _write(dst, upstream_run(source, dst), source.weights(), str(src), tokenizer)
 
 
-def _convert_lightning(src: Path, dst: Path, tokenizer: str | None, words: list[str]) -> None:
-    from bd3_ds.config.check import check_run
-    from bd3_ds.config.load import load_defaults, override
-    from bd3_ds.config.schema import AR, BD3
-    from bd3_ds.interop.bd3lms import our_name, values_of_shapes
-    from bd3_ds.interop.lightning import read_lightning
+def convert_hugging_face(src: Path, dst: Path, tokenizer: str | None, words: list[str]) -> None:
+    """Make the export `dst` from a folder of ours for Hugging Face, equal to the one that the folder was made of, or
+    from a causal model (`hf_causal.py`). Errors as above.
+    """
+    source = _open(src)
+    _refuse_words(words, src)
+    if isinstance(source, OurFolder):
+        _convert_folder(src, dst, tokenizer)
+    elif isinstance(source, CausalFolder):
+        _convert_causal(source, dst, tokenizer)
+    elif isinstance(source, UpstreamFolder):
+        kind = source.config.get("model_type")
+        raise UserError(f"{src / CONFIG} has model_type={kind}, which is upstream's; use --from upstream")
+    elif isinstance(source, LightningFile):
+        raise UserError(f"{src} is a Lightning checkpoint of upstream's; use --from upstream")
+    else:
+        kind = source.model_type
+        raise UserError(f"{src / CONFIG} has model_type={kind}; {did_you_mean(str(kind), [OURS, *MODEL_TYPES])}")
 
-    model = read_lightning(src, our_name)
-    values = values_of_shapes(model.shapes, src)
-    causal = values["cond_size"] is None
+
+def _open(src: Path) -> LightningFile | UpstreamFolder | CausalFolder | OurFolder | UnknownFolder:
+    """The source at `src`; raises UserError for a directory without a config.json and for exports."""
+    if src.is_dir():
+        read_json(src / CONFIG, CONFIG)
+    source = open_source(src)
+    if isinstance(source, OurExport):
+        raise UserError(f"{src} is an export already; use --from export")
+    return source
+
+
+def _convert_lightning(source: LightningFile, dst: Path, tokenizer: str | None, words: list[str]) -> None:
+    src, values, causal = source.path, source.values, source.causal
     given = dict(word.partition("=")[::2] for word in words)
     objective = given.get("objective.name", AR if causal else BD3)
     if OBJECTIVES[objective].causal != causal:
@@ -89,29 +122,7 @@ def _convert_lightning(src: Path, dst: Path, tokenizer: str | None, words: list[
     fixed = {"run_dir": str(dst), "data.train": "unknown", "objective.name": objective, "eval.estimator": estimator}
     run = override(load_defaults(fixed | of_model, str(src)), words, _SETTABLE)
     check_run(run, world_size=1)
-    _write(dst, _with_mask_id(run, "--set model.mask_id={}"), model.read(), str(src), tokenizer)
-
-
-def convert_hugging_face(src: Path, dst: Path, tokenizer: str | None, words: list[str]) -> None:
-    """Make the export `dst` from a folder of ours for Hugging Face, equal to the one that the folder was made of, or
-    from a causal model (`interop/hf_causal.py`). Errors as above.
-    """
-    from bd3_ds.interop.hf_causal import MODEL_TYPES
-    from bd3_ds.runtime.errors import did_you_mean
-    from bd3_ds.runtime.files import read_json
-
-    _refuse_words(words, src)
-    path = src / "config.json"
-    config = read_json(path, "config.json")
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind == "bd3-ds":
-        _convert_folder(src, dst, tokenizer)
-    elif kind in MODEL_TYPES:
-        _convert_causal(src, config, dst, tokenizer)
-    elif kind in ("bd3lm", "mdlm"):
-        raise UserError(f"{path} has model_type={kind}, which is upstream's; use --from upstream")
-    else:
-        raise UserError(f"{path} has model_type={kind}; {did_you_mean(str(kind), ['bd3-ds', *MODEL_TYPES])}")
+    _write(dst, _with_mask_id(run, "--set model.mask_id={}"), source.weights(), str(src), tokenizer)
 
 
 def _convert_folder(src: Path, dst: Path, tokenizer: str | None) -> None:
@@ -123,48 +134,34 @@ def _convert_folder(src: Path, dst: Path, tokenizer: str | None) -> None:
     _write(dst, folder.run, folder.weights, str(src), tokenizer, folder.tokenizer, folder.step)
 
 
-def _convert_causal(src: Path, config: dict[str, Any], dst: Path, tokenizer: str | None) -> None:
+def _convert_causal(source: CausalFolder, dst: Path, tokenizer: str | None) -> None:
     """Without a `tokenizer`, [MASK] is a new id behind the model's last."""
-    from bd3_ds.config.check import check_run
-    from bd3_ds.config.load import load_defaults
-    from bd3_ds.config.schema import AR
     from bd3_ds.data.tokenizer import load_tokenizer
-    from bd3_ds.interop.hf_causal import causal_values, rename_causal, vocabulary_problem, with_mask
-    from bd3_ds.interop.safetensors import read_tensors
 
-    path = src / "config.json"
+    path, config = source.path / CONFIG, source.config
     length = min(1024, config.get("n_positions", config.get("max_position_embeddings", 1024)))
-    values = causal_values(config, path, length)
+    values = source.values(length)
     rows = config["vocab_size"]
     facts = load_tokenizer(tokenizer) if tokenizer is not None else None
     vocab_size, mask_id = (rows + 1, rows) if facts is None else (facts.vocab_size, facts.mask_id)
-    special = {key: config[key] for key in config if key in ("eos_token_id", "bos_token_id", "pad_token_id")}
-    if (problem := vocabulary_problem(rows, vocab_size, mask_id, special)) is not None:
+    if (problem := source.vocabulary_problem(vocab_size, mask_id)) is not None:
         raise UserError(f"{path} {problem}")
     of_run = {"run_dir": str(dst), "data.train": "unknown", "data.length": length, "objective.name": AR}
     of_model = {f"model.{key}": value for key, value in values.items()}
     of_vocabulary = {"model.vocab_size": vocab_size, "model.mask_id": mask_id}
     run = load_defaults(of_run | of_model | of_vocabulary, str(path))
     check_run(run, world_size=1)
-    weights = rename_causal(read_tensors(src), config["model_type"], values["tie_embeddings"])
-    _write(dst, run, with_mask(weights, vocab_size, vocab_size, mask_id), str(src), tokenizer)
+    _write(dst, run, source.weights(vocab_size, vocab_size, mask_id), str(source.path), tokenizer)
 
 
-def upstream_run(config: Any, path: Path, dst: Path) -> RunConfig:
-    """The RunConfig of an upstream config.json (at `path`, for errors), defaults for all that it does not say."""
-    from bd3_ds.config.check import check_run
-    from bd3_ds.config.load import load_defaults
-    from bd3_ds.interop.bd3lms import upstream_network, upstream_objective
-
-    if not isinstance(config, dict):
-        raise UserError(f"{path} must hold one JSON object; is this a bd3lms config.json?")
-    objective = upstream_objective(config)
+def upstream_run(source: UpstreamFolder, dst: Path) -> RunConfig:
+    """The RunConfig of upstream's config.json, defaults for all that it does not say."""
+    path, config, objective = source.path / CONFIG, source.config, source.objective
     has_blocks = OBJECTIVES[objective].has_blocks
     missing = [key for key in ("model_length", *(["block_size"] if has_blocks else [])) if key not in config]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}; is this a bd3lms config.json?")
-    # A causal network has no conditioning, so that its width need not be told.
-    network = upstream_network({"cond_dim": 128} | config if OBJECTIVES[objective].causal else config, path)
+    network = source.network
     values = {
         "run_dir": str(dst),
         "data.train": "unknown",
@@ -241,6 +238,6 @@ def _save_tokenizer(spec: str, run: RunConfig, directory: Path) -> None:
         if theirs != ours:
             raise UserError(
                 f"--tokenizer {spec} does not fit the model: its {what} is {theirs}, the model's {ours}; "
-                f"give the tokenizer that the model was trained with, or mend {what} in config.json"
+                f"give the tokenizer that the model was trained with, or fix {what} in config.json"
             )
     tokenizer.save(directory)

@@ -1,8 +1,8 @@
-"""Whose weights a run starts from: the one place that knows all kinds of train.init_from.
+"""Resolves train.init_from: the weights that a run starts from, and whether they fit it.
 
 An export (or run) of ours, upstream bd3lms as a folder or a Lightning file, or a causal model of the GPT-2 or Llama
-kinds, which starts AR runs as it is and diffusion runs by adaptation. Finding a start and comparing it with the run
-imports no torch; reading its weights does.
+kinds, which starts AR runs as it is and diffusion runs by adaptation (`source.py` reads them all). Finding a start and
+comparing it with the run imports no torch; reading its weights does.
 """
 
 from __future__ import annotations
@@ -12,15 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bd3_ds.checkpoint.export import Export, find_export, load_weights
 from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import AR, ModelConfig, RunConfig
-from bd3_ds.interop.bd3lms import our_name, rename_upstream, upstream_network, upstream_objective, values_of_shapes
-from bd3_ds.interop.hf_causal import MODEL_TYPES, causal_values, rename_causal, vocabulary_problem, with_mask
-from bd3_ds.interop.lightning import read_lightning
-from bd3_ds.interop.safetensors import read_tensors, tensor_files
+from bd3_ds.interop.hf_causal import MODEL_TYPES
+from bd3_ds.interop.safetensors import require_finite
+from bd3_ds.interop.source import (
+    CONFIG,
+    CausalFolder,
+    LightningFile,
+    OurExport,
+    OurFolder,
+    UnknownFolder,
+    UpstreamFolder,
+    open_source,
+)
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.runtime.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +72,7 @@ _UPSTREAM = {
 class Start:
     """A source of weights: `values` are the `model.*` that the run must have, `objective` what it was trained for.
 
-    `adapts`: a causal model that may start a diffusion run. `more` are problems that no single key mends. `read` gives
+    `adapts`: a causal model that may start a diffusion run. `more` are problems that no single key fixes. `read` gives
     the weights under our names and what to say about them.
     """
 
@@ -104,26 +110,21 @@ class Start:
 
 def find_start(run: RunConfig) -> Start:
     """The source that train.init_from names; raises UserError where it is none, or one that we cannot use."""
-    place = run.train.init_from
-    assert place is not None
-    path = Path(place)
-    if path.is_file():
-        return _lightning(path)
-    config = path / "config.json"
-    if not config.is_file() or (path / "export.json").is_file():
-        return _export(find_export(place))
-    content = read_json(config, "config.json")
-    if not isinstance(content, dict):
-        raise UserError(f"{config} must hold one JSON object")
-    if content.get("model_type") in MODEL_TYPES:
-        return _causal(path, content, run)
-    if content.get("model_type") == "bd3-ds":
+    assert run.train.init_from is not None
+    source = open_source(run.train.init_from)
+    if isinstance(source, OurExport):
+        return _export(source)
+    if isinstance(source, UpstreamFolder):
+        return _upstream(source)
+    if isinstance(source, LightningFile):
+        return _lightning(source)
+    if isinstance(source, CausalFolder):
+        return _causal(source, run)
+    config = source.path / CONFIG
+    if isinstance(source, OurFolder):
         raise UserError(f"{config} is in Hugging Face's form; make an export of it first: run.py convert --from hf")
-    if "n_blocks" not in content and "model_type" in content:
-        raise UserError(
-            f"{config} has model_type={content['model_type']}; known are bd3lms' own and {', '.join(MODEL_TYPES)}"
-        )
-    return _upstream(path, content)
+    assert isinstance(source, UnknownFolder)
+    raise UserError(f"{config} has model_type={source.model_type}; known are bd3lms' own and {', '.join(MODEL_TYPES)}")
 
 
 def starting_weights(start: Start, model: DiT) -> tuple[dict[str, Tensor], str]:
@@ -131,69 +132,57 @@ def starting_weights(start: Start, model: DiT) -> tuple[dict[str, Tensor], str]:
 
     Raises UserError where files are damaged, hold weights that are not known, or numbers that are not finite.
     """
-    import torch
-
     weights, sentence = start.read(model)
-    for name, tensor in weights.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{start.path} holds weights that are not finite ({name}); start from another model")
+    require_finite(weights, str(start.path), "start from another model")
     return {name: tensor.float() for name, tensor in weights.items()}, sentence
 
 
-def _export(export: Export) -> Start:
+def _export(source: OurExport) -> Start:
+    export = source.export
+
     def read(_: DiT) -> tuple[dict[str, Tensor], str]:
-        return load_weights(export), f"starting from the weights of {export.path}"
+        return source.weights(), f"starting from the weights of {export.path}"
 
     return Start(export.path, export.run.objective.name, _values(export.run.model), read)
 
 
-def _upstream(path: Path, config: dict[str, Any]) -> Start:
-    objective = upstream_objective(config)
-    # A causal network has no conditioning, so that its width need not be told.
-    known = {"cond_dim": 128} | config if OBJECTIVES[objective].causal else config
-    network = upstream_network(known, path / "config.json")
+def _upstream(source: UpstreamFolder) -> Start:
+    network, mask_index = source.network, source.config.get("mask_index")
     values = {key: getattr(network, key) for key in ("vocab_size", "hidden_size", "layers", "heads", "cond_size")}
     values["mlp_size"] = network.mlp_width
-    values["mask_id"] = network.vocab_size - 1 if config.get("mask_index") is None else config["mask_index"]
-    tensor_files(path)
+    values["mask_id"] = network.vocab_size - 1 if mask_index is None else mask_index
+    source.require_files()
 
     def read(_: DiT) -> tuple[dict[str, Tensor], str]:
-        return rename_upstream(read_tensors(path)), f"starting from upstream's weights in {path}"
+        return source.weights(), f"starting from upstream's weights in {source.path}"
 
-    return Start(path, objective, _UPSTREAM | {"kv_heads": network.heads} | values, read)
+    return Start(source.path, source.objective, _UPSTREAM | {"kv_heads": network.heads} | values, read)
 
 
-def _lightning(path: Path) -> Start:
-    """A Lightning file of upstream. Its configuration is code and is not read: shapes tell all but the heads."""
-    model = read_lightning(path, our_name)
-    values = values_of_shapes(model.shapes, path)
+def _lightning(source: LightningFile) -> Start:
     known = {key: value for key, value in _UPSTREAM.items() if key != "kv_heads"}
-    which = "averaged weights (EMA)" if model.averaged else "weights, there being no average,"
+    which = "averaged weights (EMA)" if source.model.averaged else "weights (no EMA stored)"
 
     def read(_: DiT) -> tuple[dict[str, Tensor], str]:
-        return model.read(), f"starting from upstream's {which} in {path}"
+        return source.weights(), f"starting from upstream's {which} in {source.path}"
 
-    return Start(path, AR if values["cond_size"] is None else "diffusion", known | values, read)
+    return Start(source.path, AR if source.causal else "diffusion", known | source.values, read)
 
 
-def _causal(path: Path, config: dict[str, Any], run: RunConfig) -> Start:
-    values = causal_values(config, path / "config.json", run.data.length)
-    tensor_files(path)
+def _causal(source: CausalFolder, run: RunConfig) -> Start:
+    values = source.values(run.data.length)
+    source.require_files()
     assert run.model.vocab_size is not None and run.model.mask_id is not None
-    special: dict[str, Any] = {
-        key: config[key] for key in ("eos_token_id", "bos_token_id", "pad_token_id") if key in config
-    }
-    problem = vocabulary_problem(config["vocab_size"], run.model.vocab_size, run.model.mask_id, special)
+    problem = source.vocabulary_problem(run.model.vocab_size, run.model.mask_id)
 
     def read(model: DiT) -> tuple[dict[str, Tensor], str]:
-        weights = rename_causal(read_tensors(path), config["model_type"], values["tie_embeddings"])
-        return _adapted(weights, model, run, path)
+        return _adapted(source, model, run)
 
     more = [] if problem is None else [f"train.init_from={run.train.init_from} {problem}"]
-    return Start(path, AR, values, read, adapts=True, more=more)
+    return Start(source.path, AR, values, read, adapts=True, more=more)
 
 
-def _adapted(weights: dict[str, Tensor], model: DiT, run: RunConfig, path: Path) -> tuple[dict[str, Tensor], str]:
+def _adapted(source: CausalFolder, model: DiT, run: RunConfig) -> tuple[dict[str, Tensor], str]:
     """A causal model's weights with a row for [MASK] and, for diffusion, the time conditioning of a network that does
     not look at the time yet: gates of 1, all else 0. Under a causal mask it computes what the source did.
     """
@@ -201,7 +190,7 @@ def _adapted(weights: dict[str, Tensor], model: DiT, run: RunConfig, path: Path)
 
     network, mask_id = model.network, run.model.mask_id
     assert mask_id is not None
-    weights = with_mask(weights, network.vocab_size, network.vocab_rows, mask_id)
+    weights = source.weights(network.vocab_size, network.vocab_rows, mask_id)
     initial = Initial(model, run.seed)
     conditioning = {
         name: _fresh(initial, name, parameter) if parameter.is_meta else parameter.detach().clone()
@@ -211,8 +200,8 @@ def _adapted(weights: dict[str, Tensor], model: DiT, run: RunConfig, path: Path)
     for name, value in conditioning.items():
         if name.startswith("layers.") and name.endswith("bias"):
             value.view(6, -1)[[2, 5]] = 1.0  # the gates of attention and MLP (`layers.Layer`)
-    said = f"starting from the causal model {path}; the embedding of [MASK] (id {mask_id}) is the mean of all others"
-    return weights | conditioning, said + ("" if network.causal else ", its layers now see both ways")
+    said = f"starting from the causal model {source.path}; the embedding of [MASK] (id {mask_id}) is the mean of all"
+    return weights | conditioning, f"{said} others" + ("" if network.causal else ", its layers now see both ways")
 
 
 def _fresh(initial: Initial, name: str, parameter: Tensor) -> Tensor:
