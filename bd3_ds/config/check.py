@@ -131,7 +131,7 @@ def _shapes(run: RunConfig) -> list[str]:
     if model.positions == "learned" and (model.max_positions or 0) < length:
         given = "null" if model.max_positions is None else model.max_positions
         problems.append(
-            f"model.positions=learned wants model.max_positions of data.length={length} at least, not {given}"
+            f"model.positions=learned needs model.max_positions of data.length={length} at least, not {given}"
         )
     has_blocks = OBJECTIVES[run.objective.name].has_blocks
     if run.objective.views > 1 and not has_blocks:

@@ -63,7 +63,7 @@ def load_defaults(values: dict[str, Any], origin: str) -> RunConfig:
 def from_values(values: dict[str, Any], origin: str) -> RunConfig:
     """The configuration of nested plain values (from `origin`), as `dataclasses.asdict` and then JSON make of one.
 
-    JSON's keys are words; where the schema wants numbers they are turned back. Keys that are missing have their
+    JSON's keys are words; where the schema has numbers they are turned back. Keys that are missing have their
     defaults; raises UserError for all else that is wrong.
     """
     if "${" in str(values):

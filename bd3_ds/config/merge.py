@@ -88,7 +88,7 @@ def _merge_word(tree: DictConfig, word: str) -> list[str]:
         kind = typing.get_args(known[whole].annotation)[-1]
     if text == "" and kind is not str:
         return [f"{key}= has no value" + ("; write null for none" if is_optional(kind) else "")]
-    hint = "; YAML wants a space after each ':' in braces" if re.search(r"\{.*:\S", word) else ""
+    hint = "; YAML needs a space after each ':' in braces" if re.search(r"\{.*:\S", word) else ""
     try:
         value = resolved(word_value(text, kind))
     except (YAMLError, OmegaConfBaseException, RecursionError) as error:

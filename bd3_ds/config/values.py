@@ -36,7 +36,7 @@ def is_text(annotation: Any) -> bool:
 
 
 def convert(value: Any, annotation: Any, as_it_stands: bool = False) -> Any:
-    """`value` (of `read_yaml`, JSON or code) as `annotation` wants it; raises Unfit.
+    """`value` (of `read_yaml`, JSON or code) in the type that `annotation` names; raises Unfit.
 
     `as_it_stands`: unquoted text may look like a number, as on the command line.
     """

@@ -1,4 +1,4 @@
-"""YAML as it was written: what is no text keeps its spelling, so that `010` can be told from 8."""
+"""YAML as it was written: what is no text keeps its spelling, so that `010` is not 8."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Plain(str):
 
 
 _KINDS = {"bool": "true or false", "int": "number", "float": "number", "timestamp": "date"}
-# YAML 1.1 wants a point in every float; nobody who writes 1e-3 means a word.
+# YAML 1.1 requires a point in every float; nobody who writes 1e-3 means a word.
 _EXPONENT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
 
 

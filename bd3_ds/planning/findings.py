@@ -144,7 +144,7 @@ def _sets(found: Findings, manifests: dict[str, Manifest], sound: bool) -> None:
     first = manifests.get(run.data.train) or next(iter(_manifests_of_sets(run)), None)
     if first is None:
         return
-    length = run.data.length if sound else first.length  # an unsound length would be told once for each set
+    length = run.data.length if sound else first.length  # an unsound length would be reported once for each set
     asked = dataclasses.replace(
         run,
         eval=dataclasses.replace(run.eval, sets=there),

@@ -53,8 +53,8 @@ class Zero:
     def variant(self) -> str:
         """Its name among `communication.VARIANTS`."""
         marks = {"qwZ": self.quantised_weights, "hpZ": self.copies > 1, "qgZ": self.quantised_gradients}
-        told = "++" if all(marks.values()) else " ".join(mark for mark, is_set in marks.items() if is_set)
-        return f"{self.stage} ZeRO++" if told == "++" else f"{self.stage} {told}".strip()
+        shown = "++" if all(marks.values()) else " ".join(mark for mark, is_set in marks.items() if is_set)
+        return f"{self.stage} ZeRO++" if shown == "++" else f"{self.stage} {shown}".strip()
 
 
 def zero_of(ds_json: dict[str, Any], stage: int | None = None) -> Zero:

@@ -71,7 +71,7 @@ def size(count: float) -> str:
 
 
 def unit_of(memory: dict[str, Any]) -> tuple[str, int]:
-    """In which a rank's memory is told."""
+    """The unit in which the table gives a rank's memory."""
     return ("GiB", GIB) if memory["peak"] >= GIB else ("MiB", MIB)
 
 

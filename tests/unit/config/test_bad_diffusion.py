@@ -41,7 +41,7 @@ CASES = [
     ("'objective.block_schedule={0: [8, 16], 2: [4]}'", "exports of the stage from step 0 on"),
     ("'objective.block_schedule={0: [16], 2: [4]}' eval.estimator=exact", "bd3 denoises all 16 tokens of a sequence"),
     ("'objective.block_schedule={0: 4}'", "'step: [block sizes]' pairs such as"),
-    ("'objective.block_schedule={0:4}'", "YAML wants a space after each ':'"),
+    ("'objective.block_schedule={0:4}'", "YAML needs a space after each ':'"),
     ("'objective.block_schedule={2: [4]}'", "begins at step 2"),
     ("'objective.block_schedule={0: [4], -1: [4]}'", "has the step -1; steps are counted from 0"),
     ("'objective.block_schedule={0: []}'", "gives no block size at step 0"),
