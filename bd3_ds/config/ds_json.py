@@ -201,7 +201,7 @@ def complete_ds_json(content: dict[str, Any], run: RunConfig, world_size: int) -
     DeepSpeed keeps no fp32 master weights for bf16 at stage 0; there the parameters stay fp32 and the engine runs the
     forward pass under autocast instead (`train/engine.py`), so bf16 is not enabled here.
 
-    DeepSpeed does not learn of train.sequence_parallel: it shards and averages over all ranks alike, and counts a sequence
+    It is not given train.sequence_parallel: it shards and averages over all ranks alike, and counts a sequence
     once for every rank that works on it. The loss makes up for that (`parallel/sequence.py`).
     """
     return {

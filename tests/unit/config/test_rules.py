@@ -53,6 +53,7 @@ def test_every_number_of_the_schema_has_a_rule() -> None:
     assert free == {
         "model.mask_id",
         "objective.block_schedule",
+        "objective.schedule.parameters",
         "objective.schedule.t_min",
         "objective.schedule.t_max",
     }
