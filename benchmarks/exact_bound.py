@@ -21,6 +21,7 @@ from bd3_ds.checkpoint.export import find_export
 from bd3_ds.config.schema import block_size
 from bd3_ds.data.pack import open_pack
 from bd3_ds.diffusion import likelihood
+from bd3_ds.diffusion.likelihood import Texts
 from bd3_ds.diffusion.subs import subs_nll
 from bd3_ds.evaluation.denoisers import conditioned
 from bd3_ds.evaluation.network import load_model
@@ -51,14 +52,16 @@ def main(argv: list[str]) -> int:
     condition = conditioned(model, size)
 
     def exact() -> float:
-        return sum(likelihood.exact(condition, part, size, mask_id, views * texts).total for part in x0.split(texts))
+        return sum(
+            likelihood.exact(condition, Texts(part), size, mask_id, views * texts).total for part in x0.split(texts)
+        )
 
     def mc() -> tuple[float, float]:
         """Value, and variance of one view, of all texts."""
         parts = list(enumerate(x0.split(max(1, options.at_once // MC_VIEWS))))
         first = len(parts[0][1])
         bounds = [
-            likelihood.monte_carlo(condition, part, size, mask_id, MC_VIEWS, seed=0, first_sequence=number * first)
+            likelihood.monte_carlo(condition, Texts(part, first_row=number * first), size, mask_id, MC_VIEWS, seed=0)
             for number, part in parts
         ]
         return sum(b.total for b in bounds), MC_VIEWS * sum(float(b.variance.sum()) for b in bounds)

@@ -5,13 +5,14 @@ With --record they stand in the run's records as well, one line per (export, set
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bd3_ds.config.check import estimator_used
 from bd3_ds.config.registries import ESTIMATORS
-from bd3_ds.config.schema import block_size
+from bd3_ds.config.schema import EvalConfig, block_size
 from bd3_ds.data.pack import read_manifest
 from bd3_ds.evaluation import figures
 from bd3_ds.evaluation.exports import open_export
@@ -22,6 +23,7 @@ from bd3_ds.runtime.cli import Parser, at_least_one
 from bd3_ds.runtime.errors import EXIT_INTERRUPTED, UserError, did_you_mean
 from bd3_ds.runtime.files import require_writable, write_json
 from bd3_ds.runtime.run_dir import EVALUATIONS, EXPORTS, RECORDS, is_run
+from bd3_ds.runtime.tables import console_table
 
 if TYPE_CHECKING:
     from bd3_ds.checkpoint.export import Export
@@ -37,20 +39,22 @@ def main(argv: list[str]) -> int:
 
     export = open_export(options.export)
     sets = choose_sets(options.sets.split(",") if options.sets is not None else None, export, options.packs)
-    how = _how(options, export)
-    _check_sets(options, export, sets, how)
+    wanted = _wanted(options, export)
+    _check_sets(options, export, sets, wanted)
     results = _records_of(export, sets) if options.record else None
 
+    from bd3_ds.diffusion.likelihood import Estimator
     from bd3_ds.evaluation.network import load_model
     from bd3_ds.evaluation.perplexity import evaluate_pack
 
     device = open_device(options.device)
     model = load_model(export, device)
+    estimator = Estimator(wanted.estimator, wanted.views, at_once=wanted.batch)
     records: list[dict[str, Any]] = []
     try:
         for name, directory in sets.items():
             with _Bar(name) as bar:
-                records.append(evaluate_pack(model, export, directory, name, device=device, progress=bar, **how))
+                records.append(evaluate_pack(model, export, directory, name, estimator, wanted.max_chunks, bar))
             if options.json is not None:
                 write_json(options.json, records)
             if results is not None:
@@ -69,24 +73,20 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _how(options: Any, export: Export) -> dict[str, Any]:
+def _wanted(options: Any, export: Export) -> EvalConfig:
     """How sets are scored: as the run does, but for what the options say."""
-    defaults = export.run.eval
-    return {
-        "estimator": options.estimator or defaults.estimator,
-        "views": options.views or defaults.views,
-        "batch": options.batch or defaults.batch,
-        "max_chunks": options.max_chunks or defaults.max_chunks,
-    }
+    given = {"estimator": options.estimator, "views": options.views, "batch": options.batch}
+    given["max_chunks"] = options.max_chunks
+    return dataclasses.replace(export.run.eval, **{key: value for key, value in given.items() if value is not None})
 
 
-def _check_sets(options: Any, export: Export, sets: dict[str, str], how: dict[str, Any]) -> None:
+def _check_sets(options: Any, export: Export, sets: dict[str, str], wanted: EvalConfig) -> None:
     """Raise UserError for a set that the export cannot read, or the estimator cannot score."""
     option = "--estimator" if options.estimator else "eval.estimator"
     for name, directory in sets.items():
         manifest = check_pack(export, name, directory)
-        chunks = min(manifest.chunks, how["max_chunks"] or manifest.chunks)
-        estimator_used(export.run, how["estimator"], option, chunks * (manifest.length - 1))
+        chunks = min(manifest.chunks, wanted.max_chunks or manifest.chunks)
+        estimator_used(export.run, wanted.estimator, option, chunks * (manifest.length - 1))
 
 
 def _run_dir(export: Export) -> Path:
@@ -139,15 +139,7 @@ def format_table(records: list[dict[str, Any]]) -> str:
                 *((f"{record['report_loss']:.4f}", f"{record['report_ppl']:.2f}") if report else ()),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    left = {0, 5, 6}
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return console_table(rows[0], rows[1:], left=(0, 5, 6))
 
 
 class _Bar:

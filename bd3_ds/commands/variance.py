@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,10 @@ from bd3_ds.evaluation.packs import check_pack, choose_sets
 from bd3_ds.runtime.cli import Parser, at_least_one
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import require_writable, write_json
+from bd3_ds.runtime.tables import console_table
 
 if TYPE_CHECKING:
+    from bd3_ds.checkpoint.export import Export
     from bd3_ds.config.schema import RunConfig
     from bd3_ds.diffusion.proposal import Interval
 
@@ -31,8 +34,6 @@ def main(argv: list[str]) -> int:
 
     from bd3_ds.config.check import check_run
     from bd3_ds.config.load import override
-    from bd3_ds.data.pack import open_pack, read_token_counts
-    from bd3_ds.data.remote import fetch_facts
     from bd3_ds.evaluation.exports import open_export
 
     export = open_export(options.export)
@@ -45,39 +46,7 @@ def main(argv: list[str]) -> int:
         )
     name, directory = next(iter(choose_sets([options.set] if options.set else None, export, None).items()))
     check_pack(export, name, directory)
-    wanted = run.objective.frequency.power > 0
-    counts = read_token_counts(fetch_facts(run.data.train, run.data.cache)) if wanted else None
-
-    import torch
-
-    from bd3_ds.evaluation.arguments import check_seed
-    from bd3_ds.evaluation.network import load_model
-    from bd3_ds.evaluation.variance import variances
-
-    check_seed(options.seed)
-    device = open_device(options.device)
-    pack = open_pack(directory)
-    tokens = torch.from_numpy(pack.all_tokens())
-    documents = pack.all_documents(apart=run.data.document_mask)
-    model = load_model(export, device)
-    records = []
-    for interval in intervals:
-        measured = variances(
-            model,
-            run,
-            tokens,
-            None if documents is None else torch.from_numpy(documents),
-            batches=options.batches,
-            sequences=options.batch,
-            at_once=options.at_once or run.eval.batch,
-            gradient=options.gradients,
-            seed=options.seed,
-            interval=interval,
-            step=export.step,
-            token_counts=counts,
-        )
-        t_min, t_max = interval or (run.objective.schedule.t_min, run.objective.schedule.t_max)
-        records.append({"set": name, "t_min": t_min, "t_max": t_max, **dataclasses.asdict(measured)})
+    records = _measure(options, export, run, name, directory, intervals)
     print(
         f"{export.path} (step {export.step}), schedule {run.objective.schedule.name}, weight "
         f"{run.objective.weight.name}, {options.batches} batches of {records[0]['sequences']} sequences of {name}"
@@ -86,6 +55,32 @@ def main(argv: list[str]) -> int:
     if options.json is not None:
         write_json(options.json, records)
     return 0
+
+
+def _measure(
+    options: Any, export: Export, run: RunConfig, name: str, directory: str, intervals: Sequence[Interval | None]
+) -> list[dict[str, Any]]:
+    """A record for each interval, all on the same text and random numbers; None is the schedule's own interval."""
+    from bd3_ds.data.pack import read_token_counts
+    from bd3_ds.data.remote import fetch_facts
+    from bd3_ds.evaluation.arguments import check_seed
+    from bd3_ds.evaluation.network import load_model
+    from bd3_ds.evaluation.perplexity import read_texts
+    from bd3_ds.evaluation.variance import BatchPlan, variances
+
+    by_frequency = run.objective.frequency.power > 0
+    counts = read_token_counts(fetch_facts(run.data.train, run.data.cache)) if by_frequency else None
+    check_seed(options.seed)
+    device = open_device(options.device)
+    texts = read_texts(directory, apart=run.data.document_mask)
+    model = load_model(export, device)
+    plan = BatchPlan(options.batches, options.batch, options.at_once or run.eval.batch, options.gradients, options.seed)
+    records = []
+    for interval in intervals:
+        measured = variances(model, run, texts, plan, interval=interval, step=export.step, token_counts=counts)
+        t_min, t_max = interval or (run.objective.schedule.t_min, run.objective.schedule.t_max)
+        records.append({"set": name, "t_min": t_min, "t_max": t_max, **dataclasses.asdict(measured)})
+    return records
 
 
 def as_trained_now(run: RunConfig) -> RunConfig:
@@ -100,13 +95,15 @@ def as_trained_now(run: RunConfig) -> RunConfig:
 
 def format_variances(records: list[dict[str, Any]]) -> str:
     """One line an interval; nats per token and their squares."""
-    lines = [f"{'t in':>16}  {'Var. NELBO':>22}  {'var of a block':>14}  {'var of gradient':>15}"]
-    for record in records:
-        block, gradient = ("" if record[key] is None else f"{record[key]:.4g}" for key in ("var_block", "var_gradient"))
-        interval = f"[{record['t_min']:g}, {record['t_max']:g}]"
-        nelbo = f"{record['var_nelbo']:.4g} ± {record['var_nelbo_stderr']:.2g}"
-        lines.append(f"{interval:>16}  {nelbo:>22}  {block:>14}  {gradient:>15}".rstrip())
-    return "\n".join(lines)
+    rows = [
+        (
+            f"[{record['t_min']:g}, {record['t_max']:g}]",
+            f"{record['var_nelbo']:.4g} ± {record['var_nelbo_stderr']:.2g}",
+            *("" if record[key] is None else f"{record[key]:.4g}" for key in ("var_block", "var_gradient")),
+        )
+        for record in records
+    ]
+    return console_table(("t in", "Var. NELBO", "var of a block", "var of gradient"), rows, left=())
 
 
 def _interval(word: str) -> Interval:

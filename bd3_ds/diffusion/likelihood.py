@@ -5,16 +5,15 @@ For one block of n maskable tokens, with c_i(M) = -log p(x_i | block with M mask
     NELBO = sum_{m=1..n} mean over subsets M of size m of (1/m) sum_{i in M} c_i(M)      (p integrated out)
           = integral_0^1 (1/p) E_{M ~ Bernoulli(p)} sum_{i in M} c_i(M) dp
 
-Position 0 is given and padding is nobody's: a block has so many maskable tokens less. Every estimator takes the places'
-documents [b, L], below 0 at padding; None where there is none. All values are nats.
+Position 0 is given and padding is not scored: a block has so many maskable tokens less. All values are nats.
 
-A part of a text, given the rest. Every estimator takes `scored` [b, L] too: the places that are masked and scored,
-None for all. Any other place is given, that is shown as it is, or hidden: x0 itself holds the mask id there, and so do
-all views. With n counting scored places alone, the value bounds -log p(scored | given) of the process that writes block
-after block and in a block, beside its given tokens, the scored ones one at a time in an order drawn uniformly: the sum
-above is the expectation over that order of the nats paid, and -log of an expectation is at most the expectation of
--log. Hidden places are written after the scored ones of their block, if ever. They are for the rest of a block behind
-the end of a text: later blocks would read them in the clean text, so that none of those may be scored.
+A part of a text, given the rest: `Texts.scored` marks the places that are masked and scored. Any other place is given,
+that is shown as it is, or hidden: x0 itself holds the mask id there, and so do all views. With n counting scored places
+only, the value bounds -log p(scored | given) of the process that writes block after block and in a block, beside its
+given tokens, the scored ones one at a time in an order drawn uniformly: the sum above is the expectation over that
+order of the nats paid, and -log of an expectation is at most the expectation of -log. Hidden places are written after
+the scored ones of their block, if ever. They are for the rest of a block after the end of a text: later blocks would
+read them in the clean text, so that none of those may be scored.
 """
 
 from __future__ import annotations
@@ -44,6 +43,54 @@ Condition = Callable[[Tensor], ViewDenoiser]
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Clean texts to score.
+
+    x0: [b, L] token ids. documents: [b, L] each token's document, below 0 at padding; None where there is none of it
+    and tokens see the whole text. scored: [b, L] bool, the places to score; None for all. first_row: the number of the
+    first row in its set; sampled estimators draw by it, so that results do not depend on batching.
+    """
+
+    x0: Tensor
+    documents: Tensor | None = None
+    scored: Tensor | None = None
+    first_row: int = 0
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+    def places(self) -> Tensor:
+        """The places that are scored, bool [b, L]: position 0 and padding never are."""
+        return scored_places(self.x0, self.documents, self.scored)
+
+    def rows(self, first: int, count: int) -> Texts:
+        """`count` rows from row `first` on, fewer at the end."""
+        documents, scored = (
+            None if each is None else each[first : first + count] for each in (self.documents, self.scored)
+        )
+        return Texts(self.x0[first : first + count], documents, scored, self.first_row + first)
+
+    def to(self, device: torch.device) -> Texts:
+        """The same on `device`."""
+        documents, scored = (None if each is None else each.to(device) for each in (self.documents, self.scored))
+        return Texts(self.x0.to(device), documents, scored, self.first_row)
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How a bound is computed.
+
+    name: exact, stratified, mc or report. views: noisy views a sequence, for those that sample. seed: of their draws.
+    at_once: noisy sequences of a pass.
+    """
+
+    name: str
+    views: int = 8
+    seed: int = 0
+    at_once: int = 64
+
+
+@dataclass(frozen=True)
 class Bound:
     """NELBO of a batch of sequences.
 
@@ -70,36 +117,23 @@ class Bound:
         return self.variance.sqrt()
 
 
-def autoregressive(
-    network: CausalNetwork,
-    x0: Tensor,
-    mask_id: int,
-    documents: Tensor | None = None,
-    scored: Tensor | None = None,
-) -> Bound:
-    """The exact NLL of tokens 1 … L-1 of x0 [b, L], or of the scored ones, each given all tokens before it."""
-    at, of = next_token_targets(x0, documents, scored)
+def autoregressive(network: CausalNetwork, texts: Texts, mask_id: int) -> Bound:
+    """The exact NLL of tokens 1 … L-1, or of the scored ones, each given all tokens before it."""
+    x0 = texts.x0
+    at, of = next_token_targets(x0, texts.documents, texts.scored)
     _, nats = network(x0, at, SubsNats(x0.flatten()[of], mask_id))
     nelbo = torch.zeros(x0.numel(), device=x0.device).index_copy_(0, of, nats.float()).view(x0.shape)
     return Bound(nelbo, torch.zeros(len(x0), device=x0.device), len(x0), len(of))
 
 
-def exact(
-    condition: Condition,
-    x0: Tensor,
-    block_size: int,
-    mask_id: int,
-    at_once: int = 64,
-    documents: Tensor | None = None,
-    scored: Tensor | None = None,
-) -> Bound:
+def exact(condition: Condition, texts: Texts, block_size: int, mask_id: int, at_once: int = 64) -> Bound:
     """The NELBO without sampling: all 2^n - 1 masks of a block of n scored tokens, `at_once` noisy sequences a pass.
 
     n is that of the block with most; of the masks, those that hold more tokens than another block has weigh nothing
     there.
     """
-    batch = len(x0)
-    scored = scored_places(x0, documents, scored).cpu()  # where masks are made
+    x0, batch = texts.x0, len(texts)
+    scored = texts.places().cpu()  # where masks are made
     by_block = scored.view(batch, -1, block_size)  # [b, B, L']
     maskable = by_block.sum(-1)  # [b, B]
     most = int(maskable.max())
@@ -124,29 +158,19 @@ def exact(
     return Bound(nelbo, torch.zeros(batch, dtype=torch.float64, device=x0.device), forwards, int(scored.sum()))
 
 
-def stratified(
-    condition: Condition,
-    x0: Tensor,
-    block_size: int,
-    mask_id: int,
-    views: int,
-    seed: int,
-    first_sequence: int = 0,
-    documents: Tensor | None = None,
-    scored: Tensor | None = None,
-) -> Bound:
+def stratified(condition: Condition, texts: Texts, block_size: int, mask_id: int, views: int, seed: int) -> Bound:
     """An unbiased estimate by drawing the number of masked tokens m from strata of 1 … n, then which ones uniformly.
 
     View k of a block takes the k-th of `views` equal strata, with one jitter for all, so that the views of a block
     spread evenly over m. Draws depend on (seed, number of the sequence), not on batching.
     """
-    batch, length = x0.shape
+    batch, length = texts.x0.shape
     blocks = length // block_size
-    can_be = scored_places(x0, documents, scored).cpu().numpy().reshape(batch, blocks, block_size)
+    can_be = texts.places().cpu().numpy().reshape(batch, blocks, block_size)
     masked = np.zeros((batch, views, blocks, block_size), dtype=bool)
     weight = np.zeros((batch, views, blocks))
     for row in range(batch):
-        rng = generator(seed, Purpose.EVALUATION, first_sequence + row)
+        rng = generator(seed, Purpose.EVALUATION, texts.first_row + row)
         u = (np.arange(views)[:, None] + rng.random(blocks)) / views  # [K, B]
         maskable = can_be[row].sum(-1)  # [B]
         count = np.minimum(1 + np.floor(u * maskable), maskable)  # [K, B]
@@ -155,7 +179,7 @@ def stratified(
         rank = keys.argsort(-1).argsort(-1)
         masked[row] = rank < count[:, :, None]
         weight[row] = np.divide(maskable, count, out=np.zeros_like(count), where=count > 0)
-    return _sampled(condition, x0, masked & can_be[:, None], weight, block_size, mask_id, int(can_be.sum()))
+    return _sampled(condition, texts.x0, masked & can_be[:, None], weight, block_size, mask_id, int(can_be.sum()))
 
 
 def paper_rates(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,32 +190,29 @@ def paper_rates(u: Tensor) -> tuple[Tensor, Tensor]:
 
 def monte_carlo(
     condition: Condition,
-    x0: Tensor,
+    texts: Texts,
     block_size: int,
     mask_id: int,
     views: int,
     seed: int,
-    first_sequence: int = 0,
     draw: RateDraw = paper_rates,
-    documents: Tensor | None = None,
-    scored: Tensor | None = None,
 ) -> Bound:
     """The paper's protocol: a rate per block, evenly spread over a sequence's blocks, Bernoulli masks.
 
     Another `draw` than the paper's has the value that its weights give, which need not be the bound.
     """
-    batch, length = x0.shape
+    batch, length = texts.x0.shape
     blocks = length // block_size
     masked = np.zeros((batch, views, blocks, block_size), dtype=bool)
     weight = np.zeros((batch, views, blocks))
     for row in range(batch):
-        rng = generator(seed, Purpose.EVALUATION, first_sequence + row)
+        rng = generator(seed, Purpose.EVALUATION, texts.first_row + row)
         order = rng.permuted(np.tile(np.arange(blocks), (views, 1)), axis=1)
         rate, weights = draw(torch.from_numpy((order + rng.random((views, blocks))) / blocks))  # each [K, B]
         masked[row] = rng.random((views, blocks, block_size)) < rate.numpy()[:, :, None]
         weight[row] = weights.numpy()
-    can_be = scored_places(x0, documents, scored).cpu().numpy().reshape(batch, 1, blocks, block_size)
-    return _sampled(condition, x0, masked & can_be, weight, block_size, mask_id, int(can_be.sum()))
+    can_be = texts.places().cpu().numpy().reshape(batch, 1, blocks, block_size)
+    return _sampled(condition, texts.x0, masked & can_be, weight, block_size, mask_id, int(can_be.sum()))
 
 
 def _sampled(

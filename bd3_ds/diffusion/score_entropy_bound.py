@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd3_ds.diffusion.likelihood import T_MIN, Bound
-from bd3_ds.diffusion.noise import scored_places
+from bd3_ds.diffusion.likelihood import T_MIN, Bound, Texts
 from bd3_ds.diffusion.score_entropy import ScoreNats, sigma_of
 from bd3_ds.runtime.rng import Purpose, generator
 
@@ -17,31 +16,22 @@ from bd3_ds.runtime.rng import Purpose, generator
 ScoreNetwork = Callable[[Tensor, Tensor, Tensor, ScoreNats], tuple[Tensor, Tensor]]
 
 
-def score_entropy_bound(
-    network: ScoreNetwork,
-    x0: Tensor,
-    mask_id: int,
-    views: int,
-    seed: int,
-    first_sequence: int = 0,
-    documents: Tensor | None = None,
-    scored: Tensor | None = None,
-) -> Bound:
-    """The NELBO of clean tokens x0 [b, L], in nats, from `views` noisy versions of each sequence in one pass.
+def score_entropy_bound(network: ScoreNetwork, texts: Texts, mask_id: int, views: int, seed: int) -> Bound:
+    """The NELBO of clean texts, in nats, from `views` noisy versions of each sequence in one pass.
 
     View k takes one time t from the k-th of `views` equal strata of [1e-3, 1] and has weight 1/t. Draws depend on
-    (seed, number of the sequence), not on batching. Position 0 is given, padding left out (documents [b, L] below 0).
-    `scored` [b, L] are the places to score, None for all; the others are given, or hidden where x0 holds the mask id
-    (`likelihood.py`). Only scored tokens are noised, so that the bound is that of the reverse process of these alone.
+    (seed, number of the sequence), not on batching. What is not scored is given, or hidden where x0 holds the mask id
+    (`likelihood.py`). Only scored tokens are noised, so that the bound is that of the reverse process of these only.
     """
+    x0 = texts.x0
     batch, length = x0.shape
     t = np.zeros((batch, views))
     masked = np.zeros((batch, views, length), dtype=bool)
     for row in range(batch):
-        rng = generator(seed, Purpose.EVALUATION, first_sequence + row)
+        rng = generator(seed, Purpose.EVALUATION, texts.first_row + row)
         t[row] = T_MIN + (1 - T_MIN) * (np.arange(views) + rng.random(views)) / views
         masked[row] = rng.random((views, length)) < t[row, :, None]
-    scored = scored_places(x0, documents, scored).cpu()
+    scored = texts.places().cpu()
 
     time = torch.from_numpy(t).flatten()  # [b K]
     sigma = sigma_of(time).float().to(x0.device)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from bd3_ds.checkpoint.export import Export
-from bd3_ds.config.check import EXACT_ALWAYS, estimator_used
 from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import RunConfig, block_size
 from bd3_ds.data.tokenizer import Tokenizer, load_tokenizer
@@ -20,27 +17,23 @@ from bd3_ds.evaluation.arguments import (
     Prompt,
     are_texts,
     check_rows,
-    check_seed,
     make_options,
     noise_levels,
     number_and_prompt,
-    places_to_score,
     token_ids,
     usable_device,
 )
 from bd3_ds.evaluation.exports import open_export
 from bd3_ds.evaluation.network import load_model
 from bd3_ds.evaluation.options import PRECISIONS
-from bd3_ds.evaluation.perplexity import bound_of
 from bd3_ds.evaluation.score import Score
 from bd3_ds.evaluation.text_scores import score_texts
+from bd3_ds.evaluation.token_scores import score_tokens
 from bd3_ds.runtime.errors import UserError, did_you_mean
 from bd3_ds.sampling.memory import free_memory, memory_needed, require_memory
 from bd3_ds.sampling.options import EOS, Course, Options, make_course
 from bd3_ds.sampling.sampler import Progress, Samples, Stopped, denoiser_of, sample
 
-TOKENS_AT_ONCE = 2**16  # noisy tokens that one pass of `score` may take in,
-VIEWS_AT_ONCE = 256  # and noisy sequences
 ROWS_AT_ONCE = 64  # texts sampled together
 
 __all__ = ["LanguageModel", "Prompt", "Score", "load"]
@@ -136,45 +129,7 @@ class LanguageModel:
             if scored is not None or first_row:
                 raise UserError("scored and first_row are for token ids; give the tokens of these texts instead")
             return score_texts(self, [tokens] if isinstance(tokens, str) else tokens, estimator, views, seed)
-        x0 = self._ids("tokens", tokens)
-        count, length = x0.shape
-        run = self._run_at(length)
-        size = block_size(run)
-        places = places_to_score(scored, x0, self.mask_id, size)
-        if views < 1:
-            raise UserError(f"views={views} must be at least 1")
-        check_seed(seed)
-        missing = -length % size
-        x0, places = pad(x0, (0, missing), value=self.mask_id), pad(places, (0, missing), value=False)
-        together = int(places.view(count, -1, size).sum(-1).max())
-        asked = estimator or self._estimator(together)
-        used = estimator_used(run, asked, "estimator", int(places.sum()), together)
-        if used == "report":
-            raise UserError("estimator=report is no bound; `run.py evaluate --estimator report` prints it beside one")
-        at_once = max(1, min(VIEWS_AT_ONCE, TOKENS_AT_ONCE // x0.shape[1]))
-        rows = max(1, at_once // (1 if used == "exact" else views))
-        common: dict[str, Any] = {"views": views, "seed": seed, "at_once": at_once}
-        bounds = [
-            bound_of(
-                self.network,
-                run,
-                x0[first : first + rows],
-                used,
-                scored=places[first : first + rows],
-                first_sequence=first_row + first,
-                **common,
-            )
-            for first in range(0, count, rows)
-        ]
-        stderr = torch.cat([bound.stderr.double() for bound in bounds])
-        return Score(
-            torch.cat([bound.nelbo.double() for bound in bounds])[:, :length],
-            stderr if used == "exact" or views > 1 else torch.full_like(stderr, torch.nan),
-            sum(bound.forwards for bound in bounds),
-            sum(bound.tokens for bound in bounds),
-            places.sum(1),
-            used,
-        )
+        return score_tokens(self, self._ids("tokens", tokens), scored, estimator, views, seed, first_row)
 
     def generate(
         self,
@@ -183,8 +138,6 @@ class LanguageModel:
         length: int | None = None,
         prompt: Prompt = None,
         seed: int = 0,
-        temperature: float = 1.0,
-        nucleus: float | None = None,
         **how: Any,
     ) -> list[str]:
         """Texts, the prompt included, each cut where it first ends (EOS); arguments as for `sample`.
@@ -193,7 +146,7 @@ class LanguageModel:
         """
         self.require_tokenizer()
         how.setdefault("stop", (EOS,))
-        return self.decode(self.sample(start, length, prompt, seed, temperature, nucleus, **how))
+        return self.decode(self.sample(start, length, prompt, seed, **how))
 
     @torch.no_grad()
     def sample(
@@ -203,8 +156,6 @@ class LanguageModel:
         length: int | None = None,
         prompt: Prompt = None,
         seed: int = 0,
-        temperature: float = 1.0,
-        nucleus: float | None = None,
         progress: Progress | None = None,
         batch: int = ROWS_AT_ONCE,
         stopped: Stopped | None = None,
@@ -216,15 +167,15 @@ class LanguageModel:
         The first word is `num`, or the prompt. num: default 4, or one for each text of a list of prompts.
 
         prompt: a text, a list of `num` texts, or ids [P] or [num, P] from position 0 (BOS) on, in which the mask id
-        stands for a token to write; given tokens stay as they are. temperature 0 takes the most likely token; `nucleus`
-        keeps the smallest set of tokens that reaches this probability; `how` are further fields of
-        `sampling.options.Options`, such as steps=64, threshold=0.9, top_k=50, stop=("eos", "entropy"). Rows are drawn
-        `batch` at a time; row r depends on (seed, r), not on `num` or `batch`. `progress` is told how many tokens have
-        just been written. Once `stopped()` is true, no more is drawn: rows that were not begun are missing, those that
+        stands for a token to write; given tokens stay as they are. `how` are fields of `sampling.options.Options`:
+        temperature (0 takes the most likely token), nucleus (the smallest set of tokens that reaches this probability),
+        and further ones such as steps=64, threshold=0.9, top_k=50, stop=("eos", "entropy"). Rows are drawn `batch` at a
+        time; row r depends on (seed, r), not on `num` or `batch`. `progress` is told how many tokens have just been
+        written. Once `stopped()` is true, no more is drawn: rows that were not begun are missing, those that
         had not ended are cut ("interrupted"). Texts that the machine's memory cannot hold are refused.
         """
         num, prompt = number_and_prompt(start, num, prompt)
-        options = make_options({"temperature": temperature, "nucleus": nucleus} | how)
+        options = make_options(how)
         length = self.run.data.length if length is None else length
         course, given = self.check_sample(num, length, prompt, seed, batch, options)
         eos_id = None if self.tokenizer is None else self.tokenizer.eos_id
@@ -319,18 +270,6 @@ class LanguageModel:
 
     def _ids(self, name: str, value: Any, one_row: bool = False) -> Tensor:
         return token_ids(name, value, self.vocab_size, self.run.data.length, self.device, one_row)
-
-    def _estimator(self, together: int) -> str:
-        """What scores blocks of so many tokens where nothing is asked for."""
-        objective = OBJECTIVES[self.run.objective.name]
-        exact = objective.can_be_exact and (objective.causal or together <= EXACT_ALWAYS)
-        return "exact" if exact else objective.sampled_estimator
-
-    def _run_at(self, length: int) -> RunConfig:
-        """The run as if its sequences were `length` long: MDLM and SEDD take a shorter text as one shorter block."""
-        if not OBJECTIVES[self.run.objective.name].is_whole:
-            return self.run
-        return dataclasses.replace(self.run, data=dataclasses.replace(self.run.data, length=length))
 
     def require_tokenizer(self, otherwise: str = "") -> Tokenizer:
         """The tokenizer; raises UserError where there is none, with what would do `otherwise`."""

@@ -19,7 +19,7 @@ from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import RunConfig, block_size, block_sizes
 from bd3_ds.data.pack import open_pack
 from bd3_ds.diffusion import likelihood
-from bd3_ds.diffusion.likelihood import Bound
+from bd3_ds.diffusion.likelihood import Bound, Texts
 from bd3_ds.diffusion.noise import scored_places
 from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
 from bd3_ds.runtime.errors import UserError
@@ -162,22 +162,19 @@ class Validation:
         tokens, documents = self._held_out.rows(rows)
         denoise = stepper.denoiser(size, documents)
         device = stepper.world.device
-        x0 = tokens.to(device)
-        parts = None if documents is None else documents.to(device)
+        texts = Texts(tokens, documents, first_row=first).to(device)
         mask_id = stepper.mask_id
         if OBJECTIVES[run.objective.name].causal:
             return likelihood.autoregressive(
-                lambda text, at, read: denoise(text, None, sigma=None, at=at, read=read), x0, mask_id, parts
+                lambda text, at, read: denoise(text, None, sigma=None, at=at, read=read), texts, mask_id
             )
         if OBJECTIVES[run.objective.name].timed:
             return score_entropy_bound(
                 lambda x_t, sigma, at, read: denoise(x_t, None, sigma=sigma, at=at, read=read),
-                x0,
+                texts,
                 mask_id,
                 views,
                 SEED,
-                first,
-                parts,
             )
 
         def condition(text: Tensor) -> likelihood.ViewDenoiser:
@@ -185,5 +182,5 @@ class Validation:
             return lambda x_t, at, read: denoise(x_t.flatten(0, 1), text, sigma=None, at=at, read=read)
 
         if estimator == "exact":
-            return likelihood.exact(condition, x0, size, mask_id, len(x0), parts)
-        return likelihood.stratified(condition, x0, size, mask_id, views, SEED, first, parts)
+            return likelihood.exact(condition, texts, size, mask_id, len(texts))
+        return likelihood.stratified(condition, texts, size, mask_id, views, SEED)

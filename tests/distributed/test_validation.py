@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bd3_ds.checkpoint.export import find_export, load_weights
+from bd3_ds.diffusion.likelihood import Estimator
 from bd3_ds.evaluation.network import load_model
 from bd3_ds.evaluation.perplexity import evaluate_pack
 from tests.helpers.launch import curve, train, validation_curve
@@ -39,11 +40,8 @@ def test_two_ranks_and_evaluate_agree_and_the_run_is_the_same(tmp_path: Path) ->
             export,
             tmp_path / "valid",
             "valid",
-            estimator="stratified",
-            views=export.run.eval.views,
-            batch=8,
+            Estimator("stratified", export.run.eval.views, at_once=8),
             max_chunks=7,
-            device=device,
         )
         assert ours[step] == pytest.approx((expected["nelbo"], expected["stderr"]), rel=1e-5)
 

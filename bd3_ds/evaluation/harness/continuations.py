@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from bd3_ds.config.registries import OBJECTIVES
-from bd3_ds.evaluation.api import TOKENS_AT_ONCE, LanguageModel
+from bd3_ds.evaluation.api import LanguageModel
 from bd3_ds.evaluation.arguments import check_seed, make_options
 from bd3_ds.evaluation.harness.greedy import is_greedy
 from bd3_ds.evaluation.text_windows import Piece, TextWindows, filled, grouped, places
+from bd3_ds.evaluation.token_scores import TOKENS_AT_ONCE
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.sampling.options import EOS, RULES
 
@@ -29,7 +30,7 @@ VIEWS = 128  # more than the masks of 7 tokens: shorter continuations are exact
 # The names that benchmarks give to the sampler's options.
 NAMES = {"top_p": "nucleus", "max_new_tokens": "max_gen_toks", "max_tokens": "max_gen_toks"}
 
-Progress = Callable[[int], None]  # told how many texts have just been dealt with
+TextsDone = Callable[[int], None]  # told how many texts have just been answered
 
 
 class Continuations:
@@ -59,7 +60,7 @@ class Continuations:
         self.windows = TextWindows(self.length, model.block_size)
 
     def loglikelihood(
-        self, pairs: Sequence[tuple[str, str]], progress: Progress | None = None
+        self, pairs: Sequence[tuple[str, str]], progress: TextsDone | None = None
     ) -> list[tuple[float, bool]]:
         """For each (context, continuation): log p(continuation | context) in nats, and whether greedy writing gives it.
 
@@ -70,14 +71,14 @@ class Continuations:
         values, greedy = self._scored(pieces, len(pairs), progress, with_greedy=True)
         return list(zip(values, greedy, strict=True))
 
-    def loglikelihood_rolling(self, texts: Sequence[str], progress: Progress | None = None) -> list[float]:
+    def loglikelihood_rolling(self, texts: Sequence[str], progress: TextsDone | None = None) -> list[float]:
         """log p of each text in nats, every token scored once, in windows of the model's length."""
         encoded = [[self.tokenizer.bos_id, *ids] for ids in self.tokenizer.encode_batch(list(texts))]
         pieces = [piece for i, tokens in enumerate(encoded) for piece in self.pieces(tokens, 1, i)]
         return self._scored(pieces, len(texts), progress)[0]
 
     def generate_until(
-        self, requests: Sequence[tuple[str, dict[str, Any]]], progress: Progress | None = None
+        self, requests: Sequence[tuple[str, dict[str, Any]]], progress: TextsDone | None = None
     ) -> list[str]:
         """What the model writes behind each context, up to the first text of the request's `until`, or its end.
 
@@ -123,7 +124,7 @@ class Continuations:
         return self.windows.pieces(tokens, given, text)
 
     def _scored(
-        self, pieces: list[Piece], texts: int, progress: Progress | None, with_greedy: bool = False
+        self, pieces: list[Piece], texts: int, progress: TextsDone | None, with_greedy: bool = False
     ) -> tuple[list[float], list[bool]]:
         """Sums over the pieces of each text: log-likelihoods, and whether all that is scored would be written."""
         values, greedy = [0.0] * texts, [True] * texts

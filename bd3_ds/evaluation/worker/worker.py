@@ -197,6 +197,7 @@ class Worker:
         return self._device
 
     def _score(self, model: LanguageModel, name: str, wanted: EvalConfig) -> None:
+        from bd3_ds.diffusion.likelihood import Estimator
         from bd3_ds.evaluation.perplexity import evaluate_pack
         from bd3_ds.evaluation.variance import variances_of
 
@@ -212,12 +213,9 @@ class Worker:
             export,
             wanted.sets[name],
             name,
-            estimator=wanted.estimator,
-            views=wanted.views,
-            batch=wanted.batch,
-            max_chunks=wanted.max_chunks,
-            device=self.device(),
-            progress=progress,
+            Estimator(wanted.estimator, wanted.views, at_once=wanted.batch),
+            wanted.max_chunks,
+            progress,
         )
         tags = ["ppl", "nelbo", "stderr"]
         if wanted.variance_batches > 1:

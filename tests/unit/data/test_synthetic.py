@@ -15,7 +15,7 @@ from bd3_ds.data.pack import open_pack
 from bd3_ds.data.synthetic import MarkovSource
 from bd3_ds.data.tokenizer import number_tokenizer
 from bd3_ds.diffusion import likelihood
-from bd3_ds.diffusion.likelihood import Condition
+from bd3_ds.diffusion.likelihood import Condition, Texts
 from bd3_ds.diffusion.subs import SubsNats
 from bd3_ds.runtime.errors import UserError
 from benchmarks.entropy import judge, stderr_of_mean
@@ -188,7 +188,7 @@ def test_the_oracle_is_bayes(source: MarkovSource) -> None:
 def test_the_bound_of_the_oracle_is_the_likelihood(source: MarkovSource, size: int) -> None:
     """Exact conditionals make every order of a block a factorisation of the same probability: the bound is tight."""
     rows = source.sample(6, 16)
-    bound = likelihood.exact(oracle(source, size), torch.from_numpy(rows), size, MASK)
+    bound = likelihood.exact(oracle(source, size), Texts(torch.from_numpy(rows)), size, MASK)
     np.testing.assert_allclose(bound.nelbo.sum(1).numpy(), source.nll(rows), rtol=0, atol=1e-5)
     # Not only the sum: each block has the likelihood of its own tokens.
     tokens = -np.log(source.transition)[rows[:, :-1], rows[:, 1:]]
@@ -199,7 +199,7 @@ def test_the_bound_of_the_oracle_is_the_likelihood(source: MarkovSource, size: i
 @pytest.mark.parametrize("size", [4, 8])
 def test_the_stratified_bound_of_the_oracle(source: MarkovSource, size: int) -> None:
     rows = source.sample(32, 16)
-    bound = likelihood.stratified(oracle(source, size), torch.from_numpy(rows), size, MASK, views=64, seed=0)
+    bound = likelihood.stratified(oracle(source, size), Texts(torch.from_numpy(rows)), size, MASK, views=64, seed=0)
     gap = bound.nelbo.sum().item() - source.nll(rows).sum()
     error = bound.variance.sum().sqrt().item()
     assert abs(gap) < 4 * error and error < 0.02 * source.nll(rows).sum()
@@ -213,7 +213,7 @@ def test_the_autoregressive_oracle(source: MarkovSource) -> None:
     def network(x0: Tensor, at: Tensor, read: SubsNats) -> tuple[Tensor, Tensor]:
         return read.of_logits(logits.flatten(0, 1)[at])
 
-    bound = likelihood.autoregressive(network, torch.from_numpy(rows), MASK)
+    bound = likelihood.autoregressive(network, Texts(torch.from_numpy(rows)), MASK)
     np.testing.assert_allclose(bound.nelbo.sum(1).numpy(), source.nll(rows), rtol=0, atol=1e-5)
 
 
@@ -232,7 +232,7 @@ def test_what_the_benchmark_would_say(source: MarkovSource, size: int) -> None:
     rows = source.sample(256, 16)
     verdicts = []
     for change in (None, worse, cheating):
-        bound = likelihood.exact(oracle(source, size, change), torch.from_numpy(rows), size, MASK)
+        bound = likelihood.exact(oracle(source, size, change), Texts(torch.from_numpy(rows)), size, MASK)
         verdicts.append(judge(bound.nelbo.sum(1).numpy(), source.nll(rows), 15, bound.stderr.numpy()))
     level, above, below = verdicts
     assert not level["below"] and abs(level["gap"]) < 1e-6

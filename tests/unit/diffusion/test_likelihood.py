@@ -9,6 +9,7 @@ import torch
 
 from bd3_ds.config.schema import BD3, MDLM, WeightConfig
 from bd3_ds.diffusion import likelihood
+from bd3_ds.diffusion.likelihood import Texts
 from bd3_ds.diffusion.noise import make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
@@ -57,7 +58,7 @@ def brute_force(model, x0, size):
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_exact_is_brute_force(model, text, size):
-    bound = likelihood.exact(conditioned(model, size), text, size, MASK, at_once=7)
+    bound = likelihood.exact(conditioned(model, size), Texts(text), size, MASK, at_once=7)
     torch.testing.assert_close(bound.nelbo.sum(1), brute_force(model, text, size), rtol=1e-5, atol=1e-5)
     assert bound.stderr.max() == 0
 
@@ -66,8 +67,8 @@ def test_exact_is_brute_force(model, text, size):
 @pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize("estimator", [likelihood.stratified, likelihood.monte_carlo])
 def test_sampled_estimators_agree_with_exact(model, text, size, estimator):
-    truth = likelihood.exact(conditioned(model, size), text, size, MASK).nelbo.sum()
-    bound = estimator(conditioned(model, size), text, size, MASK, views=400, seed=3)
+    truth = likelihood.exact(conditioned(model, size), Texts(text), size, MASK).nelbo.sum()
+    bound = estimator(conditioned(model, size), Texts(text), size, MASK, views=400, seed=3)
     error = bound.variance.sum().sqrt()
     assert abs(bound.nelbo.sum() - truth) < 4 * error + 2e-3 * truth  # mc leaves out rates below 1e-3
     assert error < 0.05 * truth
@@ -75,8 +76,8 @@ def test_sampled_estimators_agree_with_exact(model, text, size, estimator):
 
 @torch.no_grad()
 def test_stratified_has_the_smaller_error(model, text):
-    stratified = likelihood.stratified(conditioned(model, 8), text, 8, MASK, views=64, seed=0)
-    mc = likelihood.monte_carlo(conditioned(model, 8), text, 8, MASK, views=64, seed=0)
+    stratified = likelihood.stratified(conditioned(model, 8), Texts(text), 8, MASK, views=64, seed=0)
+    mc = likelihood.monte_carlo(conditioned(model, 8), Texts(text), 8, MASK, views=64, seed=0)
     assert stratified.variance.sum() < 0.5 * mc.variance.sum()
 
 
@@ -87,9 +88,9 @@ def test_uniform_denoiser_gives_log_v(size, text):
         return lambda x_t, at, read: read.of_logits(torch.zeros(len(at), VOCAB))
 
     scored = text.shape[0] * (text.shape[1] - 1)
-    values = [likelihood.stratified(uniform, text, size, MASK, views=3, seed=0).nelbo.sum()]
+    values = [likelihood.stratified(uniform, Texts(text), size, MASK, views=3, seed=0).nelbo.sum()]
     if size <= 8:
-        values.append(likelihood.exact(uniform, text, size, MASK).nelbo.sum())
+        values.append(likelihood.exact(uniform, Texts(text), size, MASK).nelbo.sum())
     for value in values:
         assert value.item() / scored == pytest.approx(math.log(VOCAB - 1), rel=1e-6)
 
@@ -105,7 +106,7 @@ def test_perfect_denoiser_gives_zero(size, text):
         return denoise
 
     for estimator in (likelihood.stratified, likelihood.monte_carlo):
-        assert estimator(perfect, text, size, MASK, views=2, seed=0).nelbo.sum() == 0
+        assert estimator(perfect, Texts(text), size, MASK, views=2, seed=0).nelbo.sum() == 0
 
 
 @torch.no_grad()
@@ -121,7 +122,7 @@ def test_two_passes_equal_one(model, text):
 @torch.no_grad()
 def test_block_size_one_is_autoregression_by_the_same_network(model, text):
     """Each token from a mask behind its clean prefix, one pass a token, as sampling would see it."""
-    bound = likelihood.exact(conditioned(model, 1), text, 1, MASK)
+    bound = likelihood.exact(conditioned(model, 1), Texts(text), 1, MASK)
     cache = KVCache(2)
     mask = torch.full((len(text), 1), MASK)
     for i in range(1, text.shape[1]):
@@ -151,7 +152,7 @@ def test_autoregressive_is_the_chain_rule(text):
     net = DiT(DiTConfig(VOCAB, 16, 2, 2, 2, 8, True, attention="sdpa")).eval()
     initialise(net, 0)
     torch.nn.init.normal_(net.head.linear.weight)
-    bound = likelihood.autoregressive(causal(net), text, MASK)
+    bound = likelihood.autoregressive(causal(net), Texts(text), MASK)
     for i in range(1, text.shape[1]):
         logits = net(text[:, :i], block_size=1)[:, -1]
         logits[:, MASK] = -torch.inf
@@ -197,7 +198,7 @@ def test_a_part_pays_the_mean_over_all_orders(model, text, backend, size, part):
     net = DiT(DiTConfig(VOCAB, 16, 2, 2, 2, 8, False, attention=backend)).double().eval()
     net.load_state_dict(model.state_dict())
     x0, scored = part_of(text, part)
-    bound = likelihood.exact(conditioned(net, size), x0, size, MASK, at_once=5, scored=scored)
+    bound = likelihood.exact(conditioned(net, size), Texts(x0, scored=scored), size, MASK, at_once=5)
     expected = sum(orders.mean(1) for orders in by_order(net, x0, part, size))
     torch.testing.assert_close(bound.nelbo.sum(1), expected, rtol=1e-5, atol=1e-5)
     assert bound.tokens == 2 * part.count("s") and bound.nelbo[~scored].abs().max() == 0
@@ -213,7 +214,7 @@ def test_bounds_of_all_continuations_add_up_to_one_at_most(model, text, size):
     x0[:, 5], x0[:, 6], x0[:, 7] = torch.arange(100) // 10, torch.arange(100) % 10, MASK
     part = "gggggssh"
     scored = torch.tensor([place == "s" for place in part]).expand(100, -1)
-    bound = likelihood.exact(conditioned(model, size), x0, size, MASK, scored=scored).nelbo.sum(1)
+    bound = likelihood.exact(conditioned(model, size), Texts(x0, scored=scored), size, MASK).nelbo.sum(1)
     probability = math.prod((-orders).exp().mean(1) for orders in by_order(model, x0, part, size))
     assert probability.sum().item() == pytest.approx(1, abs=1e-6)
     assert bool(((-bound).exp() <= probability * (1 + 1e-5)).all())
@@ -228,8 +229,8 @@ def test_bounds_of_all_continuations_add_up_to_one_at_most(model, text, size):
 @pytest.mark.parametrize("part", PARTS)
 def test_sampled_estimators_score_parts(model, text, estimator, part):
     x0, scored = part_of(text, part)
-    truth = likelihood.exact(conditioned(model, 8), x0, 8, MASK, scored=scored).nelbo.sum(1)
-    bound = estimator(conditioned(model, 8), x0, 8, MASK, views=400, seed=3, scored=scored)
+    truth = likelihood.exact(conditioned(model, 8), Texts(x0, scored=scored), 8, MASK).nelbo.sum(1)
+    bound = estimator(conditioned(model, 8), Texts(x0, scored=scored), 8, MASK, views=400, seed=3)
     assert bool(((bound.nelbo.sum(1) - truth).abs() < 4 * bound.stderr + 3e-3 * truth).all())
     assert bound.nelbo[~scored].abs().max() == 0 and bound.tokens == int(scored.sum())
 
@@ -238,13 +239,15 @@ def test_sampled_estimators_score_parts(model, text, estimator, part):
 def test_scoring_all_places_is_scoring_none_in_particular(model, text):
     everywhere = torch.ones_like(text, dtype=torch.bool)  # position 0 is left out all the same
     for size in (1, 4):
-        plain = likelihood.exact(conditioned(model, size), text, size, MASK)
+        plain = likelihood.exact(conditioned(model, size), Texts(text), size, MASK)
         assert torch.equal(
-            plain.nelbo, likelihood.exact(conditioned(model, size), text, size, MASK, scored=everywhere).nelbo
+            plain.nelbo, likelihood.exact(conditioned(model, size), Texts(text, scored=everywhere), size, MASK).nelbo
         )
     for estimator in (likelihood.stratified, likelihood.monte_carlo):
-        plain = estimator(conditioned(model, 8), text, 8, MASK, views=3, seed=5)
-        assert torch.equal(plain.nelbo, estimator(conditioned(model, 8), text, 8, MASK, 3, 5, scored=everywhere).nelbo)
+        plain = estimator(conditioned(model, 8), Texts(text), 8, MASK, views=3, seed=5)
+        assert torch.equal(
+            plain.nelbo, estimator(conditioned(model, 8), Texts(text, scored=everywhere), 8, MASK, 3, 5).nelbo
+        )
 
 
 def score_network(seed=0):
@@ -260,15 +263,15 @@ def score_network(seed=0):
 @torch.no_grad()
 def test_sedd_scores_parts(text):
     network = score_network()
-    plain = score_entropy_bound(network, text, MASK, views=4, seed=1)
+    plain = score_entropy_bound(network, Texts(text), MASK, views=4, seed=1)
     everywhere = torch.ones_like(text, dtype=torch.bool)
-    assert torch.equal(plain.nelbo, score_entropy_bound(network, text, MASK, 4, 1, scored=everywhere).nelbo)
+    assert torch.equal(plain.nelbo, score_entropy_bound(network, Texts(text, scored=everywhere), MASK, 4, 1).nelbo)
     # All continuations of one token, the last known one: their probabilities are at least exp(-bound).
     x0 = text[:1, :8].repeat(10, 1)
     x0[:, 5], x0[:, 6:] = torch.arange(10), MASK
     scored = torch.zeros_like(x0, dtype=torch.bool)
     scored[:, 5] = True
-    bound = score_entropy_bound(network, x0, MASK, views=2000, seed=1, scored=scored)
+    bound = score_entropy_bound(network, Texts(x0, scored=scored), MASK, views=2000, seed=1)
     total = (-bound.nelbo.sum(1)).exp()
     error = (total * bound.stderr).square().sum().sqrt()
     assert total.sum() < 1 + 3 * error + 0.02 and error < 0.05
@@ -280,12 +283,12 @@ def test_autoregressive_scores_parts(text):
     net = DiT(DiTConfig(VOCAB, 16, 2, 2, 2, 8, True, attention="sdpa")).eval()
     initialise(net, 0)
     torch.nn.init.normal_(net.head.linear.weight)
-    whole = likelihood.autoregressive(causal(net), text, MASK).nelbo
+    whole = likelihood.autoregressive(causal(net), Texts(text), MASK).nelbo
     scored = torch.rand(text.shape, generator=torch.Generator().manual_seed(4)) < 0.4
-    bound = likelihood.autoregressive(causal(net), text, MASK, scored=scored)
+    bound = likelihood.autoregressive(causal(net), Texts(text, scored=scored), MASK)
     scored[:, 0] = False
     torch.testing.assert_close(bound.nelbo, whole * scored)
     assert bound.tokens == int(scored.sum())
     documents = torch.where(torch.arange(16) < 12, 0, -1).expand(3, -1)
-    padded = likelihood.autoregressive(causal(net, documents), text, MASK, documents, scored)
+    padded = likelihood.autoregressive(causal(net, documents), Texts(text, documents, scored), MASK)
     torch.testing.assert_close(padded.nelbo[:, :12], bound.nelbo[:, :12], rtol=1e-5, atol=1e-5)

@@ -17,6 +17,7 @@ from bd3_ds.config.load import load_defaults
 from bd3_ds.config.registries import WEIGHTS
 from bd3_ds.config.schema import ObjectiveConfig, WeightConfig
 from bd3_ds.diffusion import likelihood
+from bd3_ds.diffusion.likelihood import Texts
 from bd3_ds.diffusion.proposal import base_schedule, make_proposal
 from bd3_ds.diffusion.report_estimator import report_rates
 from bd3_ds.diffusion.weighting import log_snr_of, loss_weight
@@ -71,8 +72,8 @@ def values(given_objective: ObjectiveConfig, size: int = 4, views: int = 400) ->
     """What the report would have printed as its loss for a denoiser that knows nothing, and the bound; nats a token."""
     text = torch.randint(0, MASK, (8, LENGTH), generator=torch.Generator().manual_seed(0))
     draw = partial(report_rates, objective=given_objective)
-    reported = likelihood.monte_carlo(uniform_denoiser, text, size, MASK, views, seed=0, draw=draw)
-    bound = likelihood.stratified(uniform_denoiser, text, size, MASK, views, seed=0)
+    reported = likelihood.monte_carlo(uniform_denoiser, Texts(text), size, MASK, views, seed=0, draw=draw)
+    bound = likelihood.stratified(uniform_denoiser, Texts(text), size, MASK, views, seed=0)
     return reported.total / reported.tokens, bound.total / bound.tokens
 
 

@@ -17,7 +17,7 @@ from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD
 from bd3_ds.data.tokenizer import number_tokenizer
 from bd3_ds.diffusion.subs import subs_nll
-from bd3_ds.evaluation import api
+from bd3_ds.evaluation import token_scores
 from bd3_ds.model.build import dit_config
 from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.errors import UserError
@@ -127,7 +127,7 @@ def test_sedd_scores_by_monte_carlo(models, text):
 @pytest.mark.parametrize("case, estimator", [(AR, "exact"), (BD3, "exact"), (BD3, "stratified"), (SEDD, "mc")])
 def test_scores_do_not_depend_on_how_rows_are_split(models, text, monkeypatch, case, estimator):
     whole = models[case].score(text, estimator, views=3)
-    monkeypatch.setattr(api, "TOKENS_AT_ONCE", 3 * LENGTH)
+    monkeypatch.setattr(token_scores, "TOKENS_AT_ONCE", 3 * LENGTH)
     parts = models[case].score(text, estimator, views=3)
     torch.testing.assert_close(parts.nelbo, whole.nelbo, rtol=1e-5, atol=1e-5)
     assert parts.forwards == whole.forwards

@@ -15,6 +15,7 @@ from bd3_ds.commands import evaluate as evaluate_command
 from bd3_ds.commands import summary
 from bd3_ds.config.check import estimator_used
 from bd3_ds.data.pack import open_pack
+from bd3_ds.diffusion.likelihood import Estimator, Texts
 from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
 from bd3_ds.evaluation import perplexity
 from bd3_ds.evaluation.network import load_model
@@ -48,8 +49,9 @@ def export_of(place, name, **overrides):
 
 
 def evaluate(export, place, **changes):
-    options = {"estimator": "stratified", "views": 4, "batch": 16, "device": CPU} | changes
-    return evaluate_pack(load_model(export, CPU), export, place / "valid", "valid", **options)
+    options = {"estimator": "stratified", "views": 4, "batch": 16, "seed": 0, "max_chunks": None} | changes
+    how = Estimator(options["estimator"], options["views"], options["seed"], options["batch"])
+    return evaluate_pack(load_model(export, CPU), export, place / "valid", "valid", how, options["max_chunks"])
 
 
 def test_sampled_estimators_agree_with_exact(place):
@@ -145,7 +147,7 @@ def uniform_scores(x_t, sigma, at, read):
 def test_uniform_scores_cost_log_v_a_token():
     """With all ratios equal, the score entropy of a masked token is log(V - 1) at every time."""
     x0 = torch.randint(0, MASK, (4, 32), generator=torch.Generator().manual_seed(0))
-    bound = score_entropy_bound(uniform_scores, x0, MASK, views=512, seed=1)
+    bound = score_entropy_bound(uniform_scores, Texts(x0), MASK, views=512, seed=1)
     error = bound.stderr.square().sum().sqrt()
     assert abs(bound.nelbo.sum() - 4 * 31 * math.log(VOCAB - 1)) < 4 * error
     assert bound.nelbo[:, 0].abs().max() == 0 and bound.forwards == 4 * 512
@@ -160,12 +162,12 @@ def test_true_scores_cost_nothing():
         truth = x0.repeat_interleave(4, dim=0).flatten()[at, None]
         return read.of_logits(logits.scatter(1, truth, math.log(VOCAB - 1)))
 
-    assert score_entropy_bound(scores, x0, MASK, views=4, seed=0).nelbo.abs().max() < 1e-2
+    assert score_entropy_bound(scores, Texts(x0), MASK, views=4, seed=0).nelbo.abs().max() < 1e-2
 
 
 def test_stderr_of_sedd_is_the_spread_over_seeds():
     x0 = torch.zeros(1, 32, dtype=torch.long)
-    draws = [score_entropy_bound(uniform_scores, x0, MASK, views=8, seed=seed) for seed in range(300)]
+    draws = [score_entropy_bound(uniform_scores, Texts(x0), MASK, views=8, seed=seed) for seed in range(300)]
     spread = torch.stack([bound.nelbo.sum() for bound in draws]).std()
     stated = torch.stack([bound.variance.sum() for bound in draws]).mean().sqrt()
     assert 0.7 * spread < stated < 2 * spread
@@ -259,10 +261,10 @@ def test_what_is_scored_is_kept_whatever_ends_the_command(place, capsys, monkeyp
     file = place / f"kept-{end}.json"
     moved = perplexity.bound_of
 
-    def bound_of(model, run, x0, *words, **more):
+    def bound_of(*words):
         if sum(1 for _ in read_records(run_dir / EVALUATIONS)):
             raise KeyboardInterrupt if end == "ctrl-c" else UserError("a sentence")
-        return moved(model, run, x0, *words, **more)
+        return moved(*words)
 
     monkeypatch.setattr(perplexity, "bound_of", bound_of)
     words = [str(run_dir), "--sets", f"valid,again={place / 'valid'}", "--record", "--json", str(file)]

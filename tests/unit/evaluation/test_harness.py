@@ -18,7 +18,7 @@ from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD
 from bd3_ds.data.streaming_import import import_streaming
 from bd3_ds.data.tokenizer import number_tokenizer
-from bd3_ds.evaluation import api
+from bd3_ds.evaluation import token_scores
 from bd3_ds.evaluation.api import LanguageModel, load
 from bd3_ds.evaluation.harness import continuations
 from bd3_ds.evaluation.harness import lm_eval as harness
@@ -144,7 +144,7 @@ def test_answers_do_not_depend_on_batching(
     )
     assert sum(told) == 3 * len(PAIRS)
     monkeypatch.setattr(continuations, "ROWS_AT_ONCE", 2)
-    monkeypatch.setattr(api, "TOKENS_AT_ONCE", 3 * LENGTH)
+    monkeypatch.setattr(token_scores, "TOKENS_AT_ONCE", 3 * LENGTH)
     for (value, greedy), (other, again) in zip(whole[0], asked.loglikelihood(PAIRS), strict=True):
         assert value == pytest.approx(other, rel=1e-5) and greedy == again
     assert asked.loglikelihood_rolling(texts) == pytest.approx(whole[1], rel=1e-5)

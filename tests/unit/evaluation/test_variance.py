@@ -14,11 +14,12 @@ import run as entry
 from bd3_ds.checkpoint.export import find_export
 from bd3_ds.config.schema import RunConfig, WeightConfig
 from bd3_ds.data.pack import open_pack
+from bd3_ds.diffusion.likelihood import Texts
 from bd3_ds.diffusion.noise import make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.evaluation.network import load_model
-from bd3_ds.evaluation.variance import variances
+from bd3_ds.evaluation.variance import BatchPlan, variances
 from bd3_ds.evaluation.worker.worker import Worker
 from bd3_ds.model.dit import DiT, as_denoiser
 from bd3_ds.runtime.errors import run_command
@@ -40,7 +41,7 @@ def test_definitions(scene) -> None:
     """Straight from the formulas: batch estimates, their variance, eq. (10) from whole gradients."""
     run, model, tokens = scene
     batches, sequences = 5, 8
-    measured = variances(model, run, tokens, batches=batches, sequences=sequences, at_once=3, gradient=True)
+    measured = variances(model, run, Texts(tokens), BatchPlan(batches, sequences, at_once=3, gradient=True))
     seed = integer_seed(0, Purpose.VARIANCE)
     estimates, gradients = [], []
     for m in range(batches):
@@ -65,7 +66,7 @@ def test_independent_blocks_make_the_batch_estimate_steadier(scene) -> None:
     """A batch's variance is about a block's over the number of blocks, as stratification allows; a clip lowers both."""
     run, model, tokens = scene
     whole, clipped = (
-        variances(model, run, tokens, batches=60, sequences=16, at_once=16, gradient=False, interval=interval)
+        variances(model, run, Texts(tokens), BatchPlan(60, 16, at_once=16), interval=interval)
         for interval in (None, (0.45, 0.95))
     )
     assert 0.5 < whole.var_nelbo / (whole.var_block / (16 * 4)) < 2

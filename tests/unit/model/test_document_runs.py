@@ -20,6 +20,7 @@ from bd3_ds.data.loader import Loader, MicroBatch, Share
 from bd3_ds.data.pack import open_pack
 from bd3_ds.diffusion import likelihood
 from bd3_ds.diffusion.chunked_head import HeadLoss
+from bd3_ds.diffusion.likelihood import Estimator, Texts
 from bd3_ds.diffusion.noise import make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
@@ -114,19 +115,19 @@ def test_perplexity_is_that_of_each_document(scene: Callable[..., RunConfig], nu
         return read.of_logits(each_alone(model, x_t, None, size, starts, sigma).flatten(0, 1)[at])
 
     if objective == AR:
-        expected = likelihood.autoregressive(causal, x0, mask_id)
+        expected = likelihood.autoregressive(causal, Texts(x0), mask_id)
     elif objective == SEDD:
-        expected = score_entropy_bound(score, x0, mask_id, 2, 5)
+        expected = score_entropy_bound(score, Texts(x0), mask_id, 2, 5)
     elif objective == BD3:
-        expected = likelihood.exact(denoiser, x0, size, mask_id)
+        expected = likelihood.exact(denoiser, Texts(x0), size, mask_id)
     else:
-        expected = likelihood.stratified(denoiser, x0, size, mask_id, 2, 5)
+        expected = likelihood.stratified(denoiser, Texts(x0), size, mask_id, 2, 5)
 
     def evaluated(document_mask: bool, batch: int) -> float:
         data = dataclasses.replace(run.data, document_mask=document_mask)
         changed = dataclasses.replace(export, run=dataclasses.replace(run, data=data))
-        options: dict[str, Any] = {"estimator": estimator, "views": 2, "seed": 5, "device": CPU}
-        return float(evaluate_pack(model, changed, pack_of(run, number), "valid", batch=batch, **options)["nelbo"])
+        how = Estimator(estimator, views=2, seed=5, at_once=batch)
+        return float(evaluate_pack(model, changed, pack_of(run, number), "valid", how)["nelbo"])
 
     by_hand = float(expected.nelbo.double().sum()) / (len(x0) * (LENGTH - 1))
     for batch in (1, 64):

@@ -14,6 +14,7 @@ from bd3_ds.checkpoint.export import find_export
 from bd3_ds.config.load import load_resolved, to_yaml
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, WeightConfig
 from bd3_ds.diffusion import chunked_head
+from bd3_ds.diffusion.likelihood import Estimator, Texts
 from bd3_ds.diffusion.noise import make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import Loss, training_loss
 from bd3_ds.diffusion.proposal import make_proposal
@@ -132,7 +133,7 @@ def test_bounds_of_an_export(tmp_path: Path, objective: str, size: int) -> None:
     narrow.load_state_dict(weights)
     x0 = torch.randint(0, 80, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     estimator = {AR: "exact", SEDD: "mc", MDLM: "stratified", BD3: "exact"}[objective]
-    bounds = [bound_of(model, run, x0, estimator, views=3, seed=1) for model in (wide, narrow)]
+    bounds = [bound_of(model, run, Texts(x0), Estimator(estimator, views=3, seed=1)) for model in (wide, narrow)]
     torch.testing.assert_close(bounds[0].nelbo, bounds[1].nelbo, rtol=1e-5, atol=1e-5)
 
 

@@ -15,11 +15,12 @@ from bd3_ds.checkpoint.export import find_export
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, RunConfig
 from bd3_ds.data.loader import Loader, MicroBatch, Share
 from bd3_ds.data.pack import open_pack
+from bd3_ds.diffusion.likelihood import Estimator, Texts
 from bd3_ds.diffusion.noise import scored_places
 from bd3_ds.evaluation.network import load_model
 from bd3_ds.evaluation.perplexity import bound_of, evaluate_pack
 from bd3_ds.evaluation.unigram import unigram_perplexity
-from bd3_ds.evaluation.variance import variances
+from bd3_ds.evaluation.variance import BatchPlan, variances
 from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.world import World
@@ -88,9 +89,7 @@ def test_how_a_padded_batch_is_dealt_out_does_not_matter(tmp_path: Path, objecti
         with torch.no_grad():
             pack = open_pack(run.data.train)
             documents = torch.from_numpy(pack.all_documents(apart=False))
-            bound = bound_of(
-                model, run, torch.from_numpy(pack.all_tokens()), "exact", views=1, seed=0, documents=documents
-            )
+            bound = bound_of(model, run, Texts(torch.from_numpy(pack.all_tokens()), documents), Estimator("exact"))
         assert bound.tokens == sum(COUNTS) - 8
         assert whole.loss == pytest.approx(bound.total / bound.tokens, rel=1e-5)
 
@@ -141,12 +140,12 @@ def test_perplexity_is_that_of_the_texts(tmp_path: Path, objective: str, size: i
     run = padded_run(tmp_path, objective, size)
     export = find_export(str(tiny_export(run)))
     model = load_model(export, CPU)
-    options: dict[str, Any] = {"estimator": "exact", "views": 1, "batch": batch, "device": CPU}
-    record = evaluate_pack(model, export, tmp_path / "valid", "valid", **options)
+    how = Estimator("exact", at_once=batch)
+    record = evaluate_pack(model, export, tmp_path / "valid", "valid", how)
     total, tokens = 0.0, torch.from_numpy(open_pack(tmp_path / "valid").all_tokens())
     for row, count in zip(tokens, whole, strict=True):
         if count > 1:
-            total += bound_of(model, run, row[None, :count], "exact", views=1, seed=0).total
+            total += bound_of(model, run, Texts(row[None, :count]), Estimator("exact")).total
     assert record["tokens"] == sum(whole) - len(whole)
     assert record["nelbo"] == pytest.approx(total / record["tokens"], rel=1e-5)
 
@@ -160,8 +159,8 @@ def test_sampled_perplexities_count_text_alone(
         return
     run = padded_run(tmp_path, objective, size)
     export = find_export(str(tiny_export(run)))
-    options: dict[str, Any] = {"estimator": estimator, "views": 2, "batch": 8, "device": CPU}
-    record = evaluate_pack(load_model(export, CPU), export, tmp_path / "valid", "valid", **options)
+    how = Estimator(estimator, views=2, at_once=8)
+    record = evaluate_pack(load_model(export, CPU), export, tmp_path / "valid", "valid", how)
     assert record["tokens"] == sum(COUNTS) - 8 and math.isfinite(record["nelbo"])
     assert math.isfinite(record.get("report_loss", 0.0))
 
@@ -170,9 +169,9 @@ def test_a_set_without_a_scored_token_is_refused(tmp_path: Path) -> None:
     padded_pack(tmp_path / "valid", [1, 1])
     run = padded_run(tmp_path, BD3, 4)
     export = find_export(str(tiny_export(run)))
-    options: dict[str, Any] = {"estimator": "exact", "views": 1, "batch": 8, "device": CPU}
+    how = Estimator("exact", at_once=8)
     with pytest.raises(UserError, match=r"set valid in .* has nothing to score"):
-        evaluate_pack(load_model(export, CPU), export, tmp_path / "valid", "valid", **options)
+        evaluate_pack(load_model(export, CPU), export, tmp_path / "valid", "valid", how)
 
 
 def test_a_run_without_a_scored_token_is_refused(tmp_path: Path) -> None:
@@ -205,8 +204,8 @@ def test_variances_leave_padding_out(tmp_path: Path, objective: str, size: int |
     pack = open_pack(run.data.train)
     tokens, documents = (torch.from_numpy(x) for x in (pack.all_tokens(), pack.all_documents(apart=False)))
     garbage = torch.where(documents < 0, 7, tokens)
-    options: dict[str, Any] = {"batches": 3, "sequences": 4, "at_once": 2, "gradient": True}
-    one, other = (variances(model, run, x, documents, **options) for x in (tokens, garbage))
+    plan = BatchPlan(batches=3, sequences=4, at_once=2, gradient=True)
+    one, other = (variances(model, run, Texts(x, documents), plan) for x in (tokens, garbage))
     for name in ("nelbo", "var_nelbo", "var_block", "var_gradient"):
         value = getattr(one, name)
         assert getattr(other, name) == (None if value is None else pytest.approx(value, rel=1e-4))

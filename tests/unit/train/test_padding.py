@@ -15,7 +15,7 @@ from torch import Tensor
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, WeightConfig
 from bd3_ds.diffusion import likelihood
 from bd3_ds.diffusion.clip_search import spread_sums
-from bd3_ds.diffusion.likelihood import Bound
+from bd3_ds.diffusion.likelihood import Bound, Texts
 from bd3_ds.diffusion.noise import make_noise, mask_draws, next_token_targets, scored_places, stratified_times
 from bd3_ds.diffusion.objective import Loss, training_loss
 from bd3_ds.diffusion.proposal import make_proposal
@@ -69,18 +69,18 @@ def bound(
     objective: str, model: DiT, x0: Tensor, size: int, estimator: str, documents: Tensor | None, views: int = 1
 ) -> Bound:
     if objective == AR:
-        return likelihood.autoregressive(causal(model, documents), x0, MASK, documents)
+        return likelihood.autoregressive(causal(model, documents), Texts(x0, documents), MASK)
     if objective == SEDD:
 
         def score(x_t: Tensor, sigma: Tensor, at: Tensor, read: Any) -> Any:
             return model(x_t, block_size=size, sigma=sigma, at=at, read=read, documents=documents)
 
-        return score_entropy_bound(score, x0, MASK, views, 3, documents=documents)
+        return score_entropy_bound(score, Texts(x0, documents), MASK, views, 3)
     condition = conditioned(model, size, documents)
     if estimator == "exact":
-        return likelihood.exact(condition, x0, size, MASK, 5, documents)
+        return likelihood.exact(condition, Texts(x0, documents), size, MASK, 5)
     sampled: Callable[..., Bound] = getattr(likelihood, estimator)
-    return sampled(condition, x0, size, MASK, views, 3, documents=documents)
+    return sampled(condition, Texts(x0, documents), size, MASK, views, 3)
 
 
 def by_definition(model: DiT, x0: Tensor, size: int) -> float:
@@ -162,9 +162,9 @@ def test_who_knows_nothing_pays_ln_v_for_each_token(size: int) -> None:
     def uniform(x0: Tensor) -> Any:
         return lambda x_t, at, read: read.of_logits(torch.zeros(len(at), VOCAB))
 
-    values = [likelihood.stratified(uniform, texts(3), size, MASK, views=3, seed=0, documents=GAPS)]
+    values = [likelihood.stratified(uniform, Texts(texts(3), GAPS), size, MASK, views=3, seed=0)]
     if size <= 8:
-        values.append(likelihood.exact(uniform, texts(3), size, MASK, documents=GAPS))
+        values.append(likelihood.exact(uniform, Texts(texts(3), GAPS), size, MASK))
     for value in values:
         assert value.total / value.tokens == pytest.approx(math.log(VOCAB - 1), rel=1e-6)
         by_row = ((GAPS >= 0).sum(1) - 1).double() * math.log(VOCAB - 1)

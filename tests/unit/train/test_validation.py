@@ -13,6 +13,7 @@ import torch
 from bd3_ds.checkpoint.export import find_export
 from bd3_ds.config.check import check_run
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, RunConfig
+from bd3_ds.diffusion.likelihood import Estimator
 from bd3_ds.evaluation.network import load_model
 from bd3_ds.evaluation.perplexity import evaluate_pack
 from bd3_ds.runtime.errors import UserError
@@ -56,11 +57,8 @@ def test_it_is_the_bound_of_evaluate(tmp_path: Path, name: str, size: int | None
         export,
         tmp_path / "valid",
         "valid",
-        estimator=estimator,
-        views=run.eval.views,
-        batch=8,
+        Estimator(estimator, run.eval.views, at_once=8),
         max_chunks=6,
-        device=CPU,
     )
     assert (found.step, found.set, found.sequences) == (3, "valid", expected["chunks"])
     assert (found.estimator, found.tokens) == (expected["estimator"], expected["tokens"])
@@ -85,8 +83,8 @@ def test_ranks_and_micro_batches_share_the_same_draws(tmp_path: Path, ranks: int
 def test_one_view_tells_its_error_from_the_spread_of_sequences(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, eval__views=1)
     export = find_export(str(tiny_export(run)))
-    options: dict[str, Any] = {"estimator": "stratified", "views": 1, "batch": 8, "device": CPU}
-    expected = evaluate_pack(load_model(export, CPU), export, tmp_path / "valid", "valid", **options)
+    how = Estimator("stratified", views=1, at_once=8)
+    expected = evaluate_pack(load_model(export, CPU), export, tmp_path / "valid", "valid", how)
     assert validation(run).run(1).stderr == pytest.approx(expected["stderr"], rel=1e-5)
 
 
