@@ -40,7 +40,7 @@ from bd3_ds.runtime.run_dir import TRAIN_RECORDS
 from benchmarks.measure import ROOT, finish, interleaved, launched, parser, run_to_end, say, summary
 from tests.helpers.tiny import tiny_pack
 
-MODULES = ("torch", "deepspeed", "bd3_ds.train.loop", "torch.utils.tensorboard", "streaming")  # as the trainer does
+MODULES = ("torch", "deepspeed", "bd3_ds.train.build", "torch.utils.tensorboard", "streaming")  # as the trainer does
 KINDS = {"python": (1, False), "launcher, 1 rank": (1, True), "launcher, 2 ranks": (2, True)}  # ranks, launcher
 PATIENCE = 600.0  # seconds for one start
 

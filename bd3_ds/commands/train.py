@@ -46,8 +46,9 @@ def main(argv: list[str]) -> int:
     from bd3_ds.planning.micro_batch import with_micro_batch
     from bd3_ds.runtime.allocator import keep_freed_memory
     from bd3_ds.runtime.world import collective_timeout, join_world
+    from bd3_ds.train.build import build
+    from bd3_ds.train.closing import finished_before, nothing_to_do
     from bd3_ds.train.hardware import check_hardware
-    from bd3_ds.train.loop import train
     from bd3_ds.train.run_lock import run_lock
 
     check_hardware(run, ds_json)
@@ -58,8 +59,11 @@ def main(argv: list[str]) -> int:
     try:
         with run_lock(Path(run.run_dir), world):
             run = with_micro_batch(run, ds_json, world.size, world.local_size)
-            state = train(run, ds_json, world)
+            if (step := finished_before(run, world)) is None:
+                step = build(run, ds_json, world).train().step
+            elif world.is_main:
+                print(*nothing_to_do(run, step), sep="\n", file=sys.stderr, flush=True)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    return 0 if state.step >= run.train.total_steps else EXIT_STOPPED
+    return 0 if step >= run.train.total_steps else EXIT_STOPPED

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from dataclasses import dataclass
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bd3_ds.checkpoint.export import export_name, require_fit, write_export
-from bd3_ds.checkpoint.retention import prune_exports
+from bd3_ds.checkpoint.export import require_fit
 from bd3_ds.checkpoint.shards import Shards
 from bd3_ds.checkpoint.store import Saver, newest_checkpoint
 from bd3_ds.config.check_data import packs
 from bd3_ds.config.load import to_yaml
-from bd3_ds.config.registries import OBJECTIVES
-from bd3_ds.config.schema import RunConfig, block_size, block_sizes
+from bd3_ds.config.schema import RunConfig
 from bd3_ds.data.loader import Loader, Share, of_all_ranks, require_same_packs
 from bd3_ds.data.mixture import samples_of_epoch
-from bd3_ds.data.pack import TOKENIZER_DIR, open_pack, read_manifest, read_token_counts
+from bd3_ds.data.pack import open_pack, read_manifest, read_token_counts
 from bd3_ds.data.remote import pack_directory
 from bd3_ds.interop.init_from import find_start, starting_weights
 from bd3_ds.model.build import Initial, dit_config
@@ -30,90 +27,18 @@ from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import write_text
 from bd3_ds.runtime.log import RunLog
 from bd3_ds.runtime.peak_flops import peak_flops
-from bd3_ds.runtime.run_dir import CHECKPOINTS, EXPORTS, RUN_YAML
+from bd3_ds.runtime.run_dir import CHECKPOINTS, RUN_YAML
 from bd3_ds.runtime.world import World
 from bd3_ds.train.clip_search import ClipSearch
-from bd3_ds.train.earlier import CONFIGURATION, changes_in_words, earlier_runs
+from bd3_ds.train.earlier import changes_in_words, earlier_runs
 from bd3_ds.train.ema import Ema
 from bd3_ds.train.engine import Engine
 from bd3_ds.train.materialise import Awaited, Given, Values
 from bd3_ds.train.meter import Meter
 from bd3_ds.train.state import TrainState
 from bd3_ds.train.step import Stepper
-from bd3_ds.train.validation import Validated, Validation
-
-
-@dataclass
-class Trainer:
-    """The parts of a run that the loop moves."""
-
-    run: RunConfig
-    world: World
-    engine: Engine
-    ema: Ema
-    stepper: Stepper
-    clip_search: ClipSearch
-    validation: Validation
-    loader: Loader
-    saver: Saver
-    log: RunLog
-    meter: Meter
-    state: TrainState
-    validated: Validated | None = None  # the newest value of this start
-
-    @property
-    def run_dir(self) -> Path:
-        """Where the run writes."""
-        return Path(self.run.run_dir)
-
-    def save(self) -> None:
-        """Begin to write a checkpoint of this moment; `saver.finish` commits it."""
-        self.log.flush()
-        state = {
-            **self.state.to_dict(),
-            CONFIGURATION: dataclasses.asdict(self.run),
-            "zero_stage": self.engine.stage,
-            "updates": self.engine.masters.updates,
-            "ema_updates": self.ema.updates,
-            "loader": self.loader.state(self.state.samples),
-        }
-        self.saver.start(export_name(self.state.step), state, itertools.chain(self.engine.pieces(), self.ema.pieces()))
-
-    def export(self) -> None:
-        """Write the averaged weights with configuration and tokenizer, for evaluation and sampling."""
-        weights = self.ema.gather(self.world)
-        self.world.on_main(lambda: self._write_export(weights))
-
-    def _write_export(self, weights: dict[str, torch.Tensor]) -> None:
-        name = export_name(self.state.step)
-        tokenizer = pack_directory(self.run.data.train, self.run.data.cache) / TOKENIZER_DIR
-        write_export(self.run_dir / EXPORTS / name, weights, self._scored_as_trained(), tokenizer, self.state.step)
-        self._prune_exports()
-
-    def _prune_exports(self) -> None:
-        """Remove old exports as train.keep_exports says; the new one is whole, so that nothing here ends the run."""
-        if (keep := self.run.train.keep_exports) is None:
-            return
-        try:
-            failed = prune_exports(self.run_dir, self.state.step, keep, self.run.eval)
-        except OSError as error:
-            failed = {self.run_dir / EXPORTS: error}
-        for path, reason in failed.items():
-            self.log.say(
-                f"cannot remove the old export {path}: {reason.strerror or reason}; the next export tries again"
-            )
-
-    def _scored_as_trained(self) -> RunConfig:
-        """The run with the block size of the step just done, where it had but one, and the interval in force for it."""
-        objective = self.run.objective
-        sizes = block_sizes(self.run, max(0, self.state.step - 1))
-        if OBJECTIVES[objective.name].has_blocks and len(sizes) == 1:
-            objective = dataclasses.replace(objective, block_size=sizes[0])
-        found = self.state.clip(block_size(self.run)).interval if len(sizes) > 1 else self.state.clip(sizes[0]).interval
-        if found is not None:
-            schedule = dataclasses.replace(objective.schedule, t_min=found[0], t_max=found[1])
-            objective = dataclasses.replace(objective, schedule=schedule)
-        return dataclasses.replace(self.run, objective=objective)
+from bd3_ds.train.trainer import Trainer
+from bd3_ds.train.validation import Validation
 
 
 def _weights_to_start_from(run: RunConfig, model: DiT, world: World) -> tuple[dict[str, torch.Tensor], str]:
@@ -131,7 +56,7 @@ def _weights_to_start_from(run: RunConfig, model: DiT, world: World) -> tuple[di
 
 def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
     """Network, engine, data and log of a run, and its last checkpoint where there is one."""
-    run_dir = Path(run.run_dir)
+    started, run_dir = time.perf_counter(), Path(run.run_dir)
     with torch.device("meta"):  # the engine gives each tensor its memory, where it stays
         model = DiT(dit_config(run.model, run.objective.name))
     values: Values = Initial(model, run.seed)
@@ -207,6 +132,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         log=log,
         meter=Meter(model.network, run, float(world.sum(peak))),
         state=state,
+        started=started,
     )
 
 

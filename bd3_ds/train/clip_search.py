@@ -80,7 +80,7 @@ class ClipSearch:
         for start in range(0, per_rank, micro):
             rows = np.arange(start, start + micro) * readers + reader
             tokens, documents = self._held_out.rows(rows)
-            wish = self.stepper.wish(tokens, step)
+            score = self.stepper.masking_score(tokens, step)
             denoiser = self.stepper.denoiser(size, documents)
             u = torch.from_numpy(strata[rows])
             place = send(u, world.device)
@@ -88,12 +88,12 @@ class ClipSearch:
             draws = torch.from_numpy(np.stack(masks))
             for number, interval in enumerate(tried):
                 proposal = make_proposal(run.objective.schedule, progress, interval)
-                noise = make_noise(u, draws, proposal, run.objective.weight, wish, documents)
+                noise = make_noise(u, draws, proposal, run.objective.weight, score, documents)
                 loss = training_loss(
                     run.objective.name, denoiser, tokens, noise, self.stepper.mask_id, world.device, documents
                 )
                 assert loss.block_nats is not None and loss.block_weight is not None
                 sums[number] += binned(loss.block_nats, loss.block_weight, place, bins)
         engine.module.train()
-        self.stepper.sum(sums)
+        self.stepper.all_reduce(sums)
         return {interval: within(each.cpu()) for interval, each in zip(tried, sums, strict=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from bd3_ds.config.check import accumulation_steps
 from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import RunConfig, block_sizes
 from bd3_ds.data.loader import MicroBatch
-from bd3_ds.diffusion.clip_search import TIME_BINS, Spread, moment_sums, spread_sums
+from bd3_ds.diffusion.clip_search import moment_sums
 from bd3_ds.diffusion.frequency import power_at, rarity
 from bd3_ds.diffusion.noise import (
     Noise,
@@ -25,7 +26,7 @@ from bd3_ds.diffusion.noise import (
     scored_places,
     stratified_times,
 )
-from bd3_ds.diffusion.objective import BINS, training_loss
+from bd3_ds.diffusion.objective import Loss, training_loss
 from bd3_ds.diffusion.proposal import Draws, Exploring, Interval, base_schedule, make_proposal
 from bd3_ds.model.dit import as_denoiser
 from bd3_ds.parallel.sequence import Sequence
@@ -37,6 +38,7 @@ from bd3_ds.train.engine import Engine
 from bd3_ds.train.guards import is_spike
 from bd3_ds.train.lr import learning_rate
 from bd3_ds.train.state import TrainState
+from bd3_ds.train.step_sums import StepSums, Summed
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,8 @@ class Stepper:
         size = choose_block_size(run.seed, done, block_sizes(run, done))
         proposal = None if OBJECTIVES[run.objective.name].causal else self.proposal(state, size)
         schedule = base_schedule(run.objective.schedule, done / run.train.total_steps)
-        totals = torch.zeros(8 + 2 * BINS, device=self.world.device, dtype=torch.float64)
         keeps_moments = proposal is not None and run.objective.clip_search.method == "moments"
-        moments = torch.zeros(3, TIME_BINS if keeps_moments else 0, device=self.world.device, dtype=torch.float64)
+        sums = StepSums(self.world.device, keeps_moments)
         waited, scored = 0.0, 0
         micro_batches = self.accumulation * self.world.size // run.train.sequence_parallel  # of all ranks
         ids: list[int] = []
@@ -133,53 +134,50 @@ class Stepper:
             scored += int(scored_places(batch.tokens, batch.documents).sum())
             torch.manual_seed(integer_seed(run.seed, Purpose.DROPOUT, done, micro_step, self.world.rank))
             noise = self._noise(done, batch, size, proposal)
-            loss = training_loss(
-                run.objective.name,
-                self.denoiser(size, batch.documents),
-                batch.tokens,
-                noise,
-                self.mask_id,
-                self.world.device,
-                batch.documents,
-                self.scored_tokens,
-            )
+            loss = self._loss(batch, noise, size)
             self.engine.backward(loss.loss)
-            totals[:2] += torch.stack([loss.loss.detach(), loss.nelbo]) / micro_batches
-            totals[8:] += torch.cat([loss.bin_nats, loss.bin_masked])
+            sums.add(loss, micro_batches)
             last = micro_step == self.accumulation - 1
-            self.engine.step(lr, refuse=last and self._is_refused(totals[1], scored, state))
-            if noise is not None and loss.block_nats is not None and loss.block_weight is not None:
-                totals[3:6] += spread_sums(loss.block_nats, loss.block_weight)
-                if keeps_moments:
-                    moments += moment_sums(loss.block_nats, send(noise.rate, self.world.device), schedule)
+            self.engine.step(lr, refuse=last and self._is_refused(sums.nelbo, scored, state))
+            if keeps_moments and noise is not None and loss.block_nats is not None and loss.block_weight is not None:
+                sums.moments += moment_sums(loss.block_nats, send(noise.rate, self.world.device), schedule)
         if not self.engine.skipped:
             self.ema.update()
-        totals[2], totals[6], totals[7] = float(stop_asked), float(scored), float(still_saving)
-        summed = self.sum(torch.cat([totals, moments.flatten()])).cpu()
-        values = summed[: len(totals)].tolist()
-        nats, masked = values[8 : 8 + BINS], values[8 + BINS :]
-        per_token = self._per_token(values[6])
+        summed = Summed.unpack(self.all_reduce(sums.pack(scored, stop_asked, still_saving)).cpu())
+        per_token = self._per_token(summed.scored)
         configured = (run.objective.schedule.t_min, run.objective.schedule.t_max)
         return StepResult(
             step=done + 1,
-            loss=values[0] * per_token,
-            nelbo=values[1] * per_token,
+            loss=summed.loss * per_token,
+            nelbo=summed.nelbo * per_token,
             nelbo_is_bound=proposal is None or ((proposal.covers_all or size == 1) and self._rarity is None),
-            nats_by_rate=[n / m if m else float("nan") for n, m in zip(nats, masked, strict=True)],
-            masked_share=sum(masked) / max(1.0, values[6] * run.objective.views),
-            head_tokens=round(sum(masked)),
+            nats_by_rate=[n / m if m else math.nan for n, m in zip(summed.nats, summed.masked, strict=True)],
+            masked_share=sum(summed.masked) / max(1.0, summed.scored * run.objective.views),
+            head_tokens=round(sum(summed.masked)),
             block_size=size,
             interval=None if proposal is None else state.clip(size).interval or configured,
-            block_variance=None if proposal is None else Spread(*values[3:6]).variance,
-            moments=summed[len(totals) :].view(3, TIME_BINS) if keeps_moments else None,
+            block_variance=None if proposal is None else summed.spread.variance,
+            moments=summed.moments if keeps_moments else None,
             grad_norm=self.engine.grad_norm(),
             lr=lr,
             seconds=time.perf_counter() - start,
             waited=waited,
             skipped=self.engine.skipped,
             ids=ids if self.world.rank % self.run.train.sequence_parallel == 0 else [],
-            stop_asked=values[2] > 0,
-            still_saving=values[7] > 0,
+            stop_asked=summed.stop_asked,
+            still_saving=summed.still_saving,
+        )
+
+    def _loss(self, batch: MicroBatch, noise: Noise | None, size: int) -> Loss:
+        return training_loss(
+            self.run.objective.name,
+            self.denoiser(size, batch.documents),
+            batch.tokens,
+            noise,
+            self.mask_id,
+            self.world.device,
+            batch.documents,
+            self.scored_tokens,
         )
 
     def _per_token(self, scored: float) -> float:
@@ -191,7 +189,7 @@ class Stepper:
         guards = self.run.guards
         if guards.spike != "skip":
             return False
-        known = self.sum(torch.stack([nelbo, torch.full_like(nelbo, scored)])).tolist()
+        known = self.all_reduce(torch.stack([nelbo, torch.full_like(nelbo, scored)])).tolist()
         return is_spike(state.recent, known[0] * self._per_token(known[1]), guards.spike_sigmas)
 
     def denoiser(self, size: int, documents: Tensor | None) -> Any:
@@ -199,7 +197,7 @@ class Stepper:
         denoise = as_denoiser(self.engine, size, None if documents is None else send(documents, self.world.device))
         return denoise if self.sequence is None else self.sequence.denoiser(denoise)
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """Add up over all sequences, in place; ranks that share a sequence all bring what is known of it."""
         return self.world.sum(tensor).div_(self.run.train.sequence_parallel)
 
@@ -210,12 +208,12 @@ class Stepper:
         slots = (batch.slots[:, None] * views + np.arange(views)).flatten()  # [m K], the views of a sequence together
         u = stratified_times(seed, done, slots, self.run.train.global_batch * views, length // size)
         draws = mask_draws(seed, done, slots, length)
-        wish = self.wish(batch.tokens.repeat_interleave(views, dim=0), done)
+        score = self.masking_score(batch.tokens.repeat_interleave(views, dim=0), done)
         documents = None if batch.documents is None else batch.documents.repeat_interleave(views, dim=0)
-        return make_noise(u, draws, proposal, self.run.objective.weight, wish, documents)
+        return make_noise(u, draws, proposal, self.run.objective.weight, score, documents)
 
-    def wish(self, tokens: Tensor, step: int) -> Tensor | None:
-        """The wishes of tokens [b, L] to be masked after `step` steps; None where all are alike."""
+    def masking_score(self, tokens: Tensor, step: int) -> Tensor | None:
+        """How much each of tokens [b, L] is to be masked after `step` steps, relative to others; None: all alike."""
         if self._rarity is None:
             return None
         return self._rarity[tokens] ** power_at(self.run.objective.frequency, step)

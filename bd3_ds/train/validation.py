@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from bd3_ds.config.registries import OBJECTIVES
-from bd3_ds.config.schema import RunConfig, block_size, block_sizes
+from bd3_ds.config.schema import RunConfig
 from bd3_ds.data.pack import open_pack
 from bd3_ds.diffusion import likelihood
 from bd3_ds.diffusion.likelihood import Bound, Texts
 from bd3_ds.diffusion.noise import scored_places
 from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
 from bd3_ds.runtime.errors import UserError
+from bd3_ds.train.exporting import scored_block_size
 from bd3_ds.train.held_out import HeldOut
 from bd3_ds.train.step import Stepper
 
@@ -114,7 +115,7 @@ class Validation:
         """The bound after `step` steps, each rank scoring its share; the noise depends on the sequence alone."""
         run, stepper, world = self._run, self._stepper, self._stepper.world
         assert self.set is not None
-        size = self._block_size(step)
+        size = scored_block_size(run, step)
         objective = OBJECTIVES[run.objective.name]
         estimator = "exact" if size == 1 and objective.can_be_exact else objective.sampled_estimator
         views = 1 if estimator == "exact" else run.eval.views
@@ -133,7 +134,7 @@ class Validation:
                 by_sequence = bound.nelbo.double().sum(1)
                 sums += torch.stack([by_sequence.sum(), bound.variance.double().sum(), by_sequence.square().sum()])
         stepper.engine.module.train()
-        nats, variance, squares = stepper.sum(sums).tolist()
+        nats, variance, squares = stepper.all_reduce(sums).tolist()
         sequences = len(self._held_out)
         if estimator != "exact" and views == 1 and sequences > 1:
             # One view knows nothing of its own error; the spread over sequences, text included, is an upper estimate.
@@ -149,12 +150,6 @@ class Validation:
             tokens=self._scored,
             sequences=sequences,
         )
-
-    def _block_size(self, step: int) -> int:
-        """The block size that an export of this moment is scored with: that of the stage, where it has but one."""
-        sizes = block_sizes(self._run, max(0, step - 1))
-        by_stage = OBJECTIVES[self._run.objective.name].has_blocks and len(sizes) == 1
-        return sizes[0] if by_stage else block_size(self._run)
 
     def _bound(self, rows: slice, first: int, size: int, estimator: str, views: int) -> Bound:
         """The Bound of these sequences, the first of which has this number."""
