@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         from bd3_ds.interop.transfer import require_token
 
         require_token(options.push)
-    with told_of_full_disks(options.dst):
+    with full_disks_as_user_errors(options.dst):
         _convert(options)
     print(f"wrote {options.dst}")
     if options.push is not None:
@@ -63,7 +63,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def told_of_full_disks(dst: Path) -> Iterator[None]:
+def full_disks_as_user_errors(dst: Path) -> Iterator[None]:
     """Raise UserError where a disk is full, in whatever error a library wraps what the system said."""
     try:
         yield
@@ -96,7 +96,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _require_free(dst: Path, target: str, overwrite: bool) -> None:
-    """Refuse to replace what is there, unless it is what would be written again and the user wants it."""
+    """Refuse to replace what is there, unless it is what would be written again and the user asks for it."""
     if not dst.exists():
         return
     if not overwrite:

@@ -18,7 +18,7 @@ from bd3_ds.evaluation import figures
 from bd3_ds.evaluation.exports import open_export
 from bd3_ds.evaluation.options import DEVICES, number_of_chunks, open_device
 from bd3_ds.evaluation.packs import check_pack, choose_sets
-from bd3_ds.evaluation.results import Results
+from bd3_ds.evaluation.results import EvaluationRecords
 from bd3_ds.runtime.cli import Parser, at_least_one
 from bd3_ds.runtime.errors import EXIT_INTERRUPTED, UserError, did_you_mean
 from bd3_ds.runtime.files import require_writable, write_json
@@ -93,7 +93,7 @@ def _run_dir(export: Export) -> Path:
     return export.path.resolve().parent.parent
 
 
-def _records_of(export: Export, sets: dict[str, str]) -> Results:
+def _records_of(export: Export, sets: dict[str, str]) -> EvaluationRecords:
     """The records of the export's run; raises UserError for an export outside a run, and for a set under false name."""
     if export.path.resolve().parent.name != EXPORTS or not is_run(_run_dir(export)):
         raise UserError(
@@ -109,7 +109,7 @@ def _records_of(export: Export, sets: dict[str, str]) -> Results:
                 f"{directory} another name, such as {name}2={directory}"
             )
     require_writable(_run_dir(export) / RECORDS)
-    return Results(_run_dir(export))
+    return EvaluationRecords(_run_dir(export))
 
 
 def _meaning(export: Export) -> str:

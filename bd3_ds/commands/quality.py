@@ -11,6 +11,7 @@ from bd3_ds.runtime.cli import Parser, at_least_one
 from bd3_ds.runtime.errors import EXIT_INTERRUPTED, UserError
 from bd3_ds.runtime.files import require_writable, write_json
 from bd3_ds.runtime.samples import read_samples
+from bd3_ds.runtime.tables import console_table
 
 if TYPE_CHECKING:
     from bd3_ds.evaluation.text.quality import Quality, Reading
@@ -82,7 +83,7 @@ def _judge_files(
 
 def format_table(records: list[dict[str, Any]]) -> str:
     """Records as aligned columns; what real text does not have stays empty."""
-    rows: list[tuple[str, ...]] = [_HEADER]
+    rows: list[tuple[str, ...]] = []
     for record in records:
         ended = record.get("ended")
         nfe = f"{record['nfe']:.0f} ({record['nfe_with_cache']:.0f})" if "nfe" in record else ""
@@ -103,12 +104,7 @@ def format_table(records: list[dict[str, Any]]) -> str:
                 _number(record.get("mauve"), ".3f"),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return console_table(_HEADER, rows)
 
 
 _HEADER = (
@@ -118,7 +114,7 @@ _HEADER = (
 
 
 def with_error(value: float, stderr: float | None) -> str:
-    """A value and its standard error, two digits behind the point."""
+    """A value and its standard error, two digits after the point."""
     return f"{value:.2f}" if stderr is None else f"{value:.2f} ± {stderr:.2f}"
 
 

@@ -189,7 +189,7 @@ class Interruption:
         self._noted = False
 
     def asked(self) -> bool:
-        """Whether the user wants no more."""
+        """Whether the user asked to stop."""
         return self._noted
 
     def __enter__(self) -> Interruption:
@@ -253,8 +253,8 @@ def _parser() -> Parser:
     add("--steps", type=at_least_one, metavar="T", help="ancestral, T steps a block (MDLM, SEDD: a window)")
     add("--analytic", action="store_true", help="SEDD's own sampler, with --steps")
     add("--threshold", type=float, metavar="P", help="all places whose likeliest token reaches P")
-    add("--entropy-bound", type=float, metavar="H", help="the surest places, up to H nats of entropy together")
-    add("--tokens-per-step", type=at_least_one, metavar="K", help="the K surest places")
+    add("--entropy-bound", type=float, metavar="H", help="the most confident places, up to H nats of entropy together")
+    add("--tokens-per-step", type=at_least_one, metavar="K", help="the K most confident places")
     machine = parser.add_argument_group("machine and output")
     add = machine.add_argument
     add("--device", choices=DEVICES, help="default: cuda where there is a GPU")

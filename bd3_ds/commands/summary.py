@@ -19,6 +19,7 @@ from bd3_ds.evaluation.unigram import unigram_perplexity
 from bd3_ds.runtime import records
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.run_dir import EVALUATIONS, RUN_YAML, TRAIN_RECORDS, is_run
+from bd3_ds.runtime.tables import console_table
 
 LAST = 20  # steps whose mean is called the train loss; a single step's is a noisy draw
 
@@ -29,9 +30,7 @@ def main(argv: list[str]) -> int:
         raise UserError("give one run directory or more, such as runs/docs/pretrain")
     columns = [column(Path(place)) for place in argv]
     rows: list[str] = list(dict.fromkeys(key for values in columns for key in values))
-    width = max(len(row) for row in rows) + 2
-    for row in rows:
-        print(row.ljust(width) + "".join(values.get(row, "-").rjust(36) for values in columns))
+    print(console_table((), ((row, *(values.get(row, "-") for values in columns)) for row in rows)))
     return 0
 
 

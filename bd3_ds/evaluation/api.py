@@ -80,7 +80,7 @@ class LanguageModel:
         """Raw network output [B, L, V] for noisy tokens x_t [B, L].
 
         BD3 sees the earlier blocks of the clean tokens x0 [B, L]; the others do not look at x0. AR takes clean tokens
-        as x_t, and its logits at i are for token i + 1. SEDD, and it alone, takes the noise levels sigma [B].
+        as x_t, and its logits at i are for token i + 1. Only SEDD takes the noise levels sigma [B].
         """
         objective = OBJECTIVES[self.run.objective.name]
         noisy = self._ids("x_t", x_t)
@@ -117,12 +117,12 @@ class LanguageModel:
 
         estimator: exact (where no block has more than 8 tokens to score, 16 for few tokens; AR is always exact),
         stratified or mc, both with `views` noisy views a sequence, drawn by (seed, row); the first row has number
-        `first_row`. SEDD takes mc alone. None: exact where it can be had, else stratified, for SEDD mc; `.estimator`
+        `first_row`. SEDD takes mc only. None: exact where it can be had, else stratified, for SEDD mc; `.estimator`
         tells.
 
         scored: boolean [B, L], the tokens to score; None: all but position 0, which is never scored. The mask id stands
         for a token that is neither scored nor known: no view shows it. It may stand in a row's last scored block and
-        behind, and a last block that is not whole is filled with it. A block's bound is that of writing its scored
+        after it, and a last block that is not whole is filled with it. A block's bound is that of writing its scored
         tokens before its unknown ones, beside its given ones (`diffusion/likelihood.py`).
         """
         if isinstance(tokens, str) or are_texts(tokens):
@@ -170,7 +170,7 @@ class LanguageModel:
         stands for a token to write; given tokens stay as they are. `how` are fields of `sampling.options.Options`:
         temperature (0 takes the most likely token), nucleus (the smallest set of tokens that reaches this probability),
         and further ones such as steps=64, threshold=0.9, top_k=50, stop=("eos", "entropy"). Rows are drawn `batch` at a
-        time; row r depends on (seed, r), not on `num` or `batch`. `progress` is told how many tokens have just been
+        time; row r depends on (seed, r), not on `num` or `batch`. `progress` is called with how many tokens were just
         written. Once `stopped()` is true, no more is drawn: rows that were not begun are missing, those that
         had not ended are cut ("interrupted"). Texts that the machine's memory cannot hold are refused.
         """
@@ -239,7 +239,7 @@ class LanguageModel:
         return [tokenizer.decode(row[:length]) for row, length in rows]
 
     def prompt_ids(self, prompt: Prompt = None, longest: int | None = None) -> Tensor:
-        """Given ids [1 or num, P] of a prompt as `sample` takes it; BOS alone for None.
+        """Given ids [1 or num, P] of a prompt as `sample` takes it; only BOS for None.
 
         Texts of unequal length are filled up with the mask id. `longest`: tokens that the network sees at once (None:
         L); a longer prompt is refused.

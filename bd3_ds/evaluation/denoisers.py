@@ -1,4 +1,4 @@
-"""A network as the likelihood estimators want it: the clean pass once, then any number of noisy views."""
+"""A network in the form that the likelihood estimators call: the clean pass once, then any number of noisy views."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def conditioned(model: DiT, block_size: int, documents: Tensor | None = None) ->
 
 
 def causal(model: DiT, documents: Tensor | None = None) -> CausalNetwork:
-    """An AR network as its likelihood wants it; `documents` [b, L] where tokens see their own document alone."""
+    """An AR network as `likelihood.autoregressive` calls it; `documents` [b, L] if tokens see only their own one."""
 
     def network(x0: Tensor, at: Tensor, read: Read) -> tuple[Tensor, Tensor]:
         answer: tuple[Tensor, Tensor] = model(x0, block_size=1, at=at, read=read, documents=documents)

@@ -23,7 +23,7 @@ TEXTS = ""  # stands beside the names of sets for an export's samples
 _KEYS = {EVALUATIONS: ("export", "set"), SAMPLES: ("export",), ERRORS: ("set", "error")}
 
 
-class Results:
+class EvaluationRecords:
     """The result files in a run directory, shared with other workers and with readers."""
 
     def __init__(self, run_dir: Path):
@@ -37,7 +37,7 @@ class Results:
     def add(self, file: str, record: dict[str, Any]) -> bool:
         """Append `record` to one of the files above unless it has a line of the same key; says whether it did."""
         keys = _KEYS[file]
-        with self._alone():
+        with self._locked():
             if any(all(line[key] == record[key] for key in keys) for line in self._read(file)):
                 return False
             records.append(self._run_dir / file, record)
@@ -49,7 +49,7 @@ class Results:
         Raises UserError on a file system without locks: there a worker's line could be lost.
         """
         keys = _KEYS[EVALUATIONS]
-        with self._alone() as locked:
+        with self._locked() as locked:
             if not locked:
                 raise UserError(
                     f"--record: the file system of {self._run_dir} has no file locks, so a worker's line could be "
@@ -70,7 +70,7 @@ class Results:
         return [line for line in records.read(self._run_dir / file) if all(key in line for key in _KEYS[file])]
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[bool]:
+    def _locked(self) -> Iterator[bool]:
         """Keep others out, False where that cannot be; the kernel ends the lock with the process, however that ends."""
         path = self._run_dir / LEASES / "records.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +78,6 @@ class Results:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 locked = True
-            except OSError:  # a file system without locks: the leases alone keep workers apart
+            except OSError:  # a file system without locks: only the leases keep workers apart
                 locked = False
             yield locked

@@ -1,4 +1,4 @@
-"""The bound of texts of any length: encoded behind BOS, in windows of what the model reads at once."""
+"""The bound of texts of any length: encoded after BOS, in windows of what the model reads at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS_AT_ONCE = 256  # texts that are given to `score` together; it divides them 
 def score_texts(
     model: LanguageModel, texts: Sequence[str], estimator: str | None = None, views: int = 8, seed: int = 0
 ) -> Score:
-    """The bound of each text: row b, column i is token i of text b, BOS (given, not scored) at 0, nothing behind it.
+    """The bound of each text: row b, column i is token i of text b, BOS (given, not scored) at 0, nothing after it.
 
     No EOS is added. A text longer than the model's L is read in windows, each token scored once (`text_windows.py`).
     estimator None: exact where no block has more than 8 tokens to score, else stratified; AR exact, SEDD mc. Raises

@@ -46,7 +46,7 @@ class TextWindows:
         return 1 if self.one_block else self.block_size
 
     def pieces(self, tokens: list[int], given: int, text: int = 0) -> Iterator[Piece]:
-        """Windows over `tokens`, in which each token behind the `given` first is scored once.
+        """Windows over `tokens`, in which each token after the `given` first is scored once.
 
         Each has at least one token before the first that is scored, and otherwise begins as late as that they are as
         few as can be; the last has as much context as it holds.
@@ -69,7 +69,7 @@ class TextWindows:
         return max(0, -(-tokens // self.grid) * self.grid)
 
     def estimator(self, piece: Piece, objective: str, masks: int = EXACT_ALWAYS) -> str:
-        """What scores a piece, by its own tokens alone: exact where no block has more than so many to score."""
+        """What scores a piece, by its own tokens only: exact where no block has more than so many to score."""
         facts = OBJECTIVES[objective]
         if facts.causal or not facts.can_be_exact:
             return "exact" if facts.causal else facts.sampled_estimator

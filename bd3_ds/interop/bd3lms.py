@@ -116,7 +116,7 @@ def upstream_network(config: Mapping[str, Any], path: Path) -> DiTConfig:
 
 
 def their_name(name: str) -> str:
-    """Upstream's key for one of our parameters, behind `backbone.`; raises KeyError for one that it does not have."""
+    """Upstream's key for one of our parameters, with `backbone.` before it; KeyError for one that it does not have."""
     stem, _, leaf = name.rpartition(".")
     if name in _TOP_BACK:
         return f"backbone.{_TOP_BACK[name]}"

@@ -99,7 +99,7 @@ class Start:
         if self.adapts and unlike:
             words = " ".join(f"model.{key}={_shown(theirs[key])}" for key in unlike)
             have = " ".join(f"{key}={_shown(ours[key])}" for key in unlike)
-            return [f"{name} wants {words}; this run has {have}", *self.more]
+            return [f"{name} needs {words}; this run has {have}", *self.more]
         return self.more + [
             f"{name} holds a model with model.{key}={_shown(theirs[key])}, this run has {_shown(ours[key])}; "
             "make the two equal or start from another export"

@@ -1,7 +1,7 @@
 """The network under the interface of transformers: `AutoModel.from_pretrained` makes one of these classes.
 
 A copy of this file, and of those files of the package that it imports, goes into every folder made for Hugging Face
-(`own_code`), so that who reads such a folder needs transformers and torch alone. It may therefore import, of ours, only
+(`own_code`), so that who reads such a folder needs only transformers and torch. It may therefore import, of ours, only
 what imports nothing else than torch. Mistakes raise ValueError, as they do in transformers.
 """
 
@@ -41,6 +41,7 @@ class BD3Config(PretrainedConfig):
         "max_position_embeddings": "length",
     }
 
+    # One parameter for each key, as transformers' configuration classes have it: each is a key of config.json.
     def __init__(
         self,
         objective: str = "mdlm",
@@ -82,7 +83,7 @@ class BD3Config(PretrainedConfig):
 
     @property
     def causal(self) -> bool:
-        """Whether tokens see earlier ones alone."""
+        """Whether tokens see earlier ones only."""
         return self.objective == AR
 
     @property
@@ -103,7 +104,7 @@ class BD3Config(PretrainedConfig):
 
 
 class BD3Model(PreTrainedModel):
-    """The network of any objective; its parameters are those of an export behind `network.`."""
+    """The network of any objective; its parameters are those of an export, prefixed with `network.`."""
 
     config_class = BD3Config
     base_model_prefix = "network"
@@ -138,7 +139,7 @@ class BD3Model(PreTrainedModel):
     ) -> Any:
         """`.logits` [B, T, V], raw network output, for tokens [B, T]: noisy ones, or for AR clean ones.
 
-        bd3 sees the earlier blocks of `clean_ids` [B, T]; the others do not look at them. sedd, and it alone, takes the
+        bd3 sees the earlier blocks of `clean_ids` [B, T]; the others do not look at them. only sedd takes the
         noise levels `sigma` [B]. AR's logits at i are for token i + 1. Padding, 0 in `attention_mask` [B, T], is hidden
         from all other tokens; it does not shift their positions. `labels` are refused, and so is all else that would
         change nothing.
@@ -160,7 +161,7 @@ class BD3Model(PreTrainedModel):
 
     def _no_loss(self) -> str:
         if self.config.objective == AR:
-            return "labels: AutoModel gives logits alone; load this model with AutoModelForCausalLM for a loss"
+            return "labels: AutoModel gives logits only; load this model with AutoModelForCausalLM for a loss"
         return (
             f"labels: no loss is computed here, since that of {self.config.objective} depends on how the noise was "
             "drawn; bd3_ds.load(FOLDER).score(texts) gives the bound of clean texts, `run.py train` trains"
@@ -185,7 +186,7 @@ class BD3Model(PreTrainedModel):
         else:
             clean = None
         if (objective == SEDD) != (sigma is not None):
-            raise ValueError(f"sigma [B] is needed by sedd and taken by it alone; this model is {objective}")
+            raise ValueError(f"sigma [B] is needed by sedd and taken by no other; this model is {objective}")
         if attention_mask is not None and attention_mask.shape != tokens.shape:
             raise ValueError(
                 f"attention_mask is {list(attention_mask.shape)}; it must be {list(tokens.shape)}, as input_ids"
@@ -259,7 +260,7 @@ class BD3ForCausalLM(BD3Model, GenerationMixin):  # type: ignore[misc]
 
 
 def _refuse(token_type_ids: Tensor | None, more: dict[str, Any]) -> None:
-    """Raise ValueError for what a caller wants and this network does not have."""
+    """Raise ValueError for what a caller asks for and this network does not have."""
     if token_type_ids is not None and bool(token_type_ids.any()):
         raise ValueError("token_type_ids other than 0: this network knows one kind of text; leave them out")
     wanted = [name for name, value in more.items() if value is not None and value is not False]

@@ -67,7 +67,7 @@ class UpstreamFolder:
 
     @cached_property
     def network(self) -> DiTConfig:
-        """Its network. A causal one has no conditioning, so that its width need not be told."""
+        """Its network. A causal one has no conditioning, so that its width need not be given."""
         config = {"cond_dim": 128} | self.config if OBJECTIVES[self.objective].causal else self.config
         return upstream_network(config, self.path / CONFIG)
 

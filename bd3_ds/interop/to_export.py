@@ -135,7 +135,7 @@ def _convert_folder(src: Path, dst: Path, tokenizer: str | None) -> None:
 
 
 def _convert_causal(source: CausalFolder, dst: Path, tokenizer: str | None) -> None:
-    """Without a `tokenizer`, [MASK] is a new id behind the model's last."""
+    """Without a `tokenizer`, [MASK] is a new id after the model's last."""
     from bd3_ds.data.tokenizer import load_tokenizer
 
     path, config = source.path / CONFIG, source.config

@@ -1,4 +1,4 @@
-"""Log-likelihoods of texts given others, and texts that go on from others: what benchmarks ask of a language model.
+"""Log-likelihoods of continuations, and continuations of prompts: what benchmarks ask of a language model.
 
 A text is BOS and its tokens. A diffusion model's log-likelihood is minus its bound (`diffusion/likelihood.py`); AR's,
 and that of block size 1, is the likelihood itself.
@@ -24,7 +24,7 @@ from bd3_ds.runtime.errors import UserError
 from bd3_ds.sampling.options import EOS, RULES
 
 ROWS_AT_ONCE = 64  # texts between two steps of a progress bar
-NEW_TOKENS = 256  # of a text that is gone on with, where nothing is said
+NEW_TOKENS = 256  # written after a prompt, where the request does not say
 VIEWS = 128  # more than the masks of 7 tokens: shorter continuations are exact
 
 # The names that benchmarks give to the sampler's options.
@@ -37,8 +37,8 @@ class Continuations:
     """A model with a tokenizer, as benchmarks use it; what it answers depends on the seed and not on batching.
 
     estimator, views: as for `LanguageModel.score`; None: exact where no block has more masks than `views` (a few
-    tokens to score), else stratified, for SEDD mc. `how` are options of the sampler (`sampling/options.py`) for texts
-    that are gone on with, where the request says nothing. Raises UserError for values that cannot be.
+    tokens to score), else stratified, for SEDD mc. `how` are options of the sampler (`sampling/options.py`) for
+    continuing prompts, where the request says nothing. Raises UserError for values that cannot be.
     """
 
     def __init__(
@@ -62,7 +62,8 @@ class Continuations:
     def loglikelihood(
         self, pairs: Sequence[tuple[str, str]], progress: TextsDone | None = None
     ) -> list[tuple[float, bool]]:
-        """For each (context, continuation): log p(continuation | context) in nats, and whether greedy writing gives it.
+        """For each (context, continuation): log p(continuation | context) in nats, and whether greedy decoding
+        reproduces it.
 
         Of what exceeds the model's length the left is cut, by whole blocks.
         """
@@ -80,29 +81,29 @@ class Continuations:
     def generate_until(
         self, requests: Sequence[tuple[str, dict[str, Any]]], progress: TextsDone | None = None
     ) -> list[str]:
-        """What the model writes behind each context, up to the first text of the request's `until`, or its end.
+        """What the model writes after each context, up to the first text of the request's `until`, or its end.
 
         A request's options are `until`, `max_gen_toks` (256), `do_sample`, `temperature` and those of the sampler. At
-        temperature 0, which is where nothing else is said, a diffusion model writes its surest token first. A context
+        temperature 0, the default, a diffusion model writes the token that it is most confident of first. A context
         keeps at most L - max_gen_toks tokens, and at least L / 2, by whole blocks; the window slides past L.
         """
         texts = [""] * len(requests)
         groups: dict[tuple[str, int], list[tuple[int, list[int]]]] = defaultdict(list)
         contexts = self.tokenizer.encode_batch([context for context, _ in requests])
-        for index, (ids, (_, options)) in enumerate(zip(contexts, requests, strict=True)):
-            count = _request(options)[1]
+        for index, (ids, (_, request)) in enumerate(zip(contexts, requests, strict=True)):
+            count = _request(request)[1]
             room = max(self.length - count, self.length // 2)
             tokens = [self.tokenizer.bos_id, *ids]
             tokens = tokens[self.windows.on_grid(len(tokens) - room) :]
-            groups[json.dumps(options, sort_keys=True), self.windows.width(len(tokens))].append((index, tokens))
-        for (wish, _), rows in groups.items():
-            until, count, how = _request(json.loads(wish))
+            groups[json.dumps(request, sort_keys=True), self.windows.width(len(tokens))].append((index, tokens))
+        for (options, _), rows in groups.items():
+            until, count, how = _request(json.loads(options))
             prompts = filled([tokens for _, tokens in rows], self.model.mask_id)
             samples = self.model.sample(len(rows), prompts.shape[1] + count, prompts, self.seed, **self._sampler(how))
             for (index, tokens), row, length in zip(
                 rows, samples.tokens.tolist(), samples.lengths.tolist(), strict=True
             ):
-                texts[index] = _cut(self._behind(tokens, row[: min(length, len(tokens) + count)]), until)
+                texts[index] = _cut(self._after(tokens, row[: min(length, len(tokens) + count)]), until)
             if progress:
                 progress(len(rows))
         return texts
@@ -110,17 +111,17 @@ class Continuations:
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
         """The tokens of the two together, from BOS on, and how many of them are given, BOS included.
 
-        White space between them belongs to the continuation. Where a token spans both, what is left of it behind the
+        White space between them belongs to the continuation. Where a token spans both, what is left of it after the
         context's own tokens is the continuation; where nothing is left, the two are encoded apart.
         """
         head = context.rstrip()
         tail = context[len(head) :] + continuation
-        whole, given, alone = self.tokenizer.encode_batch([head + tail, head, tail])
-        rest = whole[len(given) :] or alone
+        whole, given, apart = self.tokenizer.encode_batch([head + tail, head, tail])
+        rest = whole[len(given) :] or apart
         return [self.tokenizer.bos_id, *given, *rest], 1 + len(given)
 
     def pieces(self, tokens: list[int], given: int, text: int = 0) -> Iterator[Piece]:
-        """Windows over `tokens`, in which each token behind the `given` first is scored once (`text_windows.py`)."""
+        """Windows over `tokens`, in which each token after the `given` first is scored once (`text_windows.py`)."""
         return self.windows.pieces(tokens, given, text)
 
     def _scored(
@@ -158,7 +159,7 @@ class Continuations:
         return [bool(one) for one in torch.cat(right)]
 
     def _estimator(self, piece: Piece) -> str:
-        """What scores the piece, by its own tokens alone."""
+        """What scores the piece, by its own tokens only."""
         objective = self.model.run.objective.name
         if self.estimator is not None:
             return self.estimator
@@ -172,8 +173,8 @@ class Continuations:
             how["tokens_per_step"] = 1
         return how
 
-    def _behind(self, given: list[int], tokens: list[int]) -> str:
-        """The text of tokens behind the given ones, with the space that may stand before it."""
+    def _after(self, given: list[int], tokens: list[int]) -> str:
+        """The text of tokens after the given ones, with the space that may stand before it."""
         before, all_of_it = self.tokenizer.decode(given), self.tokenizer.decode(tokens)
         return all_of_it[len(before) :] if all_of_it.startswith(before) else self.tokenizer.decode(tokens[len(given) :])
 

@@ -1,4 +1,4 @@
-"""Would greedy writing come to just this text? Without drawing it: the first token that differs settles it."""
+"""Whether greedy decoding reproduces the continuation, found without decoding: the first other token decides."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ GREEDY = Options(temperature=0.0)
 
 @torch.no_grad()
 def is_greedy(network: DiT, objective: str, x0: Tensor, scored: Tensor, block_size: int, mask_id: int) -> Tensor:
-    """For which rows [b] of x0 [b, L], whole blocks, the scored tokens [b, L] are the ones that greedy writing gives.
+    """For which rows [b] of x0 [b, L], whole blocks, the scored tokens [b, L] are the ones that greedy decoding gives.
 
-    AR: each is the likeliest behind the tokens before it. Diffusion: as the sampler does it at temperature 0 with
-    tokens_per_step=1, a block's surest place first, each with its likeliest token, places where x0 holds the mask id
-    among them. While all that was written is right, the blocks before are those of x0, so that all blocks of a row are
-    written side by side; rows leave at their first wrong token.
+    AR: each is the most likely one given all tokens before it. Diffusion: as the sampler does it at temperature 0 with
+    tokens_per_step=1, a block's most confident place first, each with its most likely token, places where x0 holds the
+    mask id among them. While all that was written is right, the blocks before are those of x0, so that all blocks of a
+    row are written side by side; rows leave at their first wrong token.
     """
 
     def likeliest(logits: Tensor, _first: int) -> Drawn:
@@ -49,13 +49,13 @@ def is_greedy(network: DiT, objective: str, x0: Tensor, scored: Tensor, block_si
         sigma = sigma_of(now.double().mean(1)) if OBJECTIVES[objective].timed else None
         drawn = network(x_t[rows], clean, block_size=block_size, sigma=sigma, at=at, read=read)
         tokens = clean.masked_scatter(now, drawn.tokens)
-        falls = now & _surest(now, drawn.surest, block_size)
+        falls = now & _most_confident(now, drawn.surest, block_size)
         x_t[rows] = torch.where(falls, tokens, x_t[rows])
         masked[rows] = now & ~falls
         right[rows] = ~(falls & scored[rows] & (tokens != clean)).any(1)
 
 
-def _surest(now: Tensor, surest: Tensor, block_size: int) -> Tensor:
+def _most_confident(now: Tensor, surest: Tensor, block_size: int) -> Tensor:
     """The place of largest `surest` [N] in each block of the places `now` [R, L]: boolean [R, L]; the leftmost of
     equals."""
     values = torch.full(now.shape, -1.0, dtype=surest.dtype, device=now.device).masked_scatter(now, surest)

@@ -74,7 +74,7 @@ def harness_model() -> type:
             from tqdm import tqdm
 
             ask: Callable[..., list[Any]] = getattr(self.continuations, kind)
-            with tqdm(total=len(asked), desc=kind, disable=disable_tqdm or None) as bar:  # None: for people alone
+            with tqdm(total=len(asked), desc=kind, disable=disable_tqdm or None) as bar:  # None: on a terminal only
                 answers = ask(asked, progress=bar.update)
             for question, answer in zip(asked, answers, strict=True):
                 self.cache_hook.add_partial(kind, question if isinstance(question, tuple) else (question,), answer)

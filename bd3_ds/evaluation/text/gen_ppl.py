@@ -9,8 +9,8 @@ The protocol, which is that of Arriola et al. 2025 but for what is said at 3 and
 3. Where the judge's tokenizer sets a BOS before texts (our exports do, Llama's does, GPT-2's does not), it stands
    before every text and is given; else the text's first token is given and not scored.
 4. A target that is the judge's EOS is not scored.
-5. Two values are told. `ppl` = exp(sum of nats / sum of scored tokens) weighs tokens alike; `mean_ppl` is the mean over
-   texts of each text's own perplexity, which is what the bd3lms code prints, and which a few bad texts can dominate.
+5. Two values are given. `ppl` = exp(sum of nats / sum of scored tokens) weighs tokens alike; `mean_ppl` is the mean
+   over texts of each text's own perplexity, which is what the bd3lms code prints and a few bad texts can dominate.
    Standard errors are over texts, that of `ppl` to first order.
 """
 
@@ -106,10 +106,10 @@ class Scores:
 def score_rows(
     judge: Judge, rows: list[list[int]], windows: Windows, progress: Callable[[int], object] | None = None
 ) -> Scores:
-    """Nats of token rows that `judge.encode` made; `progress` is told how many tokens have just been scored."""
+    """Nats of token rows that `judge.encode` made; `progress` is called with how many tokens have just been scored."""
     framed = [row if judge.first is None else [judge.first, *row] for row in rows]
     cut = [(text, *window) for text, row in enumerate(framed) for window in windows.of(len(row))]
-    # Windows of like length go together: padding stands behind them, where no causal model looks.
+    # Windows of like length go together: padding stands after them, where no causal model looks.
     cut.sort(key=lambda window: window[2] - window[1])
     nats, scored = [0.0] * len(rows), [0] * len(rows)
     for batch in _batches(cut):
@@ -143,7 +143,7 @@ def text_features(judge: Judge, rows: list[list[int]], windows: Windows) -> Tens
 class TransformersJudge(Judge):
     """A causal model in Hugging Face's form, from a folder with its tokenizer; raises UserError where it is not one.
 
-    Weights are read from safetensors alone, and no code that comes with a model is run.
+    Weights are read from safetensors only, and no code that comes with a model is run.
     """
 
     def __init__(self, name: str, folder: Path, device: torch.device):

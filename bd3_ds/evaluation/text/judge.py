@@ -18,7 +18,7 @@ from bd3_ds.runtime.errors import UserError
 class Judge(ABC):
     """name: as the user gave it. context: the most tokens that it reads at once, None where it knows no limit.
 
-    first: the id that stands before every text (BOS), which is given and not scored; None where texts stand alone.
+    first: the id that stands before every text (BOS), which is given and not scored; None where nothing does.
     end: the id (EOS) that is not scored where it is a target; None where there is none.
     """
 
@@ -38,7 +38,7 @@ class Judge(ABC):
 
     @abstractmethod
     def hidden(self, tokens: Tensor) -> Tensor:
-        """The last hidden states [B, T, D] of tokens [B, T], behind the last norm."""
+        """The last hidden states [B, T, D] of tokens [B, T], after the last norm."""
 
 
 class ExportJudge(Judge):

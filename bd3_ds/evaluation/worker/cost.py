@@ -1,4 +1,4 @@
-"""What evaluating an export costs: counted in operations before it starts, told in hours from the first batch on."""
+"""What evaluating an export costs: in operations before it starts, in hours from its first batch on."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def idle_device() -> torch.device:
 
 
 def idle_threads() -> int:
-    """Threads that leave what runs here alone: OMP_NUM_THREADS where it is set, else the cores that nothing uses."""
+    """Threads that do not disturb what runs here: OMP_NUM_THREADS where it is set, else the cores that nothing uses."""
     said = os.environ.get("OMP_NUM_THREADS", "")
     if said.isdigit() and int(said) > 0:
         return int(said)

@@ -1,6 +1,6 @@
 """Follow a run and evaluate its exports beside it.
 
-The worker and the trainer meet on disk alone: a committed export in, lines of records/eval.jsonl and points in
+The worker and the trainer meet on disk only: a committed export in, lines of records/eval.jsonl and points in
 TensorBoard out. A slow or dead worker cannot stall the run; any number of workers may follow the same one.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bd3_ds.evaluation import figures
-from bd3_ds.evaluation.results import TEXTS, Results
+from bd3_ds.evaluation.results import TEXTS, EvaluationRecords
 from bd3_ds.evaluation.worker.cost import Pace, TooSlow, pace_of
 from bd3_ds.evaluation.worker.leases import Lease, claim
 from bd3_ds.evaluation.worker.machine import idle_device, idle_threads
@@ -65,7 +65,7 @@ class Worker:
         self._max_chunks, self._max_hours = max_chunks, max_hours
         self._pace: Pace | None = None
         self._planned = False
-        self.results = Results(run_dir)
+        self.results = EvaluationRecords(run_dir)
         self.exit_code = 0
         self._failed: set[tuple[str, str]] = set()  # (export, set); each worker tries what fails once
         self._asked = False

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from bd3_ds.evaluation.results import Results
+from bd3_ds.evaluation.results import EvaluationRecords
 from bd3_ds.evaluation.worker.leases import claim
 from bd3_ds.runtime import records
 from bd3_ds.runtime.run_dir import EVALUATIONS, REPLACED
@@ -113,7 +113,7 @@ def test_race_has_one_winner(tmp_path):
 
 
 def add_all(run_dir, start, added):
-    results = Results(run_dir)
+    results = EvaluationRecords(run_dir)
     start.wait(30)
     for number in range(ROUNDS):
         if results.add(EVALUATIONS, {"export": f"step-{number % 10}", "set": "valid", "ppl": 1.5}):
@@ -131,11 +131,11 @@ def test_a_result_is_on_record_once(tmp_path):
     for writer in writers:
         writer.join(60)
     assert added.value == 10 == len(records.read(tmp_path / EVALUATIONS))
-    assert Results(tmp_path).done() == {(f"step-{number}", "valid") for number in range(10)}
+    assert EvaluationRecords(tmp_path).done() == {(f"step-{number}", "valid") for number in range(10)}
 
 
 def test_a_user_s_result_replaces_a_worker_s_and_keeps_it_aside(tmp_path):
-    results = Results(tmp_path)
+    results = EvaluationRecords(tmp_path)
     lines = [{"export": f"step-{step}", "set": name, "ppl": 0.1 + step} for step in (1, 2) for name in ("a", "b")]
     for line in lines:
         assert results.add(EVALUATIONS, line)
@@ -151,7 +151,7 @@ def test_a_user_s_result_replaces_a_worker_s_and_keeps_it_aside(tmp_path):
 
 
 def replace_all(run_dir, start, number):
-    results = Results(run_dir)
+    results = EvaluationRecords(run_dir)
     start.wait(30)
     for step in range(ROUNDS):
         results.replace({"export": f"step-{step % 10}", "set": "mine", "ppl": float(number)})
