@@ -39,14 +39,14 @@ class HeadLoss(ABC):
         """
         if self.weight is None or not torch.is_grad_enabled():
             nats = _nats(hidden, matrix, bias, self)
-            return self.total(nats), nats
+            return self.reduce(nats), nats
         total, nats = _ChunkedLoss.apply(hidden, matrix, bias, self.weight, self)
         return total, nats
 
     def of_logits(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The same from logits [N, V]."""
         nats = self.nats(logits.float())
-        return self.total(nats), nats.detach()
+        return self.reduce(nats), nats.detach()
 
     def part(self, rows: Tensor) -> HeadLoss:
         """The same for `rows` [n] of the tokens alone."""
@@ -54,7 +54,7 @@ class HeadLoss(ABC):
         of_rows: dict[str, Any] = {name: value[rows] for name, value in whole.items() if isinstance(value, Tensor)}
         return replace(self, **of_rows)
 
-    def total(self, nats: Tensor) -> Tensor:
+    def reduce(self, nats: Tensor) -> Tensor:
         """What the loss is of nats [N]."""
         return (nats if self.weight is None else self.weight * nats).sum()
 
@@ -63,8 +63,8 @@ class HeadLoss(ABC):
         """Nats [N] of logits [N, V] in fp32, differentiable."""
 
     @abstractmethod
-    def of_rows(self, logits: Tensor, rows: slice, with_slopes: bool) -> tuple[Tensor, Tensor]:
-        """Nats [n] and, if they are wanted, slopes d nats / d logits [n, V] of the tokens `rows` of all N.
+    def loss_and_grad(self, logits: Tensor, rows: slice, with_gradient: bool) -> tuple[Tensor, Tensor]:
+        """Nats [n] and, with `with_gradient`, d nats / d logits [n, V] of the tokens `rows` of all N.
 
         logits [n, V] in fp32 may be overwritten.
         """
@@ -85,7 +85,7 @@ def _nats(hidden: Tensor, matrix: Tensor, bias: Tensor, loss: HeadLoss) -> Tenso
     nats = torch.empty(len(hidden), device=hidden.device)
     for rows in _chunks(len(hidden), len(matrix), 4, 2 * _together(hidden.device)):
         logits = F.linear(hidden[rows], matrix)[:, : len(bias)].float().add_(bias)
-        nats[rows] = loss.of_rows(logits, rows, False)[0]
+        nats[rows] = loss.loss_and_grad(logits, rows, False)[0]
     return nats
 
 
@@ -102,22 +102,22 @@ class _ChunkedLoss(torch.autograd.Function):
         for chunk in _chunks(len(hidden), len(matrix), hidden.element_size(), CHUNK_BYTES):
             part, scale = hidden[chunk], weight[chunk, None]
             # Logits, then row by row d nats / d logits; the bias comes there, where it costs no sweep of its own.
-            slopes = F.linear(part, matrix)  # [n, V or more]
-            slopes[:, vocab:] = 0
+            grad_logits = F.linear(part, matrix)  # [n, V or more]
+            grad_logits[:, vocab:] = 0
             for rows in _chunks(len(part), len(matrix), 4, _together(hidden.device)):
                 of_all = slice(chunk.start + rows.start, chunk.start + rows.stop)
-                nats[of_all], slope = loss.of_rows(slopes[rows, :vocab].float().add_(bias), of_all, True)
-                slopes[rows, :vocab] = slope
-            dtype = slopes.dtype
-            d_hidden[chunk] = (slopes @ matrix.to(dtype)) * scale
+                nats[of_all], grad = loss.loss_and_grad(grad_logits[rows, :vocab].float().add_(bias), of_all, True)
+                grad_logits[rows, :vocab] = grad
+            dtype = grad_logits.dtype
+            d_hidden[chunk] = (grad_logits @ matrix.to(dtype)) * scale
             weighted = (part * scale).to(dtype)
             if d_matrix is None:
-                d_matrix = slopes.t() @ weighted
+                d_matrix = grad_logits.t() @ weighted
             elif d_matrix.dtype == dtype == torch.float32:
-                d_matrix.addmm_(slopes.t(), weighted)
+                d_matrix.addmm_(grad_logits.t(), weighted)
             else:  # several parts are added up in fp32
-                d_matrix = d_matrix.float().add_(slopes.t() @ weighted)
-            d_bias += (scale[:, 0].to(dtype) @ slopes)[:vocab]
+                d_matrix = d_matrix.float().add_(grad_logits.t() @ weighted)
+            d_bias += (scale[:, 0].to(dtype) @ grad_logits)[:vocab]
         d_matrix = torch.zeros_like(matrix) if d_matrix is None else d_matrix.to(matrix.dtype)
         ctx.save_for_backward(d_hidden, d_matrix, d_bias.to(bias.dtype))
         ctx.mark_non_differentiable(nats)

@@ -1,7 +1,8 @@
 """Which interval of times to train on: the one whose estimate of the bound varies least (paper, section 5.3).
 
 Two ways to know an interval's variance:
-  grid     a forward pass of every candidate on held-out batches, as in the paper (`candidates`, `binned`, `within`)
+  grid     a forward pass of every candidate on held-out batches, as in the paper (`candidates`, `binned`,
+           `within_variance`)
   moments  none at all: training batches leave moments of a block's estimate by its time (`Moments`), from which the
            variance under any interval is a weighted sum
 
@@ -102,7 +103,7 @@ def binned(block_nats: Tensor, weight: Tensor, place: Tensor, bins: int) -> Tens
     return sums.index_add_(1, index, torch.stack([known.flatten().double(), estimate, estimate.square()]))
 
 
-def within(sums: Tensor) -> float:
+def within_variance(sums: Tensor) -> float:
     """The variance inside the bins of `binned` sums, averaged over numbers; nan where too little is known."""
     spreads = [Spread.of(column) for column in sums.T if column[0] >= 2]
     total = sum(spread.count for spread in spreads)

@@ -1,7 +1,7 @@
 """Frequency-informed masking (Kosmopoulou et al. 2025): rare tokens are masked more often than frequent ones.
 
 Each token of the vocabulary has a rarity in (0, 1], its place when all are ordered from the most to the least frequent.
-Raised to a power in [0, 1] that grows over the curriculum it is the token's wish to be masked, and wishes are moved
+Raised to a power in [0, 1] that grows over the curriculum it is the token's masking score, and scores are moved
 towards 0 or 1 until their mean over the block is the block's rate p. Power 0 is plain masking.
 """
 
@@ -28,17 +28,19 @@ def power_at(config: FrequencyConfig, step: int) -> float:
     return config.power * min(1.0, step / config.curriculum_steps)
 
 
-def token_rates(wish: Tensor, rate: Tensor, scored: Tensor) -> Tensor:
-    """Masking rates [b, B, L'] of tokens with these wishes in (0, 1], whose mean over a block is its `rate` [b, B].
+def token_rates(masking_score: Tensor, rate: Tensor, scored: Tensor) -> Tensor:
+    """Masking rates [b, B, L'] of tokens with these scores in (0, 1], whose mean over a block is its `rate` [b, B].
 
     Only tokens that can be masked count, `scored` [b, B, L']; the rates of others mean nothing.
 
-    Below their mean wish, rates are wishes scaled down; above it, what is left to 1 is scaled down instead, so that all
+    Below their mean, rates are scores scaled down; above it, what is left to 1 is scaled down instead, so that all
     rates stay in [0, 1] and keep their order.
     """
-    counts = scored.to(wish.dtype)
-    mean = ((wish * counts).sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp(min=1)).clamp(min=1e-300)
+    counts = scored.to(masking_score.dtype)
+    mean = ((masking_score * counts).sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp(min=1)).clamp(
+        min=1e-300
+    )
     p = rate[..., None]
-    down = wish * (p / mean)
-    up = 1 - (1 - wish) * ((1 - p) / (1 - mean).clamp(min=1e-300))
+    down = masking_score * (p / mean)
+    up = 1 - (1 - masking_score) * ((1 - p) / (1 - mean).clamp(min=1e-300))
     return torch.where(p <= mean, down, up)

@@ -43,19 +43,19 @@ def make_noise(
     draws: Tensor,
     proposal: Draws,
     weight: WeightConfig,
-    wish: Tensor | None = None,
+    masking_score: Tensor | None = None,
     documents: Tensor | None = None,
 ) -> Noise:
     """Noise from uniform numbers: u [b, B] for the blocks' rates, draws [b, L] for the masks.
 
-    wish [b, L] are the tokens' wishes to be masked (`frequency.py`), None where all are alike; padding, where
+    masking_score [b, L] are the tokens' masking scores (`frequency.py`), None where all are alike; padding, where
     documents [b, L] are below 0, has no say in them.
     """
     rate, bound_weight = proposal.draw(u)
     tokens = None
-    if wish is not None:
-        counts = scored_places(wish, documents).view(*rate.shape, -1)
-        tokens = token_rates(wish.view(*rate.shape, -1), rate, counts).flatten(1)
+    if masking_score is not None:
+        counts = scored_places(masking_score, documents).view(*rate.shape, -1)
+        tokens = token_rates(masking_score.view(*rate.shape, -1), rate, counts).flatten(1)
     return Noise(rate, bound_weight, loss_weight(weight, rate, bound_weight), tokens, draws)
 
 

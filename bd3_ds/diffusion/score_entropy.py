@@ -45,12 +45,12 @@ class ScoreNats(HeadLoss):
         constant = (-odds.log() - 1) / odds
         return (odds * (scores.sum(-1, keepdim=True) - at_targets / odds + constant))[:, 0]
 
-    def of_rows(self, logits: Tensor, rows: slice, with_slopes: bool) -> tuple[Tensor, Tensor]:
+    def loss_and_grad(self, logits: Tensor, rows: slice, with_gradient: bool) -> tuple[Tensor, Tensor]:
         """See `HeadLoss`."""
         scores, at_targets, odds = self._scores(logits, rows)
         nats = self._nats(scores, at_targets, odds)
-        if not with_slopes:
+        if not with_gradient:
             return nats, scores
-        slopes = scores.mul_(odds)
-        slopes.scatter_add_(1, self.targets[rows, None], torch.full_like(odds, -1.0))
-        return nats, slopes
+        grad_logits = scores.mul_(odds)
+        grad_logits.scatter_add_(1, self.targets[rows, None], torch.full_like(odds, -1.0))
+        return nats, grad_logits

@@ -30,14 +30,14 @@ class SubsNats(HeadLoss):
         """See `HeadLoss`."""
         return subs_nll(logits, self.targets, self.mask_id)
 
-    def of_rows(self, logits: Tensor, rows: slice, with_slopes: bool) -> tuple[Tensor, Tensor]:
+    def loss_and_grad(self, logits: Tensor, rows: slice, with_gradient: bool) -> tuple[Tensor, Tensor]:
         """See `HeadLoss`."""
         logits[:, self.mask_id] = -torch.inf
         log_probs = logits.log_softmax(-1)
         targets = self.targets[rows, None]
         nats = -log_probs.gather(1, targets)
-        if not with_slopes:
+        if not with_gradient:
             return nats[:, 0], log_probs
-        slopes = log_probs.exp_()
-        slopes.scatter_add_(1, targets, torch.full_like(nats, -1.0))
-        return nats[:, 0], slopes
+        grad_logits = log_probs.exp_()
+        grad_logits.scatter_add_(1, targets, torch.full_like(nats, -1.0))
+        return nats[:, 0], grad_logits

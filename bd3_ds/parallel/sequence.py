@@ -94,7 +94,7 @@ class HeadLoss(Protocol):
     def part(self, rows: Tensor) -> HeadLoss:
         """The same of `rows` alone."""
 
-    def total(self, nats: Tensor) -> Tensor:
+    def reduce(self, nats: Tensor) -> Tensor:
         """The loss of nats [N]."""
 
 
@@ -132,7 +132,7 @@ class Sequence:
             loss, known = denoise(x_t, x0, sigma=sigma, at=local, read=read.part(mine))
             nats = torch.zeros(len(at), device=known.device, dtype=known.dtype).index_copy_(0, mine, known)
             torch.distributed.all_reduce(nats, group=group)
-            return read.total(nats) + count * (loss - loss.detach()), nats
+            return read.reduce(nats) + count * (loss - loss.detach()), nats
 
         shared.places_on_host = True  # type: ignore[attr-defined]
         return shared

@@ -9,7 +9,7 @@ import torch
 
 from bd3_ds.config.schema import block_sizes
 from bd3_ds.data.pack import Pack
-from bd3_ds.diffusion.clip_search import ENOUGH, HELD_OUT_BINS, binned, candidates, least, within
+from bd3_ds.diffusion.clip_search import ENOUGH, HELD_OUT_BINS, binned, candidates, least, within_variance
 from bd3_ds.diffusion.noise import make_noise
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import Interval, base_schedule, make_proposal
@@ -96,4 +96,4 @@ class ClipSearch:
                 sums[number] += binned(loss.block_nats, loss.block_weight, place, bins)
         engine.module.train()
         self.stepper.all_reduce(sums)
-        return {interval: within(each.cpu()) for interval, each in zip(tried, sums, strict=True)}
+        return {interval: within_variance(each.cpu()) for interval, each in zip(tried, sums, strict=True)}

@@ -28,7 +28,7 @@ from bd3_ds.diffusion.clip_search import (
     least,
     moment_sums,
     spread_sums,
-    within,
+    within_variance,
 )
 from bd3_ds.diffusion.noise import scored_places
 from bd3_ds.diffusion.proposal import Exploring, base_schedule, make_proposal
@@ -144,7 +144,7 @@ def test_both_ways_choose_alike() -> None:
     by_drawing = {}
     for interval in tried:
         p, weight = make_proposal(schedule_config(), interval=interval).draw(u)
-        by_drawing[interval] = within(binned(blocks(3, len(u), 4, p), weight, u, TIME_BINS))
+        by_drawing[interval] = within_variance(binned(blocks(3, len(u), 4, p), weight, u, TIME_BINS))
     chosen = least(by_moments)
     assert chosen is not None and chosen[0] >= 0.4
     assert by_drawing[chosen] <= 1.05 * min(by_drawing.values())
@@ -158,7 +158,7 @@ def test_what_stratification_removes_is_not_counted_again() -> None:
     rate, weight = make_proposal(schedule_config()).draw(u)
     sums = binned(rate * (3 + 3 * rate), weight, u, TIME_BINS)
     assert Spread.of(sums.sum(1)).variance > 0.5
-    assert within(sums) < 0.01
+    assert within_variance(sums) < 0.01
 
 
 def test_unseen_times_are_not_guessed() -> None:
@@ -178,8 +178,8 @@ def test_numbers_that_are_not_finite_are_never_the_least() -> None:
     assert least({(0.0, 1.0): math.nan}) is None
     assert least({(0.0, 1.0): math.inf, (0.5, 1.0): 3.0}) == (0.5, 1.0)
     one = torch.ones(4, 2, dtype=torch.float64)
-    assert math.isnan(within(binned(one, one * math.inf, one / 2, 1)))
-    assert math.isnan(within(binned(one * math.nan, one, one / 2, 1)))
+    assert math.isnan(within_variance(binned(one, one * math.inf, one / 2, 1)))
+    assert math.isnan(within_variance(binned(one * math.nan, one, one / 2, 1)))
 
 
 def test_stale_bins_keep_their_last_means() -> None:

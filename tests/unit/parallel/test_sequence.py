@@ -60,7 +60,7 @@ def test_part_of_a_head_loss() -> None:
     score = ScoreNats(targets=targets, sigma=torch.tensor([0.5, 1.0, 2.0]), mask_id=4, weight=weight)
     for whole in (SubsNats(targets, 4, weight), score):
         assert torch.equal(whole.part(mine).nats(logits[mine]), whole.nats(logits)[mine])
-        assert whole.part(mine).total(torch.ones(2)) == pytest.approx(0.4)
+        assert whole.part(mine).reduce(torch.ones(2)) == pytest.approx(0.4)
     assert SubsNats(targets, 4).part(mine).weight is None
 
 
