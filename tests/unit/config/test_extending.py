@@ -16,7 +16,7 @@ import bd3_ds
 from bd3_ds.config import plugins
 from bd3_ds.config.check import check_run
 from bd3_ds.config.registries import OBJECTIVES, SCHEDULES, WEIGHTS, Objective
-from bd3_ds.diffusion.likelihood import exact
+from bd3_ds.diffusion.likelihood import Texts, exact
 from bd3_ds.diffusion.noise import make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
@@ -110,7 +110,11 @@ def test_the_bound_under_the_schedule_is_the_closed_form(place: Path) -> None:
     """A denoiser that knows nothing pays ln(V - 1) a token: exactly, and in training with the schedule on average."""
     run = tiny_run(place, *STEEP, "objective.schedule.t_min=0.0")
     x0 = torch.from_numpy(np.random.default_rng(0).integers(0, MASK, (256, LENGTH)))
-    known = exact(lambda _: lambda x_t, at, read: uniform(x_t, None, sigma=None, at=at, read=read), x0[:2], SIZE, MASK)
+
+    def condition(_):  # type: ignore[no-untyped-def]
+        return lambda x_t, at, read: uniform(x_t, None, sigma=None, at=at, read=read)
+
+    known = exact(condition, Texts(x0[:2]), SIZE, MASK)
     assert known.total / known.tokens == pytest.approx(math.log(VOCAB - 1), rel=1e-6)
 
     slots, estimates = np.arange(256), []
