@@ -70,7 +70,7 @@ def evaluate_pack(
     nelbo = float(sums.nats.sum()) / scored
     if not math.isfinite(nelbo):
         raise UserError(f"the NELBO of set {set_name} under {export.path} is {nelbo}; choose an earlier export")
-    stderr = math.sqrt(sums.variance(used)) / scored
+    stderr = float(sums.variance(used).sqrt()) / scored
     return {
         "export": export.name,
         "step": export.step,
@@ -112,12 +112,12 @@ class _Sums:
     forwards: int
     report: float
 
-    def variance(self, estimator: Estimator) -> float:
+    def variance(self, estimator: Estimator) -> Tensor:
         """The variance of the summed bound that the estimator adds."""
         if estimator.name != "exact" and estimator.views == 1 and len(self.nats) > 1:
             # One view knows nothing of its own error; the spread over sequences, text included, is an upper estimate.
-            return float(len(self.nats) * self.nats.var())
-        return float(self.own_variance.sum())
+            return len(self.nats) * self.nats.var()
+        return self.own_variance.sum()
 
 
 def _score(
