@@ -144,29 +144,19 @@ def write_pack(
 
 
 def facts(
-    tokenizer: Tokenizer,
-    length: int,
-    tally: Tally,
-    *,
-    name: str,
-    source: str,
-    settings: dict[str, Any],
-    packing: str = GIVEN,
-    frame: str = "none",
-    detokenizer: str = "none",
-    revision: str | None = None,
+    tokenizer: Tokenizer, length: int, tally: Tally, *, name: str, source: str, settings: dict[str, Any]
 ) -> Manifest:
-    """A manifest without what `PackWriter.finish` finds out."""
+    """A manifest without what `PackWriter.finish` finds out: chunks as they are given, of a text without a revision."""
     return Manifest(
         format=FORMAT,
         name=name,
         source=source,
         tokenizer=TokenizerInfo.of(tokenizer),
         length=length,
-        packing=packing,
-        frame=frame,
-        detokenizer=detokenizer,
-        revision=revision,
+        packing=GIVEN,
+        frame="none",
+        detokenizer="none",
+        revision=None,
         documents=tally.documents,
         tokens=tally.tokens,
         bytes=tally.bytes,

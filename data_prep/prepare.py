@@ -145,15 +145,8 @@ def _prepare(
     from data_prep.work_directory import keep_revision, put_in_place
     from data_prep.workers import Workers
 
-    recipe = Recipe(
-        packing=settings["packing"],
-        frame=settings["frame"],
-        length=settings["length"],
-        block_size=settings["block_size"],
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-    )
+    wanted = {key: settings[key] for key in ("packing", "frame", "length", "block_size")}
+    recipe = Recipe(**wanted, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     joined = " joined" if shows_cuts(tokenizer) else ""  # unlike parts that were made when cuts were seen in them
     tally, made_by = Tally(), f"{settings['tokenizer']} {settings['detokenizer']}{joined}"
     parts_folder = work / "parts"
@@ -184,20 +177,13 @@ def _prepare(
             writer.add(first)
             for chunk in chunks:
                 writer.add(chunk)
-            about = facts(
-                tokenizer,
-                recipe.length,
-                tally,
-                name=source.name,
-                source=shlex.join(source.specs) or source.spec,
-                settings=settings,
+            spec = shlex.join(source.specs) or source.spec
+            about = replace(
+                facts(tokenizer, recipe.length, tally, name=source.name, source=spec, settings=settings),
                 packing=recipe.packing,
                 frame=recipe.frame,
                 detokenizer=settings["detokenizer"],
                 revision=source.revision(),
-            )
-            about = replace(
-                about,
                 files=[(str(file), file.stat().st_size) for file in source.files],
                 left_out={"nulls": position.nulls, "blank": position.blank},
             )

@@ -8,11 +8,17 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bd3_ds.runtime.cli import Parser
 from bd3_ds.runtime.errors import UserError, run_command
 from bd3_ds.runtime.tables import console_table
 from data_prep.packing import BOS_EOS
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from bd3_ds.data.pack import Manifest, Pack
 
 SAMPLES, SAMPLE_CHARACTERS, FREQUENT = 2, 400, 10
 
@@ -79,6 +85,14 @@ def verify(directory: Path) -> None:
         )
     if (directory / COUNTS).is_file() and (read_token_counts(directory) != counts).any():
         raise UserError(f"{directory}: its {COUNTS} does not count its tokens; {mend}")
+    _show(directory, manifest, pack, counts, starts, padding)
+
+
+def _show(directory: Path, manifest: Manifest, pack: Pack, counts: np.ndarray, starts: int, padding: int) -> None:
+    """Print what is in a pack that is whole."""
+    import numpy as np
+
+    tokenizer = pack.tokenizer
     print(f"{directory}: {len(pack.index)} shards, {len(pack)} chunks of {manifest.length}, {starts} document starts")
     print(
         f"source {manifest.source}{f' at {manifest.revision}' if manifest.revision else ''}, "

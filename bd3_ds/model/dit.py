@@ -159,19 +159,27 @@ class DiT(nn.Module):
             x = x + self.positions(position)
         for layer in list(self.layers)[:-1]:
             x = layer(x, cond, cos, sin, mask, cache, grow)
-        asked = None
-        if at is not None and noisy_count and views == 1 and not torch.is_grad_enabled() and final.is_full:
-            asked = _in_rows(at, len(x), noisy_count)
-            asked = None if asked is None else send(asked, x.device)
-        at = None if at is None else send(at, x.device)
-        x = self.layers[-1](x, cond, cos, sin, final, cache, grow, asked)  # [B, Q, D], noisy tokens alone if any
-        if asked is not None:
-            at = torch.arange(len(x) * x.shape[1], device=x.device)
+        x, at = self._last_layer(x, at, noisy_count, views, (cond, cos, sin, final, cache, grow))
         if noisy_count == 0 and not self.network.causal:
             return x
         if views > 1:
             x = x.view(len(x) * views, -1, x.shape[-1])  # [B K, T, D]
         return self.head(x, cond, at, read)
+
+    def _last_layer(
+        self, x: Tensor, at: Tensor | None, noisy: int, views: int, given: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Its output [B, Q, D], noisy tokens alone if any, and where `at` lies in it.
+
+        Where only some places are asked for and each sees all others, the layer computes these alone.
+        """
+        asked, mask = None, given[3]
+        if at is not None and noisy and views == 1 and not torch.is_grad_enabled() and mask.is_full:
+            asked = _in_rows(at, len(x), noisy)
+            asked = None if asked is None else send(asked, x.device)
+        at = None if at is None else send(at, x.device)
+        x = self.layers[-1](x, *given, asked)
+        return x, at if asked is None else torch.arange(len(x) * x.shape[1], device=x.device)
 
     def _condition(self, sigma: Tensor | None, device: torch.device) -> Tensor | None:
         if self.time is None:

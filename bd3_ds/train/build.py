@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bd3_ds.checkpoint.export import require_fit
+from bd3_ds.checkpoint.manifest import Checkpoint
 from bd3_ds.checkpoint.shards import Shards
 from bd3_ds.checkpoint.store import Saver, newest_checkpoint
 from bd3_ds.config.check_data import packs
@@ -59,7 +60,6 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
     started, run_dir = time.perf_counter(), Path(run.run_dir)
     with torch.device("meta"):  # the engine gives each tensor its memory, where it stays
         model = DiT(dit_config(run.model, run.objective.name))
-    values: Values = Initial(model, run.seed)
     said: list[str] = []
     checkpoint = newest_checkpoint(run_dir / CHECKPOINTS, world, said.append)
     train = run.train
@@ -67,37 +67,11 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         world.rank, world.size, world.local_size, train.micro_batch, train.global_batch, train.sequence_parallel
     )
     if checkpoint is not None:
-        values = Awaited()
-        try:
-            require_same_packs(run.data, checkpoint.state.get("loader", {}), run.run_dir)
-        except UserError as error:
-            raise of_all_ranks(error, share) from None
-    if run.train.init_from is not None and checkpoint is None:
-        weights, sentence = _weights_to_start_from(run, model, world)
-        values = Given(weights)
-        said.append(sentence)
-    if checkpoint is not None:
-        said += filter(None, [world.on_main(lambda: changes_in_words(earlier_runs(run_dir), run))])
-    if world.is_main:
-        write_text(run_dir / RUN_YAML, to_yaml(run))
+        _require_the_same_data(run, checkpoint, share)
     sequence = share_sequences(model, run.train, world)
-    prepare_layers(model, run.train)
-    engine = Engine(model, run, ds_json, world, values)
-    del values
+    engine = _engine(run, ds_json, world, model, checkpoint, said)
     ema = Ema(engine, run.optim.ema_decay)
-
-    state = TrainState()
-    if checkpoint is not None:
-        shards, saved = Shards(checkpoint.path), checkpoint.state
-        engine.read(shards, saved["updates"])
-        ema.read(shards, saved["ema_updates"])
-        state = TrainState.from_dict(saved)
-        before, now = (checkpoint.manifest["world_size"], saved["zero_stage"]), (world.size, engine.stage)
-        if before != now:
-            said.append(
-                f"{checkpoint.path.name} was saved on {before[0]} ranks at ZeRO stage {before[1]}; going on with "
-                f"{now[0]} at stage {now[1]}"
-            )
+    state = TrainState() if checkpoint is None else _go_on(checkpoint, engine, ema, world, said)
 
     log = RunLog(run_dir, world.is_main, state.step)
     for line in said:
@@ -134,6 +108,45 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         state=state,
         started=started,
     )
+
+
+def _require_the_same_data(run: RunConfig, checkpoint: Checkpoint, share: Share) -> None:
+    try:
+        require_same_packs(run.data, checkpoint.state.get("loader", {}), run.run_dir)
+    except UserError as error:
+        raise of_all_ranks(error, share) from None
+
+
+def _engine(
+    run: RunConfig, ds_json: dict[str, Any], world: World, model: DiT, checkpoint: Checkpoint | None, said: list[str]
+) -> Engine:
+    """The engine with the run's first weights, or awaiting those of the checkpoint; run.yaml is written before it."""
+    run_dir = Path(run.run_dir)
+    values: Values = Initial(model, run.seed) if checkpoint is None else Awaited()
+    if checkpoint is not None:
+        said += filter(None, [world.on_main(lambda: changes_in_words(earlier_runs(run_dir), run))])
+    elif run.train.init_from is not None:
+        weights, sentence = _weights_to_start_from(run, model, world)
+        values = Given(weights)
+        said.append(sentence)
+    if world.is_main:
+        write_text(run_dir / RUN_YAML, to_yaml(run))
+    prepare_layers(model, run.train)
+    return Engine(model, run, ds_json, world, values)
+
+
+def _go_on(checkpoint: Checkpoint, engine: Engine, ema: Ema, world: World, said: list[str]) -> TrainState:
+    """Where the checkpoint stands, once engine and average have what it holds."""
+    shards, saved = Shards(checkpoint.path), checkpoint.state
+    engine.read(shards, saved["updates"])
+    ema.read(shards, saved["ema_updates"])
+    before, now = (checkpoint.manifest["world_size"], saved["zero_stage"]), (world.size, engine.stage)
+    if before != now:
+        said.append(
+            f"{checkpoint.path.name} was saved on {before[0]} ranks at ZeRO stage {before[1]}; going on with "
+            f"{now[0]} at stage {now[1]}"
+        )
+    return TrainState.from_dict(saved)
 
 
 def scored_tokens(run: RunConfig) -> float:
