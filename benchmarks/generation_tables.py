@@ -21,7 +21,8 @@ from typing import Any
 
 from bd3_ds.commands.quality import with_error
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD
-from bd3_ds.data.tokenizer import Tokenizer, load_tokenizer
+from bd3_ds.data.tokenizer import load_tokenizer
+from bd3_ds.data.tokenizer_base import Tokenizer
 from bd3_ds.evaluation.options import open_device
 from bd3_ds.evaluation.text.gen_ppl import open_judge
 from bd3_ds.evaluation.text.quality import Quality, read_texts, sampling_figures

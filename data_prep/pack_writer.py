@@ -35,7 +35,7 @@ from data_prep.workers import Workers, result
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from bd3_ds.data.tokenizer import Tokenizer
+    from bd3_ds.data.tokenizer_base import Tokenizer
 
 GIVEN = "given"  # the packing of chunks that were not packed here
 GROUP_TOKENS = 1 << 22

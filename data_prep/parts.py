@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from bd3_ds.data.tokenizer import Tokenizer
+    from bd3_ds.data.tokenizer_base import Tokenizer
     from data_prep.packing import Encoded
     from data_prep.pieces import Piece
     from data_prep.workers import Workers

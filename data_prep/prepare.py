@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 from bd3_ds.runtime.cli import Parser
 from bd3_ds.runtime.errors import UserError, did_you_mean, run_command
 from data_prep.options import add_sources, output, say_files, whole_number
+from data_prep.same_pack import check_same
 
 if TYPE_CHECKING:
     from bd3_ds.data.pack import Manifest
-    from bd3_ds.data.tokenizer import Tokenizer
+    from bd3_ds.data.tokenizer_base import Tokenizer
     from data_prep.pieces import Piece, Source
 
 LEAST_LENGTH = 4
@@ -270,16 +271,6 @@ def _made_before(out: Path, settings: dict[str, Any]) -> bool:
     from bd3_ds.data.pack import MANIFEST, read_manifest
 
     return (out / MANIFEST).is_file() and read_manifest(out).settings == settings
-
-
-def check_same(out: str, manifest: Manifest, settings: dict[str, Any]) -> None:
-    """Raise UserError unless the pack at `out` was made with these settings."""
-    changed = [key for key in settings if manifest.settings.get(key) != settings[key]]
-    if changed:
-        raise UserError(
-            f"--out {out}: holds a pack made with another {', '.join(changed)}; choose another directory or give "
-            "--overwrite"
-        )
 
 
 def report(out: Path, shown: str) -> None:

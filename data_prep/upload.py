@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bd3_ds.runtime.errors import UserError
+from data_prep.same_pack import check_same
 
 if TYPE_CHECKING:
     from bd3_ds.data.pack import Manifest
@@ -18,8 +19,6 @@ TRIES = 5
 
 def already_sent(remote: str, settings: dict[str, Any], overwrite: bool) -> bool:
     """Whether the pack with these settings is at `remote`; raises UserError for another that may not be replaced."""
-    from data_prep.prepare import check_same
-
     with tempfile.TemporaryDirectory() as nothing:
         _uploader(Path(nothing), remote)  # before any work: does the place exist, and may we write?
     there = remote_manifest(remote)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bd3_ds.data.tokenizer import CHARACTERS_FILE, Tokenizer
+from bd3_ds.data.tokenizer_base import Tokenizer
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json, write_json
 
+CHARACTERS_FILE = "characters.json"
 TEXT8 = "abcdefghijklmnopqrstuvwxyz "
 
 

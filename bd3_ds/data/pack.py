@@ -27,7 +27,7 @@ from bd3_ds.runtime.files import read_json
 if TYPE_CHECKING:
     import numpy as np
 
-    from bd3_ds.data.tokenizer import Tokenizer
+    from bd3_ds.data.tokenizer_base import Tokenizer
 
 FORMAT = "bd3-ds pack 2"
 MANIFEST = "manifest.json"

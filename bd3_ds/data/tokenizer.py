@@ -11,17 +11,16 @@ import hashlib
 import json
 import os
 import shutil
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bd3_ds.data.added_tokens import ADDED_FILE, add_tokens, read_added_tokens, require_none_added
+from bd3_ds.data.tokenizer_base import Tokenizer
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json, sha256, write_json
 
 CHARACTERS = "characters"  # the name of the tokenizer for text8
-CHARACTERS_FILE = "characters.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
 HF_CONFIGS = ("config.json", "special_tokens_map.json", "tokenizer_config.json")  # the later wins
@@ -32,48 +31,6 @@ EOS_TOKENS = ("</s>", "[SEP]", "<|end_of_text|>", "<|endoftext|>")
 MASK_TOKENS = ("[MASK]", "<mask>", "<|mask|>")
 PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>")
 _PROBE = "Hello world, it's 12:30!\n\tThe  naïve “test” isn't over — 数字 ½ [MASK] </s>\n"
-
-
-class Tokenizer(ABC):
-    """Text <-> token ids in [0, vocab_size).
-
-    `vocab_size` counts the mask id, which is the tokenizer's own mask token or one new id after its last; it never
-    equals `bos_id`, `eos_id` or `pad_id`. `pad_id` is the tokenizer's own padding, else its EOS. `fingerprint`
-    (SHA-256, hex) is equal for equal vocabularies and rules, wherever they lie.
-    """
-
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-    pad_id: int
-    mask_id: int
-    unk_id: int | None = None  # what stands for text that the vocabulary cannot write; None where it can write all
-    fingerprint: str
-
-    @abstractmethod
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """One list of ids a text; no special token is added, and none can come out of a text."""
-
-    @abstractmethod
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; mask, BOS, EOS and PAD ids are left out."""
-
-    def piece(self, token: int) -> str:
-        """One token as it stands in a text, its spaces kept; special tokens by a name."""
-        # One id may play several parts; the last name holds.
-        names = {self.pad_id: "[PAD]", self.bos_id: "[BOS]", self.eos_id: "[EOS]", self.mask_id: "[MASK]"}
-        return names.get(token) or self._piece(token)
-
-    def _piece(self, token: int) -> str:
-        return self.decode([token])
-
-    @abstractmethod
-    def save(self, directory: Path) -> None:
-        """Write files from which `load_tokenizer(str(directory))` makes an equal tokenizer."""
-
-    def _text_ids(self, ids: Iterable[int]) -> list[int]:
-        special = {self.mask_id, self.bos_id, self.eos_id, self.pad_id}
-        return [token for token in map(int, ids) if token not in special]
 
 
 class SentencepieceTokenizer(Tokenizer):
@@ -227,7 +184,7 @@ def number_tokenizer(symbols: int) -> Tokenizer:
 
 
 def _load_directory(directory: Path) -> Tokenizer:
-    if (directory / CHARACTERS_FILE).is_file():
+    if (directory / "characters.json").is_file():
         from bd3_ds.data.characters import CharacterTokenizer
 
         return CharacterTokenizer.load(directory)

@@ -11,7 +11,8 @@ from torch import Tensor
 from bd3_ds.checkpoint.export import Export
 from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import RunConfig, block_size
-from bd3_ds.data.tokenizer import Tokenizer, load_tokenizer
+from bd3_ds.data.tokenizer import load_tokenizer
+from bd3_ds.data.tokenizer_base import Tokenizer
 from bd3_ds.evaluation.arguments import (
     Ids,
     Prompt,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bd3_ds.data.characters import CharacterTokenizer
-from bd3_ds.data.tokenizer import HF_FILE, MASK_TOKENS, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
+from bd3_ds.data.tokenizer import HF_FILE, MASK_TOKENS, SENTENCEPIECE_FILE, load_tokenizer
+from bd3_ds.data.tokenizer_base import Tokenizer
 
 _AWKWARD = (
     "Hello  world, it's 12:30!\n\tThe   naïve “test” isn't over — 数字 ½ … ﬁne.",

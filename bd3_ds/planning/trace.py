@@ -2,7 +2,7 @@
 
 On torch's meta device operators have results with shapes, types and storages but no numbers; autograd keeps and frees
 them as ever, and a dispatch mode adds up what is alive. (torch.distributed._tools.mem_tracker counts so under
-FakeTensorMode, which takes ten times as long and cannot make a GPU's tensors where there is none.) What depends on the
+FakeTensorMode, which is slower and cannot make a GPU's tensors where torch is built without one.) What depends on the
 device is replaced by what keeps as much: attention kernels, dropout, a GPU's RMSNorm, autocast. What is there for less
 than an operator, and the rectangles of scores of stripes, are not seen.
 """

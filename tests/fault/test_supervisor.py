@@ -28,7 +28,7 @@ WORDS = ("train.total_steps=600", "train.checkpoint_every=10", "train.export_eve
 
 @contextmanager
 def supervise(recipe: Path, log: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "bd3_ds.launch", "--ranks", "2", "--restarts", "2", "--backoff", "0.1"]
+    command = [sys.executable, "-m", "bd3_ds", "launch", "--ranks", "2", "--restarts", "2", "--backoff", "0.1"]
     with log.open("w") as file:
         env = {**environment(), "PYTHONPATH": str(ROOT)}
         words = (recipe.name, *words)  # relative paths are those of the caller's directory

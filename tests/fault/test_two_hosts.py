@@ -70,7 +70,7 @@ def test_a_cut_cable_ends_the_job_which_then_continues(tmp_path, calm, hosts):
 
 def test_the_supervisor_goes_on_without_a_lost_host_and_saves_on_both(tmp_path, calm, hosts):
     recipe, lost, log = str(calm.parent / "recipe.yaml"), tmp_path / "lost", tmp_path / "log"
-    command = (sys.executable, "-m", "bd3_ds.launch", "--hostfile", str(hosts.hostfile), "--restarts", "3")
+    command = (sys.executable, "-m", "bd3_ds", "launch", "--hostfile", str(hosts.hostfile), "--restarts", "3")
     command += ("--backoff", "0.1", recipe, *WORDS, f"run_dir={lost}")
 
     process = hosts.start(*command, stdout=log.open("a"), stderr=subprocess.STDOUT, cwd=ROOT)

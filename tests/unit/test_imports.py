@@ -100,3 +100,29 @@ def test_imports(path: Path) -> None:
 def test_every_package_is_in_the_table() -> None:
     found = {path.parent.name for path in (ROOT / "bd3_ds").glob("*/__init__.py")}
     assert found | {"data_prep", "hub"} == set(MAY_IMPORT)
+
+
+def module_of(path: Path) -> str:
+    return name(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+def needs() -> dict[str, set[str]]:
+    """The modules of ours that each imports, anywhere in it but for type checkers alone."""
+    known = {module_of(path) for path in FILES}
+    graph = {}
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        for node in [node for node in ast.walk(tree) if isinstance(node, ast.If)]:
+            if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+                node.body = [ast.Pass()]
+        found = {part for dotted in imports(ast.walk(tree)) for part in (dotted, dotted.rpartition(".")[0])}
+        graph[module_of(path)] = (found & known) - {module_of(path)}
+    return graph
+
+
+def test_there_is_no_circle() -> None:
+    """Modules are taken away as long as there is one that needs no other; a circle is what stays."""
+    graph = needs()
+    while free := {module for module, wanted in graph.items() if not wanted & graph.keys()}:
+        graph = {module: wanted for module, wanted in graph.items() if module not in free}
+    assert graph == {}

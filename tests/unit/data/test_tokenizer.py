@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from bd3_ds.data.characters import CharacterTokenizer
-from bd3_ds.data.tokenizer import Tokenizer, load_tokenizer, number_tokenizer
+from bd3_ds.data.tokenizer import load_tokenizer, number_tokenizer
+from bd3_ds.data.tokenizer_base import Tokenizer
 from bd3_ds.runtime.errors import UserError
 
 SHARED = Path(os.environ.get("BD3_SHARED", "../shared")) / "data" / "tokenizers"
