@@ -131,7 +131,7 @@ OVERRIDES = [
     ("'data.mix={{ {0}/foreign: 0.5}}'", ["data.mix", "different tokenizers", "one --tokenizer"]),
     ("'data.mix={{ {0}/long: 0.5}}'", ["'{0}/long' has sequences of 32 tokens", "same --length"]),
     ("'data.mix={{ {0}/nowhere: 0.5}}'", ["data.mix: data pack not found: '{0}/nowhere'"]),
-    ("data.mix=code", ["data.mix=code", "'pack: share' pairs"]),
+    ("data.mix=code", ["data.mix=code", "'name: number' pairs such as"]),
     ("data.train={0}/truncated", ["data.train", "shard.00000.mds.zstd has", "data_prep.verify {0}/truncated"]),
     ("data.length=32 'eval.sets={{}}'", ["data.length=32", "packed with length 16", "set data.length=16"]),
     ("eval.sets.valid={0}/nowhere", ["eval.sets.valid", "'{0}/nowhere'", "data_prep.prepare"]),
