@@ -18,14 +18,18 @@ from bd3_ds.config.load import from_values
 from bd3_ds.config.plugins import require_plugins
 from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import RunConfig, block_size
+from bd3_ds.data.streaming_import import mend_torchvision
 from bd3_ds.data.tokenizer import load_tokenizer
 from bd3_ds.interop.card import model_card
-from bd3_ds.interop.modeling_bd3_ds import BD3Config, BD3ForCausalLM, BD3ForMaskedLM
 from bd3_ds.interop.safetensors import read_tensors
 from bd3_ds.interop.tokenizer import write_auto_tokenizer
 from bd3_ds.model.dit_config import dit_config
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import new_directory, read_json, share, write_text
+
+mend_torchvision()  # before transformers imports it
+
+from bd3_ds.interop.modeling_bd3_ds import BD3Config, BD3ForCausalLM, BD3ForMaskedLM  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor

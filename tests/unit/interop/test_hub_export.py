@@ -507,3 +507,11 @@ def test_texts_are_drawn_from_a_folder_as_from_its_export(
         assert sample_command.main([str(place), "--num", "2", "--length", "12"]) == 0
         texts.append(capsys.readouterr().out.split(sample_command.RULE)[1:3])
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("module", ["bd3_ds.interop.folder", "bd3_ds.hub"])
+def test_transformers_can_be_imported_by_it_first(module: str) -> None:
+    """Beside a CPU-only torch, in an interpreter that has imported nothing before."""
+    words = [sys.executable, "-c", f"import {module}\nfrom transformers import PreTrainedModel"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
