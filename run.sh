@@ -40,6 +40,11 @@ ranks() { # the largest power of two of the visible accelerators, else 2 CPU ran
   "$python" -c 'import torch; n = torch.cuda.device_count(); print(1 << (n.bit_length() - 1) if n else 2)'
 }
 
+precision() { # bf16 where this machine is quick at it; most laptops multiply it dozens of times slower than fp32
+  "$python" -c 'import torch; from bd3_ds.runtime.peak_flops import quicker_precision as quicker
+print(quicker(torch.device("cuda" if torch.cuda.is_available() else "cpu")))'
+}
+
 prepare() { # $1: a file of runs/docs/text and the pack made of it; the rest: options of data_prep.prepare
   local out=runs/docs/data/$1
   if [ -f "$out/manifest.json" ]; then echo "reusing $out"; else
@@ -57,7 +62,8 @@ stage() { # train one recipe with an evaluation worker beside it; nothing is don
     trap "kill $worker 2>/dev/null || true" EXIT
     # 16 sequences a step in two micro-batches on 1 to 8 ranks, in one on more
     local share=$((16 / $(ranks)))
-    "$python" run.py launch "configs/recipes/$recipe.yaml" train.micro_batch=$((share > 1 ? share / 2 : 1))
+    "$python" run.py launch "configs/recipes/$recipe.yaml" train.micro_batch=$((share > 1 ? share / 2 : 1)) \
+      train.precision="$(precision)"
     trap - EXIT
     echo "waiting for the evaluation worker (its log: runs/docs/$2-worker.log)"
     wait $worker || echo "the worker stopped early; evaluating what is left"

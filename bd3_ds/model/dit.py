@@ -159,27 +159,17 @@ class DiT(nn.Module):
             x = x + self.positions(position)
         for layer in list(self.layers)[:-1]:
             x = layer(x, cond, cos, sin, mask, cache, grow)
-        x, at = self._last_layer(x, at, noisy_count, views, (cond, cos, sin, final, cache, grow))
+        asked = _asked_rows(at, len(x), noisy_count) if views == 1 and final.is_full else None
+        asked = None if asked is None else send(asked, x.device)
+        at = None if at is None else send(at, x.device)
+        x = self.layers[-1](x, cond, cos, sin, final, cache, grow, asked)  # [B, Q, D], noisy tokens only if any
+        if asked is not None:
+            at = torch.arange(len(x) * x.shape[1], device=x.device)
         if noisy_count == 0 and not self.network.causal:
             return x
         if views > 1:
             x = x.view(len(x) * views, -1, x.shape[-1])  # [B K, T, D]
         return self.head(x, cond, at, read)
-
-    def _last_layer(
-        self, x: Tensor, at: Tensor | None, noisy: int, views: int, given: tuple[Any, ...]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Its output [B, Q, D], noisy tokens alone if any, and where `at` lies in it.
-
-        Where only some places are asked for and each sees all others, the layer computes these alone.
-        """
-        asked, mask = None, given[3]
-        if at is not None and noisy and views == 1 and not torch.is_grad_enabled() and mask.is_full:
-            asked = _in_rows(at, len(x), noisy)
-            asked = None if asked is None else send(asked, x.device)
-        at = None if at is None else send(at, x.device)
-        x = self.layers[-1](x, *given, asked)
-        return x, at if asked is None else torch.arange(len(x) * x.shape[1], device=x.device)
 
     def _condition(self, sigma: Tensor | None, device: torch.device) -> Tensor | None:
         if self.time is None:
@@ -188,12 +178,13 @@ class DiT(nn.Module):
         return torch.nn.functional.silu(self.time(sigma))  # [B or 1, C]
 
 
-def _in_rows(at: Tensor, rows: int, length: int) -> Tensor | None:
-    """Places [N] of flattened rows [B, T] by row, [B, N / B]; None where not every row has as many, in order.
+def _asked_rows(at: Tensor | None, rows: int, length: int) -> Tensor | None:
+    """Places [N] of flattened noisy rows [B, T] by row, [B, N / B], for a last layer that computes only these.
 
-    Where they lie on a GPU, its host waits: who knows them on the host gives them there.
+    None where all are to be computed: in training, without noisy tokens, and where not every row has as many places, in
+    order. Where they lie on a GPU, its host waits: who knows them on the host gives them there.
     """
-    if len(at) == 0 or len(at) % rows:
+    if at is None or length == 0 or torch.is_grad_enabled() or len(at) == 0 or len(at) % rows:
         return None
     by_row = at.view(rows, -1) - length * torch.arange(rows, device=at.device)[:, None]
     return by_row if bool(((by_row >= 0) & (by_row < length)).all()) else None

@@ -11,7 +11,8 @@ from bd3_ds.runtime.gpus import gpu_of_driver
 
 LEAST_SECONDS = 0.02  # that products must take together, so that the cost of starting them does not count
 PRODUCTS = 4  # timed together
-LARGEST = {"cuda": 8192, "cpu": 2048}  # sides of the matrices: 0.4 GB in bf16
+SMALLEST = 256  # side of the matrices: a CPU without units for bf16 takes seconds for one product of side 1024
+LARGEST = {"cuda": 8192, "cpu": 2048}  # 0.4 GB in bf16
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
@@ -30,13 +31,20 @@ def peak_flops(device: torch.device, precision: str) -> float:
     return measured_rate(seconds_of, LARGEST["cuda" if device.type == "cuda" else "cpu"])
 
 
+def quicker_precision(device: torch.device) -> str:
+    """bf16, or fp32 on a CPU that multiplies bf16 less than half as fast, as those without units for it do."""
+    if device.type == "cuda":
+        return "bf16"
+    return "bf16" if peak_flops(device, "bf16") > peak_flops(device, "fp32") / 2 else "fp32"
+
+
 def measured_rate(seconds_of: Callable[[int], float], largest: int, rounds: int = 3) -> float:
     """FLOP/s of square products, by `seconds_of` PRODUCTS of them with matrices of a given side.
 
     The side doubles until they take LEAST_SECONDS or the side is `largest`; a device that is quick looks slow on small
     ones, whose start takes longer than they do. The best of `rounds` counts.
     """
-    side = 1024
+    side = SMALLEST
     seconds_of(side)  # warms up
     seconds = seconds_of(side)
     while side < largest and seconds < LEAST_SECONDS:

@@ -15,7 +15,7 @@ from bd3_ds.data.loader import MicroBatch
 from bd3_ds.evaluation.network import load_model
 from bd3_ds.model.build import dit_config
 from bd3_ds.model.flops import training_flops_per_sequence
-from bd3_ds.runtime.peak_flops import LARGEST, PRODUCTS, measured_rate, peak_flops
+from bd3_ds.runtime.peak_flops import LARGEST, PRODUCTS, measured_rate, peak_flops, quicker_precision
 from bd3_ds.runtime.world import World
 from bd3_ds.train import meter
 from bd3_ds.train.meter import Meter
@@ -48,9 +48,17 @@ def test_a_quick_device_is_not_taken_for_a_slow_one(rate: float) -> None:
 
 
 def test_a_slow_device_is_asked_for_small_products() -> None:
-    device = Device(10e9, start=10e-6)
-    measured_rate(device.seconds, LARGEST["cpu"])
-    assert device.sides == [1024, 1024]
+    """So a CPU without units for bf16 (1 GFLOP/s) is measured in a second and not in twenty."""
+    device = Device(1e9, start=10e-6)
+    assert measured_rate(device.seconds, LARGEST["cpu"]) == pytest.approx(1e9, rel=0.01)
+    assert set(device.sides) == {256} and sum(map(device.seconds, list(device.sides))) < 1
+
+
+@pytest.mark.parametrize(("bf16", "said"), [(1e9, "fp32"), (60e9, "bf16"), (200e9, "bf16")])
+def test_a_cpu_without_units_for_bf16_trains_in_fp32(bf16: float, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {"bf16": bf16, "fp32": 80e9}
+    monkeypatch.setattr("bd3_ds.runtime.peak_flops.peak_flops", lambda device, precision: rates[precision])
+    assert quicker_precision(CPU) == said and quicker_precision(torch.device("cuda")) == "bf16"
 
 
 def test_this_machine_is_measured() -> None:
