@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from bd3_ds.config.registries import CONFIGURED, OBJECTIVES, Objective
+from bd3_ds.diffusion.objectives.mdlm import loss
 
-if TYPE_CHECKING:
-    from bd3_ds.diffusion.objective import Batch, Denoiser, Loss
-
-
-def loss(denoiser: Denoiser, batch: Batch) -> Loss:
-    """Cross-entropy of masked tokens, weighted by their blocks' rates."""
-    from bd3_ds.diffusion.objective import cross_entropy, masked_loss
-
-    return masked_loss(denoiser, batch, cross_entropy)
-
-
+# The loss is MDLM's; that a block sees the clean ones before it is the attention mask's doing.
 OBJECTIVES.register("bd3", Objective("a block-diffusion language model (BD3-LM)", loss, blocks=CONFIGURED))
