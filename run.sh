@@ -116,7 +116,8 @@ case "${1:-}" in
     $venv/bin/ruff format --check .
     $venv/bin/mypy
     say "tests"
-    exec "$python" -m pytest "${selection[@]}" "$@"
+    # In one process a core: what launches runs stays in one of them (tests/conftest.py), the rest shares the others.
+    exec "$python" -m pytest --numprocesses "$(nproc)" --maxprocesses 8 "${selection[@]}" "$@"
     ;;
   train)
     shift

@@ -5,16 +5,22 @@ import random
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 # Threads that wait for each other cost more than networks of this size.
 torch.set_num_threads(1)
+
+# An example may take as long as it takes: no test is about time, and a machine may be busy with the others.
+settings.register_profile("here", deadline=None)
+settings.load_profile("here")
 
 # In the background of a shell Ctrl-C is ignored, and so would every command be that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -36,3 +42,19 @@ def shared() -> Path:
     if not (path / "golden").is_dir():
         pytest.skip(f"no reference data at {path} (set BD3_SHARED)")
     return path
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Which tests stay together where several processes run them: those that launch runs, and those of a file.
+
+    Runs of two ranks beside one another would wait for the same two cores; a file's fixtures are made once.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByRoom(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "launched" if file.startswith(("tests/distributed/", "tests/fault/")) else file
+
+    return ByRoom(config, log)
