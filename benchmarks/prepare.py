@@ -91,7 +91,7 @@ def copies(source: Path, split: str, folder: Path, times: int) -> None:
 
 def prepared(text: Path, out: Path, asked: Any, workers: int) -> dict[str, Any]:
     """Run the command to its end; what it made, and its peak memory."""
-    from bd3_ds.data.pack import read_manifest
+    from bd3_ds.data.manifest import read_manifest
 
     words = ["--source", str(text), "--tokenizer", asked.tokenizer, "--length", str(asked.length), "--out", str(out)]
     process = psutil.Popen(

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bd3_ds.data.pack import read_manifest
+from bd3_ds.data.manifest import read_manifest
 from tests.helpers.launch import curve, start_training, stop, train, train_records, wait_for_step
 from tests.helpers.tiny import tiny_pack
 

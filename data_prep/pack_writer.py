@@ -17,16 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bd3_ds.data.pack import (
-    COUNTS,
-    FORMAT,
-    MANIFEST,
-    TOKENIZER_DIR,
-    Manifest,
-    PackHash,
-    TokenizerInfo,
-    document_numbers,
-)
+from bd3_ds.data.documents import document_numbers
+from bd3_ds.data.manifest import FORMAT, MANIFEST, Manifest, TokenizerInfo
+from bd3_ds.data.pack import TOKENIZER_DIR
+from bd3_ds.data.pack_hash import PackHash
+from bd3_ds.data.token_counts import COUNTS
 from bd3_ds.runtime.files import read_json, sync, write_json
 from data_prep.packing import Chunk, Tally, padded_places
 from data_prep.work_directory import put_in_place, whole_directory, work_directory

@@ -26,7 +26,7 @@ from data_prep.options import add_sources, output, say_files, whole_number
 from data_prep.same_pack import check_same
 
 if TYPE_CHECKING:
-    from bd3_ds.data.pack import Manifest
+    from bd3_ds.data.manifest import Manifest
     from bd3_ds.data.tokenizer_base import Tokenizer
     from data_prep.pieces import Piece, Source
 
@@ -244,7 +244,8 @@ def _settings(
 
 def already_there(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     """Whether `out` is this very pack; raises UserError for anything else there that may not be replaced."""
-    from bd3_ds.data.pack import MANIFEST, read_index, read_manifest
+    from bd3_ds.data.manifest import MANIFEST, read_manifest
+    from bd3_ds.data.shards import read_index
     from bd3_ds.runtime.files import require_writable
     from data_prep.work_directory import drop_work_directory
 
@@ -268,14 +269,14 @@ def already_there(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
 
 def _made_before(out: Path, settings: dict[str, Any]) -> bool:
     """Whether the scratch place `out` holds this pack, made by a start that was stopped before all of it was sent."""
-    from bd3_ds.data.pack import MANIFEST, read_manifest
+    from bd3_ds.data.manifest import MANIFEST, read_manifest
 
     return (out / MANIFEST).is_file() and read_manifest(out).settings == settings
 
 
 def report(out: Path, shown: str) -> None:
     """Print what the pack `out` holds, under the name `shown`, and what was left out of it."""
-    from bd3_ds.data.pack import read_manifest
+    from bd3_ds.data.manifest import read_manifest
 
     manifest = read_manifest(out)
     padding = f", {manifest.padding} places of padding" if manifest.padding else ""

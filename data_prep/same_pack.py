@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from bd3_ds.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from bd3_ds.data.pack import Manifest
+    from bd3_ds.data.manifest import Manifest
 
 
 def check_same(out: str, manifest: Manifest, settings: dict[str, Any]) -> None:

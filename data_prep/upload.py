@@ -10,7 +10,7 @@ from bd3_ds.runtime.errors import UserError
 from data_prep.same_pack import check_same
 
 if TYPE_CHECKING:
-    from bd3_ds.data.pack import Manifest
+    from bd3_ds.data.manifest import Manifest
 
 SENT = ".sent"  # in the local copy: the files that have arrived
 UNFINISHED = {"format": "unfinished"}  # the manifest while another pack takes its place: refused by readers
@@ -31,7 +31,7 @@ def already_sent(remote: str, settings: dict[str, Any], overwrite: bool) -> bool
 
 def remote_manifest(remote: str) -> Manifest | None:
     """The manifest at `remote`, None where there is none; raises UserError where the storage cannot be asked."""
-    from bd3_ds.data.pack import MANIFEST, read_manifest
+    from bd3_ds.data.manifest import MANIFEST, read_manifest
     from bd3_ds.data.remote import Missing, opener, patiently
     from bd3_ds.runtime.files import read_json
 
@@ -49,7 +49,7 @@ def send(pack: Path, remote: str) -> None:
     """Send the pack's files to `remote`; those that an earlier start has sent are not sent again."""
     from tqdm import tqdm
 
-    from bd3_ds.data.pack import MANIFEST, read_manifest
+    from bd3_ds.data.manifest import MANIFEST, read_manifest
 
     names = sorted(str(path.relative_to(pack)) for path in pack.rglob("*") if path.is_file() and path.name != SENT)
     names.remove(MANIFEST)
@@ -77,7 +77,7 @@ def send(pack: Path, remote: str) -> None:
 
 def _withdraw(remote: str) -> None:
     """Make the pack at `remote` no pack, before the first of its files is another one's."""
-    from bd3_ds.data.pack import MANIFEST
+    from bd3_ds.data.manifest import MANIFEST
     from bd3_ds.runtime.files import write_json
 
     with tempfile.TemporaryDirectory() as folder:

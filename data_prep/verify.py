@@ -18,7 +18,8 @@ from data_prep.packing import BOS_EOS
 if TYPE_CHECKING:
     import numpy as np
 
-    from bd3_ds.data.pack import Manifest, Pack
+    from bd3_ds.data.manifest import Manifest
+    from bd3_ds.data.pack import Pack
 
 SAMPLES, SAMPLE_CHARACTERS, FREQUENT = 2, 400, 10
 
@@ -43,15 +44,11 @@ def verify(directory: Path) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from bd3_ds.data.pack import (
-        COUNTS,
-        PackHash,
-        TokenizerInfo,
-        document_numbers,
-        open_pack,
-        read_manifest,
-        read_token_counts,
-    )
+    from bd3_ds.data.documents import document_numbers
+    from bd3_ds.data.manifest import TokenizerInfo, read_manifest
+    from bd3_ds.data.pack import open_pack
+    from bd3_ds.data.pack_hash import PackHash
+    from bd3_ds.data.token_counts import COUNTS, read_token_counts
 
     mend = f"to mend it, copy it anew from where it is whole, or make it again:\n{command(directory)}"
     manifest = read_manifest(directory)
@@ -115,7 +112,7 @@ def broken_shards(directory: Path) -> list[str]:
     """A sentence for each shard that is missing, cut, or other than its hash says."""
     from tqdm import tqdm
 
-    from bd3_ds.data.pack import list_shards, read_shard_file
+    from bd3_ds.data.shards import list_shards, read_shard_file
 
     broken = []
     for shard in tqdm(list_shards(directory), desc=f"reading {directory}", unit="shard", disable=None, leave=False):
@@ -128,7 +125,8 @@ def broken_shards(directory: Path) -> list[str]:
 
 def command(directory: Path) -> str:
     """The command that makes the pack again, as far as its manifest tells."""
-    from bd3_ds.data.pack import TOKENIZER_DIR, read_manifest
+    from bd3_ds.data.manifest import read_manifest
+    from bd3_ds.data.pack import TOKENIZER_DIR
 
     manifest = read_manifest(directory)
     made = manifest.settings

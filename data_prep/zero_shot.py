@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
 
 def table(packs: list[Path]) -> list[str]:
     """Markdown rows: each pack's documents, tokens, chunks, scored positions (all but each chunk's first) and hash."""
-    from bd3_ds.data.pack import read_manifest
+    from bd3_ds.data.manifest import read_manifest
 
     rows = [
         "| set | documents | tokens | chunks | scored | dropped | pack hash | content hash |",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bd3_ds.config.check import estimator_used
 from bd3_ds.config.registries import ESTIMATORS
 from bd3_ds.config.schema import EvalConfig, block_size
-from bd3_ds.data.pack import read_manifest
+from bd3_ds.data.manifest import read_manifest
 from bd3_ds.evaluation import figures
 from bd3_ds.evaluation.exports import open_export
 from bd3_ds.evaluation.options import DEVICES, number_of_chunks, open_device

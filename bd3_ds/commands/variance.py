@@ -61,8 +61,8 @@ def _measure(
     options: Any, export: Export, run: RunConfig, name: str, directory: str, intervals: Sequence[Interval | None]
 ) -> list[dict[str, Any]]:
     """A record for each interval, all on the same text and random numbers; None is the schedule's own interval."""
-    from bd3_ds.data.pack import read_token_counts
     from bd3_ds.data.remote import fetch_facts
+    from bd3_ds.data.token_counts import read_token_counts
     from bd3_ds.evaluation.arguments import check_seed
     from bd3_ds.evaluation.network import load_model
     from bd3_ds.evaluation.perplexity import read_texts

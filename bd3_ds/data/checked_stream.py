@@ -25,8 +25,8 @@ from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash
 
 from bd3_ds.config.check_data import is_remote
-from bd3_ds.data.pack import INDEX
 from bd3_ds.data.remote import Missing, cannot_write, opener, patiently, say
+from bd3_ds.data.shards import INDEX
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json
 

@@ -29,10 +29,12 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from bd3_ds.config.check_data import packs, size_in_bytes
 from bd3_ds.config.schema import DataConfig
+from bd3_ds.data.documents import document_numbers, read_starts
+from bd3_ds.data.manifest import is_same_pack, read_manifest
 from bd3_ds.data.mixture import samples_of_epoch
-from bd3_ds.data.pack import document_numbers, is_same_pack, read_manifest, read_shard_cut, read_starts
 from bd3_ds.data.read_only import shard_directory
 from bd3_ds.data.remote import fetch_facts, pack_directory
+from bd3_ds.data.shards import read_shard_cut
 from bd3_ds.data.shared_memory import clear_stale, hold
 from bd3_ds.data.streaming_import import import_streaming
 from bd3_ds.runtime.errors import EXIT_USER_ERROR, UserError

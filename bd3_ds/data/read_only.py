@@ -12,8 +12,8 @@ import secrets
 from pathlib import Path
 
 from bd3_ds.config.check_data import is_remote
-from bd3_ds.data.pack import INDEX, list_shards
 from bd3_ds.data.remote import make_cache_root, pack_directory, say, turn
+from bd3_ds.data.shards import INDEX, list_shards
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import require_writable, write_bytes
 

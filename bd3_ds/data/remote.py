@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from bd3_ds.config.check_data import is_remote
-from bd3_ds.data.pack import COUNTS, INDEX, MANIFEST, TOKENIZER_DIR, is_same_pack, read_manifest
+from bd3_ds.data.manifest import MANIFEST, is_same_pack, read_manifest
+from bd3_ds.data.pack import TOKENIZER_DIR
+from bd3_ds.data.shards import INDEX
 from bd3_ds.data.streaming_import import import_streaming
+from bd3_ds.data.token_counts import COUNTS
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import require_writable
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bd3_ds.data.pack import MANIFEST, Manifest, read_manifest
+from bd3_ds.data.manifest import MANIFEST, Manifest, read_manifest
 from bd3_ds.runtime.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:

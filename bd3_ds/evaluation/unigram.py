@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bd3_ds.data.pack import Pack, check_same_tokenizer, document_numbers, open_pack, read_manifest, read_token_counts
+from bd3_ds.data.documents import document_numbers
+from bd3_ds.data.manifest import check_same_tokenizer, read_manifest
+from bd3_ds.data.pack import Pack, open_pack
+from bd3_ds.data.token_counts import read_token_counts
 
 
 def unigram_perplexity(train_pack: str | Path, eval_pack: str | Path, max_chunks: int | None = None) -> float:

@@ -19,8 +19,8 @@ from torch import Tensor
 from bd3_ds.checkpoint.export import Export
 from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import EvalConfig, RunConfig, block_size
-from bd3_ds.data.pack import read_token_counts
 from bd3_ds.data.remote import fetch_facts
+from bd3_ds.data.token_counts import read_token_counts
 from bd3_ds.diffusion.clip_search import Spread, spread_sums
 from bd3_ds.diffusion.frequency import power_at, rarity
 from bd3_ds.diffusion.likelihood import Texts

@@ -10,8 +10,8 @@ from typing import Any
 
 from bd3_ds.config.check_data import is_remote, packs, size_in_bytes
 from bd3_ds.config.schema import RunConfig
-from bd3_ds.data.pack import INDEX, list_shards
 from bd3_ds.data.remote import pack_directory
+from bd3_ds.data.shards import INDEX, list_shards
 from bd3_ds.runtime.errors import UserError
 
 # Of each number of a model: fp32 weights, Adam's two moments and the average; in an export the average.

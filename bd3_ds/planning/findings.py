@@ -14,8 +14,9 @@ from pathlib import Path
 from bd3_ds.config.check import check_run, ranks_at_work
 from bd3_ds.config.check_data import is_remote, packs
 from bd3_ds.config.schema import AUTO, RunConfig
-from bd3_ds.data.pack import MANIFEST, Manifest, read_index, read_manifest
+from bd3_ds.data.manifest import MANIFEST, Manifest, read_manifest
 from bd3_ds.data.remote import fetch_facts
+from bd3_ds.data.shards import read_index
 from bd3_ds.planning.micro_batch import micro_batches, set_micro_batch
 from bd3_ds.planning.vocabulary import assumed_vocabulary
 from bd3_ds.runtime.errors import UserError

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from bd3_ds.config.schema import RunConfig
-from bd3_ds.data.pack import Manifest
+from bd3_ds.data.manifest import Manifest
 
 
 @dataclass(frozen=True)

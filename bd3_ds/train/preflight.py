@@ -11,9 +11,11 @@ from bd3_ds.checkpoint.manifest import checkpoint_directories
 from bd3_ds.config.check import check_run, ranks_at_work
 from bd3_ds.config.check_data import is_remote, packs, size_in_bytes
 from bd3_ds.config.schema import RunConfig
+from bd3_ds.data.manifest import Manifest, check_same_tokenizer, read_manifest
 from bd3_ds.data.mixture import samples_of_epoch
-from bd3_ds.data.pack import INDEX, Manifest, check_same_tokenizer, read_index, read_manifest, read_token_counts
 from bd3_ds.data.remote import fetch_facts, pack_directory
+from bd3_ds.data.shards import INDEX, read_index
+from bd3_ds.data.token_counts import read_token_counts
 from bd3_ds.interop.init_from import find_start
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import read_json, require_writable

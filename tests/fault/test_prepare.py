@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from bd3_ds.data.pack import open_pack, read_manifest
+from bd3_ds.data.manifest import read_manifest
+from bd3_ds.data.pack import open_pack
 from bd3_ds.runtime.errors import UserError
 from data_prep import pack_writer, parts, prepare, train_tokenizer, verify
 from data_prep.sources import open_source

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD
-from bd3_ds.data.pack import document_numbers
+from bd3_ds.data.documents import document_numbers
 from bd3_ds.model.dit import DiT
 from data_prep.pack_writer import write_pack
 from tests.helpers.tiny import LENGTH, tiny_text, tiny_tokenizer

@@ -16,7 +16,7 @@ import torch
 from bd3_ds.checkpoint.export import export_name, write_export
 from bd3_ds.config.load import load_recipe
 from bd3_ds.config.schema import RunConfig
-from bd3_ds.data.pack import read_manifest
+from bd3_ds.data.manifest import read_manifest
 from bd3_ds.data.tokenizer import load_tokenizer
 from bd3_ds.data.tokenizer_base import Tokenizer
 from bd3_ds.model.build import dit_config

@@ -11,7 +11,7 @@ from pathlib import Path
 from bd3_ds.config.check import estimator_used
 from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import AR, EvalConfig, RunConfig, block_size
-from bd3_ds.data.pack import read_manifest
+from bd3_ds.data.manifest import read_manifest
 from bd3_ds.evaluation.figures import duration
 from bd3_ds.model.dit_config import dit_config
 from bd3_ds.model.flops import forward_flops_per_sequence, training_flops_per_sequence

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bd3_ds.data.pack import Manifest, PackHash, is_same_pack, read_manifest
+from bd3_ds.data.manifest import Manifest, is_same_pack, read_manifest
+from bd3_ds.data.pack_hash import PackHash
 from bd3_ds.data.tokenizer import number_tokenizer
 from bd3_ds.runtime.errors import UserError
 from data_prep import prepare, verify

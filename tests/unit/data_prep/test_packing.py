@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bd3_ds.data.pack import document_numbers
+from bd3_ds.data.documents import document_numbers
 from data_prep.packing import ALIGNED, BOS_EOS, NO_SPLIT, NONE, WRAP, Chunk, Encoded, Recipe, Tally, pack
 
 BOS, EOS, PAD = 1000, 1001, 1002

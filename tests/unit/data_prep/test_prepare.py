@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bd3_ds.data.pack import check_same_tokenizer, open_pack, read_manifest
+from bd3_ds.data.manifest import check_same_tokenizer, read_manifest
+from bd3_ds.data.pack import open_pack
 from bd3_ds.data.tokenizer import load_tokenizer, number_tokenizer
 from bd3_ds.runtime.errors import UserError
 from data_prep import parts, prepare, train_tokenizer, verify

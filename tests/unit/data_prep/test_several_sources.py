@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bd3_ds.data.pack import read_manifest
+from bd3_ds.data.manifest import read_manifest
 from bd3_ds.data.tokenizer import number_tokenizer
 from bd3_ds.runtime.errors import UserError
 from data_prep import prepare, verify

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bd3_ds.config.schema import BD3, FrequencyConfig, WeightConfig
-from bd3_ds.data.pack import COUNTS, open_pack, read_token_counts
+from bd3_ds.data.pack import open_pack
+from bd3_ds.data.token_counts import COUNTS, read_token_counts
 from bd3_ds.diffusion.frequency import power_at, rarity, token_rates
 from bd3_ds.diffusion.noise import make_noise, mask_draws, scored_places, stratified_times
 from bd3_ds.diffusion.objective import training_loss

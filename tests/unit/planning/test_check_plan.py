@@ -13,7 +13,7 @@ import torch
 from bd3_ds.commands import check as check_command
 from bd3_ds.config.ds_json import load_ds_json
 from bd3_ds.config.load import load_recipe
-from bd3_ds.data.pack import read_manifest
+from bd3_ds.data.manifest import read_manifest
 from bd3_ds.model.build import dit_config
 from bd3_ds.planning import dry_step
 from bd3_ds.planning.disk import disk_of, free_at
