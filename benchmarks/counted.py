@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bd3_ds.config.schema import RunConfig
-from bd3_ds.data.loader import MicroBatch
+from bd3_ds.data.micro_batch import MicroBatch
 from bd3_ds.model.build import dit_config, initialise
 from bd3_ds.model.dit import DiT
 from bd3_ds.parallel.apply import prepare_layers

@@ -107,7 +107,8 @@ def compare(pack: str, flat: str, workers: int, length: int, batch: int, batches
 def ours(pack: str, length: int, batch: int, workers: int) -> Iterator[torch.Tensor]:
     """Micro-batches of a run on one rank."""
     from bd3_ds.config.load import load_defaults
-    from bd3_ds.data.loader import Loader, Share
+    from bd3_ds.data.loader import Loader
+    from bd3_ds.data.share import Share
 
     values = {"run_dir": "none", "data.train": pack, "data.length": length, "data.workers": workers}
     data = load_defaults(values, "the benchmark").data

@@ -14,7 +14,7 @@ import torch
 
 from bd3_ds.config.load import load_recipe
 from bd3_ds.config.schema import RunConfig
-from bd3_ds.data.loader import MicroBatch
+from bd3_ds.data.micro_batch import MicroBatch
 from bd3_ds.model.build import dit_config, initialise
 from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.allocator import keep_freed_memory

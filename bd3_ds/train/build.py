@@ -16,11 +16,14 @@ from bd3_ds.checkpoint.store import Saver, newest_checkpoint
 from bd3_ds.config.check_data import packs
 from bd3_ds.config.load import to_yaml
 from bd3_ds.config.schema import RunConfig
-from bd3_ds.data.loader import Loader, Share, of_all_ranks, require_same_packs
+from bd3_ds.data.loader import Loader
 from bd3_ds.data.manifest import read_manifest
 from bd3_ds.data.mixture import samples_of_epoch
 from bd3_ds.data.pack import open_pack
+from bd3_ds.data.rank_errors import of_all_ranks
 from bd3_ds.data.remote import pack_directory
+from bd3_ds.data.same_packs import require_same_packs
+from bd3_ds.data.share import Share
 from bd3_ds.data.token_counts import read_token_counts
 from bd3_ds.interop.init_from import find_start, starting_weights
 from bd3_ds.model.build import Initial, dit_config

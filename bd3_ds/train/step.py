@@ -15,7 +15,7 @@ from torch import Tensor
 from bd3_ds.config.check import accumulation_steps
 from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import RunConfig, block_sizes
-from bd3_ds.data.loader import MicroBatch
+from bd3_ds.data.micro_batch import MicroBatch
 from bd3_ds.diffusion.clip_search import moment_sums
 from bd3_ds.diffusion.frequency import power_at, rarity
 from bd3_ds.diffusion.noise import (

@@ -17,7 +17,8 @@ import torch
 
 from bd3_ds.config.load import load_defaults
 from bd3_ds.config.schema import DataConfig
-from bd3_ds.data.loader import Loader, Share
+from bd3_ds.data.loader import Loader
+from bd3_ds.data.share import Share
 from bd3_ds.data.streaming_import import import_streaming
 from bd3_ds.runtime.errors import UserError
 from tests.helpers.tiny import LENGTH, tiny_tokenizer

@@ -1,4 +1,4 @@
-"""The pack hash tells protocols apart, and packs, runs and records of before there were two hashes are still known."""
+"""The pack hash tells protocols apart, and packs and records of before there were two hashes are still known."""
 
 from __future__ import annotations
 
@@ -101,26 +101,6 @@ def test_what_was_kept_of_a_pack_fits_it_whenever_either_was_made(tmp_path: Path
         assert not is_same_pack(other.pack_hash, other.content_hash, manifest)
         assert not is_same_pack(other.content_hash, None, manifest)
     assert not is_same_pack(length.pack_hash, length.content_hash, now)
-
-
-def test_a_run_of_before_continues(tmp_path: Path) -> None:
-    from bd3_ds.config.load import load_defaults
-    from bd3_ds.data.loader import identity, require_same_packs
-
-    made(tmp_path / "pack", [[1, 2, 3, 4], [5, 6, 7, 8]])
-    of_run = {"run_dir": str(tmp_path), "data.train": str(tmp_path / "pack"), "data.length": 4}
-    data = load_defaults({**of_run, "objective.name": "ar"}, "test").data
-    now = identity(data)
-    before = {"pack_hashes": now["content_hashes"], "shard_cuts": now["shard_cuts"]}
-    for saved in (now, before, {}):
-        require_same_packs(data, saved, "the run")
-    made(tmp_path / "pack", [[1, 2, 3, 4, 5, 6, 7, 8]])
-    with pytest.raises(UserError, match="is another pack"):
-        require_same_packs(data, now, "the run")
-    made(tmp_path / "pack", [[1, 2, 3, 4], [5, 6, 7, 9]])
-    for saved in (now, before):
-        with pytest.raises(UserError, match="is another pack"):
-            require_same_packs(data, saved, "the run")
 
 
 def test_a_changed_hash_is_seen(tmp_path: Path) -> None:

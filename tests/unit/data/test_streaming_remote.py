@@ -24,9 +24,10 @@ import run as entry
 from bd3_ds.config.check_data import size_in_bytes
 from bd3_ds.config.load import to_yaml
 from bd3_ds.data import shared_memory
-from bd3_ds.data.loader import Loader, Share, require_same_packs
+from bd3_ds.data.loader import Loader
 from bd3_ds.data.mixture import samples_of_epoch
 from bd3_ds.data.remote import Missing, Refused, pack_directory, patiently
+from bd3_ds.data.share import Share
 from bd3_ds.data.streaming_import import import_streaming
 from bd3_ds.runtime.errors import UserError, run_command
 from bd3_ds.train.preflight import preflight
@@ -167,25 +168,6 @@ def test_shard_that_another_process_was_faster_with(tmp_path):
     _put(tmp_path / ".shard.swept", tmp_path / "shard")
     with pytest.raises(FileNotFoundError):
         _put(tmp_path / ".shard.swept", tmp_path / "other")
-
-
-def test_a_run_knows_its_packs_wherever_they_are(tmp_path):
-    prose, code = numbered_pack(tmp_path / "prose", 16), numbered_pack(tmp_path / "code", 16, mark=1)
-    state = Loader(data_config(prose, mix={str(code): 0.3}), Share(0, 1, 1, 2, 2), 0).state(4)
-    moved = [shutil.copytree(pack, tmp_path / "moved" / pack.name) for pack in (prose, code)]
-    require_same_packs(data_config(moved[0], mix={str(moved[1]): 0.3}), state, "run")
-    require_same_packs(data_config(code), {"epoch": 0}, "run")  # of a version that kept no hashes
-    remedy = "so its samples have another order; name the pack .* or start a new run_dir with train.init_from=run$"
-    hashes = r"\(hash \w{12}\) than run was started with \(hash \w{12}\), "
-    with pytest.raises(UserError, match=f"data.train: '{code}' is another pack {hashes}{remedy}"):
-        require_same_packs(data_config(code, mix={str(prose): 0.3}), state, "run")
-    with pytest.raises(UserError, match=f"data.mix: '{prose}' is another pack"):
-        require_same_packs(data_config(moved[0], mix={str(prose): 0.3}), state, "run")
-    with pytest.raises(UserError, match=r"data\.mix has another number of packs"):
-        require_same_packs(data_config(prose), state, "run")
-    cut = numbered_pack(tmp_path / "cut", 16, to_a_shard=8)
-    with pytest.raises(UserError, match=f"data.train: '{cut}' is the same tokens cut into other shards {hashes}"):
-        require_same_packs(data_config(cut, mix={str(code): 0.3}), state, "run")
 
 
 def test_mixed_packs_of_a_run_may_move_and_their_shares_stay(tmp_path):

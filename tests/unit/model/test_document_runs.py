@@ -16,8 +16,10 @@ from torch import Tensor
 from bd3_ds.checkpoint.export import find_export
 from bd3_ds.config.load import to_yaml
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, RunConfig, block_size
-from bd3_ds.data.loader import Loader, MicroBatch, Share
+from bd3_ds.data.loader import Loader
+from bd3_ds.data.micro_batch import MicroBatch
 from bd3_ds.data.pack import open_pack
+from bd3_ds.data.share import Share
 from bd3_ds.diffusion import likelihood
 from bd3_ds.diffusion.chunked_head import HeadLoss
 from bd3_ds.diffusion.likelihood import Estimator, Texts

@@ -11,7 +11,7 @@ import torch
 
 from bd3_ds.checkpoint.export import find_export
 from bd3_ds.config.schema import AR, BD3
-from bd3_ds.data.loader import MicroBatch
+from bd3_ds.data.micro_batch import MicroBatch
 from bd3_ds.evaluation.network import load_model
 from bd3_ds.model.build import dit_config
 from bd3_ds.model.flops import training_flops_per_sequence

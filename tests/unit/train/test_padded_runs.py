@@ -13,8 +13,10 @@ from torch import Tensor
 
 from bd3_ds.checkpoint.export import find_export
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, RunConfig
-from bd3_ds.data.loader import Loader, MicroBatch, Share
+from bd3_ds.data.loader import Loader
+from bd3_ds.data.micro_batch import MicroBatch
 from bd3_ds.data.pack import open_pack
+from bd3_ds.data.share import Share
 from bd3_ds.diffusion.likelihood import Estimator, Texts
 from bd3_ds.diffusion.noise import scored_places
 from bd3_ds.evaluation.network import load_model

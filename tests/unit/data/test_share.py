@@ -1,18 +1,12 @@
 """Which sample meets which noise: our slot arithmetic against streaming's own partition."""
 
-import itertools
-
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bd3_ds.data import loader
-from bd3_ds.data.loader import Loader, Share
+from bd3_ds.data.share import Share
 from bd3_ds.data.streaming_import import import_streaming
-from bd3_ds.runtime.world import prepare_environment
-from tests.helpers.tiny import tiny_run
 
 
 def streaming_batches(samples, nodes, ranks_per_node, workers, micro_batch, canonical_nodes, drop_first=0):
@@ -60,24 +54,3 @@ def test_slots_partition_the_global_batch(world, local):
     shares = [Share(rank, world, local, 3, 3 * world * 2) for rank in range(world)]
     slots = np.concatenate([share.slots(i) for share in shares for i in range(2)])
     assert sorted(slots) == list(range(3 * world * 2))
-
-
-def test_loader_processes_are_not_forked_beside_a_gpu(tmp_path, monkeypatch):
-    """CUDA and NCCL do not survive a fork: a new interpreter is started, and deals out the same samples."""
-    assert loader.start_method() == ("spawn" if torch.cuda.is_available() else "fork")
-    prepare_environment()
-    run = tiny_run(tmp_path, "data.workers=1")
-    started = []
-
-    def ids_of_an_epoch(cuda):
-        monkeypatch.undo()
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-        chosen = loader.start_method()
-        monkeypatch.undo()
-        monkeypatch.setattr(loader, "start_method", lambda: chosen)
-        started.append(chosen)
-        batches = Loader(run.data, Share(0, 1, 1, micro_batch=4, global_batch=8), samples=0)
-        return [batch.ids for batch in itertools.islice(batches, 16)]
-
-    assert ids_of_an_epoch(cuda=True) == ids_of_an_epoch(cuda=False)
-    assert started == ["spawn", "fork"]
