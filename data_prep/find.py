@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from bd3_ds.runtime.errors import UserError
 from data_prep.catalog import NamedSet
-from data_prep.files import COMPRESSION, Layout, check_ending, suffixes
+from data_prep.formats import COMPRESSION, Layout, check_ending, suffixes
 
 IN_DIRECTORIES = (".txt", ".raw", ".tokens", ".jsonl", ".ndjson", ".csv", ".parquet")  # no README, no settings
 SPLIT_WORDS = {

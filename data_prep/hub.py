@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from bd3_ds.runtime.errors import UserError, did_you_mean
-from data_prep.files import no_field, require_strings
 from data_prep.pieces import Position
+from data_prep.text_field import no_field, require_strings
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import DatasetInfo

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from bd3_ds.runtime.errors import UserError
 from data_prep.catalog import NamedSet, check_split
-from data_prep.files import Layout, check_ending, count_documents, read_file
+from data_prep.files import count_documents, read_file
 from data_prep.find import Found, find_files, find_set, no_such_path
+from data_prep.formats import Layout, check_ending
 from data_prep.packing import NONE
 from data_prep.pieces import Piece, Position, Source
 

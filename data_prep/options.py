@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bd3_ds.runtime.cli import Parser
     from data_prep.pieces import Source
 
+LEAST_LENGTH = 4  # tokens in a chunk
 SHOWN = 4  # names in a list of files
 REMOTE_SCHEMES = ("s3", "gs", "oci", "azure", "hf")
 

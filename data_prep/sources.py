@@ -15,10 +15,11 @@ from pathlib import Path
 from bd3_ds.runtime.errors import UserError, did_you_mean
 from data_prep import local
 from data_prep.catalog import EMBEDDED_SETS, NAMED_SETS, NamedSet, check_split
-from data_prep.files import FORMATS, PIECE_CHARACTERS, cut, suffixes
 from data_prep.find import near_by
+from data_prep.formats import FORMATS, suffixes
 from data_prep.packing import NONE
 from data_prep.pieces import Piece, Position, Source, document
+from data_prep.plain_text import PIECE_CHARACTERS, cut
 
 _LIKE_A_FILE = re.compile(r"\.(txt|jsonl|json|csv|parquet|gz|zst|zip|raw)$")
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from bd3_ds.runtime.cli import Parser
 from bd3_ds.runtime.errors import UserError, run_command
-from data_prep.options import local_directory, whole_number
-from data_prep.prepare import LEAST_LENGTH, already_there, report
+from data_prep.options import LEAST_LENGTH, local_directory, whole_number
+from data_prep.pack_report import report
+from data_prep.same_pack import already_there
 
 if TYPE_CHECKING:
     from bd3_ds.data.synthetic import MarkovSource
