@@ -116,8 +116,9 @@ case "${1:-}" in
     $venv/bin/ruff format --check .
     $venv/bin/mypy
     say "tests"
-    # In one process a core: what launches runs stays in one of them (tests/conftest.py), the rest shares the others.
-    exec "$python" -m pytest --numprocesses "$(nproc)" --maxprocesses 8 "${selection[@]}" "$@"
+    # A file at a time in one process a core, the files that launch runs first: they take longest.
+    exec "$python" -m pytest --numprocesses "$(nproc)" --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+      "${selection[@]}" "$@"
     ;;
   train)
     shift

@@ -5,7 +5,6 @@ import random
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -42,19 +41,3 @@ def shared() -> Path:
     if not (path / "golden").is_dir():
         pytest.skip(f"no reference data at {path} (set BD3_SHARED)")
     return path
-
-
-@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Which tests stay together where several processes run them: those that launch runs, and those of a file.
-
-    Runs of two ranks beside one another would wait for the same two cores; a file's fixtures are made once.
-    """
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByRoom(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "launched" if file.startswith(("tests/distributed/", "tests/fault/")) else file
-
-    return ByRoom(config, log)
