@@ -13,8 +13,9 @@ from tests.helpers.tiny import tiny_pack, tiny_run
 # averages most of that away. Losses here are 4 to 5 nats.
 BF16 = 0.01
 
-FP32_FILES = ("zero1", "zero3", "zero2_offload", "zero3_offload")
-BF16_FILES = ("zero1", "zero2_offload", "zero3", "zero3_offload")
+# Each stage, and each kind of offloading once; the benchmark has all pairs.
+FP32_FILES = ("zero1", "zero3", "zero2_offload")
+BF16_FILES = ("zero1", "zero3", "zero3_offload")
 
 
 @pytest.mark.slow
