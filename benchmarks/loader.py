@@ -107,12 +107,13 @@ def compare(pack: str, flat: str, workers: int, length: int, batch: int, batches
 def ours(pack: str, length: int, batch: int, workers: int) -> Iterator[torch.Tensor]:
     """Micro-batches of a run on one rank."""
     from bd3_ds.config.load import load_defaults
+    from bd3_ds.data.data_facts import read_data_facts
     from bd3_ds.data.loader import Loader
     from bd3_ds.data.share import Share
 
     values = {"run_dir": "none", "data.train": pack, "data.length": length, "data.workers": workers}
     data = load_defaults(values, "the benchmark").data
-    for micro_batch in Loader(data, Share(0, 1, 1, batch, batch), samples=0):
+    for micro_batch in Loader(data, read_data_facts(data), Share(0, 1, 1, batch, batch), samples=0):
         yield micro_batch.tokens
 
 

@@ -80,7 +80,7 @@ def verify(directory: Path) -> None:
             f"which does not fit the {manifest.tokens} tokens ({manifest.dropped_tokens} dropped), {manifest.padding} "
             f"places and {manifest.documents} documents of its manifest; {mend}"
         )
-    if (directory / COUNTS).is_file() and (read_token_counts(directory) != counts).any():
+    if (directory / COUNTS).is_file() and (read_token_counts(directory, manifest) != counts).any():
         raise UserError(f"{directory}: its {COUNTS} does not count its tokens; {mend}")
     _show(directory, manifest, pack, counts, starts, padding)
 

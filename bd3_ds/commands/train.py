@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
             print(f"removed {lock}, which a killed process left behind", file=sys.stderr)
     ds_json = load_ds_json(arguments.deepspeed_config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    run = preflight(load_recipe(arguments.recipe, arguments.overrides), world_size)
+    run, facts = preflight(load_recipe(arguments.recipe, arguments.overrides), world_size)
     for note in unreached(run) if os.environ.get("RANK", "0") == "0" else []:
         print(f"note: {note}", file=sys.stderr, flush=True)
     check_place(ds_json, world_size, ranks_of_host(os.environ))
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         with run_lock(Path(run.run_dir), world):
             run = with_micro_batch(run, ds_json, world.size, world.local_size)
             if (step := finished_before(run, world)) is None:
-                step = build(run, ds_json, world).train().step
+                step = build(run, facts, ds_json, world).train().step
             elif world.is_main:
                 print(*nothing_to_do(run, step), sep="\n", file=sys.stderr, flush=True)
     finally:

@@ -61,15 +61,15 @@ def _measure(
     options: Any, export: Export, run: RunConfig, name: str, directory: str, intervals: Sequence[Interval | None]
 ) -> list[dict[str, Any]]:
     """A record for each interval, all on the same text and random numbers; None is the schedule's own interval."""
-    from bd3_ds.data.remote import fetch_facts
-    from bd3_ds.data.token_counts import read_token_counts
+    from bd3_ds.data.data_facts import read_pack_facts
     from bd3_ds.evaluation.arguments import check_seed
     from bd3_ds.evaluation.network import load_model
     from bd3_ds.evaluation.perplexity import read_texts
     from bd3_ds.evaluation.variance import BatchPlan, variances
 
     by_frequency = run.objective.frequency.power > 0
-    counts = read_token_counts(fetch_facts(run.data.train, run.data.cache)) if by_frequency else None
+    train = run.data.train
+    counts = read_pack_facts(train, run.data.cache, check_files=False).token_counts if by_frequency else None
     check_seed(options.seed)
     device = open_device(options.device)
     texts = read_texts(directory, apart=run.data.document_mask)

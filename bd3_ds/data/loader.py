@@ -16,16 +16,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from bd3_ds.config.check_data import packs, size_in_bytes
+from bd3_ds.config.check_data import size_in_bytes
 from bd3_ds.config.schema import DataConfig
+from bd3_ds.data.data_facts import DataFacts
 from bd3_ds.data.loader_workers import obey_parent_alone, start_method
-from bd3_ds.data.manifest import read_manifest
 from bd3_ds.data.micro_batch import MicroBatch, failure_or, stack_tokens, stack_with_documents
-from bd3_ds.data.mixture import samples_of_epoch
 from bd3_ds.data.rank_errors import of_all_ranks
 from bd3_ds.data.read_only import shard_directory
-from bd3_ds.data.remote import fetch_facts
-from bd3_ds.data.same_packs import identity
 from bd3_ds.data.share import Share
 from bd3_ds.data.shared_memory import clear_stale, hold
 from bd3_ds.data.streaming_import import import_streaming
@@ -33,15 +30,15 @@ from bd3_ds.runtime.errors import UserError
 
 
 class Loader:
-    """Iterate once; the stream starts after `samples` samples of the run and never ends.
+    """Iterate once; the stream starts after `samples` samples of the run and never ends. `facts` are those of `data`.
 
     Raises UserError where a pack cannot be read; of all ranks that meet one, the first says it and the others just end.
     """
 
-    def __init__(self, data: DataConfig, share: Share, samples: int):
+    def __init__(self, data: DataConfig, facts: DataFacts, share: Share, samples: int):
         self.share = share
         try:
-            self.dataset = self._open(data, share)
+            self.dataset = self._open(data, facts, share)
         except UserError as error:
             raise of_all_ranks(error, share) from None
         # Nodes of the canonical order that are a sample short repeat one, in the last row of all.
@@ -50,19 +47,16 @@ class Loader:
         self._data = data
         self._samples = samples
 
-    def _open(self, data: DataConfig, share: Share) -> Any:
+    def _open(self, data: DataConfig, facts: DataFacts, share: Share) -> Any:
         import_streaming()
         from bd3_ds.data.checked_stream import CheckedDataset, CheckedStream
 
-        places = {pack: fetch_facts(pack, data.cache) for pack in packs(data)}
-        self._identity = identity(data)
-        manifests = [read_manifest(place) for place in places.values()]
-        self._padded = any(manifest.padding > 0 for manifest in manifests)
-        counts = samples_of_epoch(data, [manifest.chunks for manifest in manifests]) if data.mix else [None]
+        self._identity, self._padded = facts.identity, facts.is_padded
+        counts = facts.samples if data.mix else (None,)
         with _one_run_at_a_time(share):
             streams = [
-                CheckedStream(pack, shard_directory(pack, data.cache), count)
-                for pack, count in zip(places, counts, strict=True)
+                CheckedStream(of.pack, shard_directory(of.pack, data.cache), count)
+                for of, count in zip(facts.packs, counts, strict=True)
             ]
             leads = share.rank % share.local_size == 0
             if leads:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,6 @@ def list_shards(directory: Path) -> list[dict[str, Any]]:
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"data pack index {path} is damaged ({error}); copy it anew or make the pack again") from None
     return shards
-
-
-def read_shard_cut(directory: str | Path) -> str:
-    """A hash of how many chunks each shard of a pack has, in order: what the order of samples knows of its shards."""
-    samples = [shard["samples"] for shard in list_shards(Path(directory))]
-    return hashlib.sha256(repr(samples).encode()).hexdigest()
 
 
 def read_index(directory: str | Path) -> list[dict[str, Any]]:

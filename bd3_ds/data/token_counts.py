@@ -5,20 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bd3_ds.data.manifest import read_manifest
 from bd3_ds.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from bd3_ds.data.manifest import Manifest
+
 COUNTS = "token_counts.npy"
 
 
-def read_token_counts(directory: str | Path) -> np.ndarray:
-    """How often each token occurs in a pack's text, int64 [vocabulary]; raises UserError where it has no counts."""
+def read_token_counts(directory: str | Path, manifest: Manifest) -> np.ndarray:
+    """How often each token occurs in the text of the pack in `directory`, int64 [vocabulary].
+
+    `manifest` is the pack's. Raises UserError where it has no counts, or others than the manifest says.
+    """
     import numpy as np
 
-    manifest = read_manifest(directory)
     path = Path(directory) / COUNTS
     try:
         counts = np.load(path, allow_pickle=False)

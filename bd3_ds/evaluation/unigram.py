@@ -24,7 +24,7 @@ def unigram_perplexity(train_pack: str | Path, eval_pack: str | Path, max_chunks
     train, evaluation = read_manifest(train_pack), open_pack(eval_pack)
     check_same_tokenizer(train, evaluation.manifest)
     vocabulary = train.tokenizer.vocab_size
-    seen = read_token_counts(train_pack) + 1.0
+    seen = read_token_counts(train_pack, train) + 1.0
     seen[train.tokenizer.mask_id] = 0
     scored = _counts(evaluation, vocabulary, max_chunks)
     present = scored > 0

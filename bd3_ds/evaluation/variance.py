@@ -19,8 +19,7 @@ from torch import Tensor
 from bd3_ds.checkpoint.export import Export
 from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import EvalConfig, RunConfig, block_size
-from bd3_ds.data.remote import fetch_facts
-from bd3_ds.data.token_counts import read_token_counts
+from bd3_ds.data.data_facts import read_pack_facts
 from bd3_ds.diffusion.clip_search import Spread, spread_sums
 from bd3_ds.diffusion.frequency import power_at, rarity
 from bd3_ds.diffusion.likelihood import Texts
@@ -212,7 +211,7 @@ def variances_of(
     """The variances that an evaluation worker puts on record for a set, by their names there."""
     run, counts = export.run, None
     if run.objective.frequency.power > 0:
-        counts = read_token_counts(fetch_facts(run.data.train, run.data.cache))
+        counts = read_pack_facts(run.data.train, run.data.cache, check_files=False).token_counts
     texts = read_texts(directory, wanted.max_chunks, apart=run.data.document_mask)
     plan = BatchPlan(wanted.variance_batches, wanted.batch, wanted.batch, gradient=True)
     measured = variances(model, run, texts, plan, step=export.step, token_counts=counts, progress=progress)

@@ -14,9 +14,8 @@ from pathlib import Path
 from bd3_ds.config.check import check_run, ranks_at_work
 from bd3_ds.config.check_data import is_remote, packs
 from bd3_ds.config.schema import AUTO, RunConfig
+from bd3_ds.data.data_facts import DataFacts, PackFacts, key_of, read_pack_facts
 from bd3_ds.data.manifest import MANIFEST, Manifest, read_manifest
-from bd3_ds.data.remote import fetch_facts
-from bd3_ds.data.shards import read_index
 from bd3_ds.planning.micro_batch import micro_batches, set_micro_batch
 from bd3_ds.planning.vocabulary import assumed_vocabulary
 from bd3_ds.runtime.errors import UserError
@@ -57,12 +56,12 @@ def find(run: RunConfig, world_size: int, here: bool) -> Findings:
         except UserError as error:
             found.collect(error)
     sound = not found.problems
-    manifests = _packs(found, sound)
-    _vocabulary(found, manifests)
-    _sets(found, manifests, sound)
+    facts = _packs(found, sound)
+    _vocabulary(found, facts)
+    _sets(found, facts, sound)
     _run_dir(found, here)
     if sound:
-        _facts(found, manifests, world_size)
+        _together(found, facts, world_size)
     return found
 
 
@@ -88,11 +87,11 @@ def micro_batch_sentence(found: Findings, taken: int, world_size: int) -> str:
     )
 
 
-def _packs(found: Findings, sound: bool) -> dict[str, Manifest]:
-    """The manifests of data.train and data.mix that are there and whole. Of an unsound run none is fetched."""
-    data, manifests = found.run.data, {}
+def _packs(found: Findings, sound: bool) -> dict[str, PackFacts]:
+    """Of the packs of data.train and data.mix that are there and whole. Of an unsound run none is fetched."""
+    data, facts = found.run.data, {}
     for pack in packs(data):
-        key = "data.train" if pack == data.train else "data.mix"
+        key = key_of(pack, data)
         if is_remote(pack):
             if not sound:
                 continue
@@ -100,24 +99,22 @@ def _packs(found: Findings, sound: bool) -> dict[str, Manifest]:
             _absent(found, pack, key)
             continue
         try:
-            manifests[pack] = read_manifest(fetch_facts(pack, data.cache))
-            if not is_remote(pack):
-                read_index(pack)
+            facts[pack] = read_pack_facts(pack, data.cache)
         except UserError as error:
             found.problems += [f"{key}: {message}" for message in error.messages]
-    return manifests
+    return facts
 
 
-def _vocabulary(found: Findings, manifests: dict[str, Manifest]) -> None:
+def _vocabulary(found: Findings, facts: dict[str, PackFacts]) -> None:
     run = found.run
-    if run.data.train in manifests:
-        found.chunks = manifests[run.data.train].chunks
+    if run.data.train in facts:
+        found.chunks = facts[run.data.train].manifest.chunks
         try:
-            found.run = preflight.with_vocabulary(run, manifests[run.data.train])
+            found.run = preflight.with_vocabulary(run, facts[run.data.train].manifest)
         except UserError as error:
             found.collect(error)
         return
-    others = [*manifests.values(), *_manifests_of_sets(run)]
+    others = [*(of.manifest for of in facts.values()), *_manifests_of_sets(run)]
     taken = assumed_vocabulary(run, others[0] if others else None)
     found.vocabulary = taken.origin
     model = dataclasses.replace(run.model, vocab_size=taken.size, mask_id=taken.mask_id)
@@ -135,14 +132,16 @@ def _manifests_of_sets(run: RunConfig) -> list[Manifest]:
     return found
 
 
-def _sets(found: Findings, manifests: dict[str, Manifest], sound: bool) -> None:
+def _sets(found: Findings, facts: dict[str, PackFacts], sound: bool) -> None:
     """Evaluation sets that are there are whole and fit the training data, or the first of them."""
     run = found.run
     there = {name: pack for name, pack in run.eval.sets.items() if is_remote(pack) or Path(pack).exists()}
     for name, pack in run.eval.sets.items():
         if name not in there:
             _absent(found, pack, f"eval.sets.{name}")
-    first = manifests.get(run.data.train) or next(iter(_manifests_of_sets(run)), None)
+    first = next(iter(_manifests_of_sets(run)), None)
+    if run.data.train in facts:
+        first = facts[run.data.train].manifest
     if first is None:
         return
     length = run.data.length if sound else first.length  # an unsound length would be reported once for each set
@@ -169,26 +168,27 @@ def _run_dir(found: Findings, here: bool) -> None:
         )
 
 
-def _facts(found: Findings, manifests: dict[str, Manifest], world_size: int) -> None:
+def _together(found: Findings, facts: dict[str, PackFacts], world_size: int) -> None:
     """What takes several facts together, as far as they are there."""
     run = found.run
-    train = manifests.get(run.data.train)
+    train = facts.get(run.data.train)
     start = run.train.init_from
     if start is not None and not Path(start).exists():
         found.refused.append(f"train.init_from={start} is not there yet; its weights are unchecked")
     else:
         found.problems += preflight._start(run)
     if train is not None:
-        found.problems += preflight._shards(run, train)
-    if len(manifests) == len(packs(run.data)):
-        found.problems += [*preflight._mix(run, list(manifests.values())), *preflight._cache_limit(run)]
+        found.problems += preflight._shards(run, train.manifest)
+    if len(facts) == len(packs(run.data)):
+        of_all = DataFacts.of(run.data, list(facts.values()))
+        found.problems += [*preflight._mix(run, of_all), *preflight._cache_limit(run, of_all)]
     if found.problems:
         return
     search = run.objective.clip_search
     if search.method != "grid" or Path(run.eval.sets[search.set]).exists():
         found.problems += preflight._clip_search(run, world_size)
     if train is not None:
-        found.problems += preflight._token_counts(run)
+        found.problems += preflight._token_counts(run, train)
 
 
 def _absent(found: Findings, pack: str, key: str) -> None:

@@ -13,18 +13,14 @@ from bd3_ds.checkpoint.export import require_fit
 from bd3_ds.checkpoint.manifest import Checkpoint
 from bd3_ds.checkpoint.shards import Shards
 from bd3_ds.checkpoint.store import Saver, newest_checkpoint
-from bd3_ds.config.check_data import packs
 from bd3_ds.config.load import to_yaml
 from bd3_ds.config.schema import RunConfig
+from bd3_ds.data.data_facts import DataFacts
 from bd3_ds.data.loader import Loader
-from bd3_ds.data.manifest import read_manifest
-from bd3_ds.data.mixture import samples_of_epoch
 from bd3_ds.data.pack import open_pack
 from bd3_ds.data.rank_errors import of_all_ranks
-from bd3_ds.data.remote import pack_directory
 from bd3_ds.data.same_packs import require_same_packs
 from bd3_ds.data.share import Share
-from bd3_ds.data.token_counts import read_token_counts
 from bd3_ds.interop.init_from import find_start, starting_weights
 from bd3_ds.model.build import Initial, dit_config
 from bd3_ds.model.dit import DiT
@@ -60,8 +56,8 @@ def _weights_to_start_from(run: RunConfig, model: DiT, world: World) -> tuple[di
     return world.together(read)
 
 
-def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
-    """Network, engine, data and log of a run, and its last checkpoint where there is one."""
+def build(run: RunConfig, facts: DataFacts, ds_json: dict[str, Any], world: World) -> Trainer:
+    """Network, engine, data and log of a run, and its last checkpoint where there is one; as `preflight` gave it."""
     started, run_dir = time.perf_counter(), Path(run.run_dir)
     with torch.device("meta"):  # the engine gives each tensor its memory, where it stays
         model = DiT(dit_config(run.model, run.objective.name))
@@ -72,7 +68,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         world.rank, world.size, world.local_size, train.micro_batch, train.global_batch, train.sequence_parallel
     )
     if checkpoint is not None:
-        _require_the_same_data(run, checkpoint, share)
+        _require_the_same_data(run, facts, checkpoint, share)
     sequence = share_sequences(model, run.train, world)
     engine = _engine(run, ds_json, world, model, checkpoint, said)
     ema = Ema(engine, run.optim.ema_decay)
@@ -87,10 +83,9 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
     assert run.model.mask_id is not None
     peak = torch.tensor(peak_flops(world.device, run.train.precision), device=world.device, dtype=torch.float64)
     search = run.objective.clip_search
-    train_pack = pack_directory(run.data.train, run.data.cache)
-    counts = read_token_counts(train_pack) if run.objective.frequency.power > 0 else None
+    counts = facts.train.token_counts if run.objective.frequency.power > 0 else None
     held_out = open_pack(run.eval.sets[search.set]) if search.method == "grid" else None
-    stepper = Stepper(run, world, engine, ema, run.model.mask_id, counts, scored_tokens(run), sequence)
+    stepper = Stepper(run, world, engine, ema, run.model.mask_id, counts, facts.scored_tokens, sequence)
     return Trainer(
         run=run,
         world=world,
@@ -99,7 +94,7 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
         stepper=stepper,
         clip_search=ClipSearch(stepper, held_out),
         validation=Validation(stepper),
-        loader=Loader(run.data, share, state.samples),
+        loader=Loader(run.data, facts, share, state.samples),
         saver=Saver(
             run_dir / CHECKPOINTS,
             world,
@@ -115,9 +110,9 @@ def build(run: RunConfig, ds_json: dict[str, Any], world: World) -> Trainer:
     )
 
 
-def _require_the_same_data(run: RunConfig, checkpoint: Checkpoint, share: Share) -> None:
+def _require_the_same_data(run: RunConfig, facts: DataFacts, checkpoint: Checkpoint, share: Share) -> None:
     try:
-        require_same_packs(run.data, checkpoint.state.get("loader", {}), run.run_dir)
+        require_same_packs(facts, checkpoint.state.get("loader", {}), run.run_dir)
     except UserError as error:
         raise of_all_ranks(error, share) from None
 
@@ -152,17 +147,3 @@ def _go_on(checkpoint: Checkpoint, engine: Engine, ema: Ema, world: World, said:
             f"{now[0]} at stage {now[1]}"
         )
     return TrainState.from_dict(saved)
-
-
-def scored_tokens(run: RunConfig) -> float:
-    """Scored tokens of a mean sequence of the run's packs: all but the first one and padding.
-
-    Raises UserError where there are none.
-    """
-    manifests = [read_manifest(pack_directory(pack, run.data.cache)) for pack in packs(run.data)]
-    samples = samples_of_epoch(run.data, [manifest.chunks for manifest in manifests])
-    padding = sum(n * manifest.padding / manifest.chunks for n, manifest in zip(samples, manifests, strict=True))
-    mean = run.data.length - 1 - padding / sum(samples)
-    if mean <= 0:
-        raise UserError(f"data.train={run.data.train} has nothing to learn: all but first tokens is padding")
-    return mean

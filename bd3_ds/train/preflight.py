@@ -9,54 +9,38 @@ from pathlib import Path
 from bd3_ds.checkpoint.manifest import MANIFEST as COMMITTED
 from bd3_ds.checkpoint.manifest import checkpoint_directories
 from bd3_ds.config.check import check_run, ranks_at_work
-from bd3_ds.config.check_data import is_remote, packs, size_in_bytes
+from bd3_ds.config.check_data import size_in_bytes
 from bd3_ds.config.schema import RunConfig
+from bd3_ds.data.data_facts import DataFacts, PackFacts, read_data_facts
 from bd3_ds.data.manifest import Manifest, check_same_tokenizer, read_manifest
-from bd3_ds.data.mixture import samples_of_epoch
-from bd3_ds.data.remote import fetch_facts, pack_directory
-from bd3_ds.data.shards import INDEX, read_index
-from bd3_ds.data.token_counts import read_token_counts
+from bd3_ds.data.shards import read_index
 from bd3_ds.interop.init_from import find_start
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.runtime.files import read_json, require_writable
+from bd3_ds.runtime.files import require_writable
 from bd3_ds.runtime.run_dir import CHECKPOINTS
 from bd3_ds.train.earlier import earlier_runs, refused_changes
 
 
-def preflight(run: RunConfig, world_size: int) -> RunConfig:
-    """The run with its vocabulary filled in from the shards; raises UserError with what is wrong.
+def preflight(run: RunConfig, world_size: int) -> tuple[RunConfig, DataFacts]:
+    """The run with its vocabulary filled in from its data, and the facts of that; raises UserError with what is wrong.
 
     The facts of remote packs are then in data.cache.
     """
     check_run(run, world_size)
-    manifest, *mixed = _manifests(run)
-    run = with_vocabulary(run, manifest)
+    facts = read_data_facts(run.data, _looks_at_files())
+    run = with_vocabulary(run, facts.train.manifest)
     problems = [
-        *_shards(run, manifest),
-        *_mix(run, [manifest, *mixed]),
-        *_cache_limit(run),
-        *_sets(run, manifest),
+        *_shards(run, facts.train.manifest),
+        *_mix(run, facts),
+        *_cache_limit(run, facts),
+        *_sets(run, facts.train.manifest),
         *_start(run),
         *_run_dir(run),
     ]
-    problems = problems or [*_clip_search(run, world_size), *_token_counts(run)]
+    problems = problems or [*_clip_search(run, world_size), *_token_counts(run, facts.train)]
     if problems:
         raise UserError(*problems)
-    return run
-
-
-def _manifests(run: RunConfig) -> list[Manifest]:
-    """Of data.train and of each pack mixed in; their shards are there, or can be fetched."""
-    found = []
-    for pack in packs(run.data):
-        key = "data.train" if pack == run.data.train else "data.mix"
-        try:
-            found.append(read_manifest(fetch_facts(pack, run.data.cache)))
-            if not is_remote(pack) and _looks_at_files():
-                read_index(pack)
-        except UserError as error:
-            raise UserError(f"{key}: {error}") from None
-    return found
+    return run, facts
 
 
 def _looks_at_files() -> bool:
@@ -97,13 +81,13 @@ def _shards(run: RunConfig, manifest: Manifest) -> list[str]:
     return problems
 
 
-def _mix(run: RunConfig, manifests: list[Manifest]) -> list[str]:
+def _mix(run: RunConfig, facts: DataFacts) -> list[str]:
     """Packs that are mixed are of one kind, none is named twice, and each has a sample in an epoch."""
-    problems = _named_twice(run)
-    counts = samples_of_epoch(run.data, [manifest.chunks for manifest in manifests])
-    for (pack, share), other, count in zip(run.data.mix.items(), manifests[1:], counts[1:], strict=True):
+    problems, first = _named_twice(facts), facts.train.manifest
+    for (pack, share), mixed, count in zip(run.data.mix.items(), facts.packs[1:], facts.samples[1:], strict=True):
+        other = mixed.manifest
         try:
-            check_same_tokenizer(manifests[0], other)
+            check_same_tokenizer(first, other)
         except UserError as error:
             problems.append(f"data.mix: {error}")
         if other.length != run.data.length:
@@ -113,37 +97,33 @@ def _mix(run: RunConfig, manifests: list[Manifest]) -> list[str]:
             )
         if count == 0:
             problems.append(
-                f"data.mix gives '{pack}' the share {share}, less than one sample beside the {manifests[0].chunks} of "
+                f"data.mix gives '{pack}' the share {share}, less than one sample beside the {first.chunks} of "
                 "data.train; raise it or leave the pack out"
             )
     return problems
 
 
-def _named_twice(run: RunConfig) -> list[str]:
+def _named_twice(facts: DataFacts) -> list[str]:
     """Packs under two spellings, which streaming would meet as two that use one directory."""
     problems = []
     seen: dict[Path, str] = {}
-    for pack in packs(run.data):
-        place = pack_directory(pack, run.data.cache).resolve()
+    for of in facts.packs:
+        place = of.directory.resolve()
         if place not in seen:
-            seen[place] = pack
+            seen[place] = of.pack
             continue
         mend = "leave it out of data.mix, data.train has what the other shares leave"
-        if seen[place] != run.data.train:
+        if seen[place] != facts.train.pack:
             mend = "name it once, with the sum of both shares"
-        problems.append(f"data.mix: '{pack}' and '{seen[place]}' are the same pack; {mend}")
+        problems.append(f"data.mix: '{of.pack}' and '{seen[place]}' are the same pack; {mend}")
     return problems
 
 
-def _cache_limit(run: RunConfig) -> list[str]:
+def _cache_limit(run: RunConfig, facts: DataFacts) -> list[str]:
     """streaming wants room for four of the largest shard, packed and unpacked."""
     if run.data.cache_limit is None:
         return []
-    largest = max(
-        shard["raw_data"]["bytes"] + (shard["zip_data"] or {"bytes": 0})["bytes"]
-        for pack in packs(run.data)
-        for shard in read_json(pack_directory(pack, run.data.cache) / INDEX, "data pack index")["shards"]
-    )
+    largest = max(of.largest_shard for of in facts.packs)
     if (size_in_bytes(run.data.cache_limit) or 0) >= 4 * largest:
         return []
     return [
@@ -187,12 +167,12 @@ def _clip_search(run: RunConfig, world_size: int) -> list[str]:
     ]
 
 
-def _token_counts(run: RunConfig) -> list[str]:
+def _token_counts(run: RunConfig, train: PackFacts) -> list[str]:
     """Masking by frequency finds its counts."""
     if run.objective.frequency.power == 0:
         return []
     try:
-        read_token_counts(pack_directory(run.data.train, run.data.cache))
+        _ = train.token_counts
     except UserError as error:
         return [f"objective.frequency.power={run.objective.frequency.power}: {error}"]
     return []

@@ -16,6 +16,7 @@ SCRIPT = """
 import gc, json, pickle, sys
 import deepspeed, torch
 from bd3_ds.config.ds_json import load_ds_json
+from bd3_ds.data.data_facts import read_data_facts
 from bd3_ds.runtime.world import join_world
 from bd3_ds.train.build import build
 from bd3_ds.train.engine import Engine
@@ -35,7 +36,7 @@ def looking(**given):
     return initialize(**given)
 deepspeed.initialize = looking
 run = pickle.loads(Path(sys.argv[1]).read_bytes())
-trainer = build(run, load_ds_json(Path(sys.argv[2])), join_world())
+trainer = build(run, read_data_facts(run.data), load_ds_json(Path(sys.argv[2])), join_world())
 gc.collect()
 seen.append(live())
 print("live", json.dumps(seen), flush=True)

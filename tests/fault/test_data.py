@@ -238,7 +238,7 @@ def test_two_runs_do_not_share_a_cache(server, tmp_path):
     data = data_config(f"{server.url}/bucket/pack", cache=str(tmp_path / "cache"))
     script = (
         "import sys; from tests.helpers.readers import *\n"
-        f"loader = Loader(data_config({data.train!r}, cache={data.cache!r}), Share(0, 1, 1, 1, 8), 0)\n"
+        f"loader = open_loader(data_config({data.train!r}, cache={data.cache!r}), Share(0, 1, 1, 1, 8))\n"
         "batches = iter(loader); next(batches); print('reading', flush=True)\n"
         "sys.stdin.readline(); next(batches); print('still reading', flush=True)\n"
     )

@@ -42,9 +42,9 @@ def masters(engine: Engine, world: World) -> dict[str, Tensor]:
 def main(recipe: str, ds_config: str) -> int:
     """Train, average twice, compare."""
     ds_json = load_ds_json(Path(ds_config))
-    run = preflight(load_recipe(recipe, []), 2)
+    run, facts = preflight(load_recipe(recipe, []), 2)
     world = join_world()
-    trainer = build(run, ds_json, world)
+    trainer = build(run, facts, ds_json, world)
     engine, ema = trainer.engine, trainer.ema
     average = masters(engine, world)
     batches = iter(trainer.loader)

@@ -17,6 +17,7 @@ import torch
 
 from bd3_ds.config.load import load_defaults
 from bd3_ds.config.schema import DataConfig
+from bd3_ds.data.data_facts import read_data_facts
 from bd3_ds.data.loader import Loader
 from bd3_ds.data.share import Share
 from bd3_ds.data.streaming_import import import_streaming
@@ -52,6 +53,11 @@ def data_config(train: Path | str, **changes: Any) -> DataConfig:
     """The defaults for a pack of `numbered_pack`, with `changes`."""
     data = load_defaults({"run_dir": "x", "data.train": str(train), "data.length": LENGTH}, "a test").data
     return dataclasses.replace(data, **changes)
+
+
+def open_loader(data: DataConfig, share: Share, samples: int = 0) -> Loader:
+    """A loader of the packs that `data` names, whose facts are read for it alone."""
+    return Loader(data, read_data_facts(data), share, samples)
 
 
 def numbers(tokens: np.ndarray) -> np.ndarray:
@@ -98,7 +104,7 @@ def _read_rank(
         )
     share = Share(rank, cluster.ranks, cluster.ranks, cluster.micro_batch, cluster.global_batch, cluster.replicas)
     data = dataclasses.replace(data, workers=cluster.workers)
-    batches = iter(Loader(data, share, first * cluster.global_batch))
+    batches = iter(open_loader(data, share, first * cluster.global_batch))
     slots, samples = [], []
     for _ in range(steps * share.accumulation):
         batch = next(batches)

@@ -389,7 +389,7 @@ def test_continuing_needs_no_starting_weights(work: Path, tmp_path: Path) -> Non
     committed = tmp_path / "checkpoints" / "step-00000002" / "manifest.json"
     committed.parent.mkdir(parents=True)
     committed.write_text("{}")
-    assert preflight(run, 1).model.vocab_size == 81
+    assert preflight(run, 1)[0].model.vocab_size == 81
 
 
 @pytest.mark.parametrize(

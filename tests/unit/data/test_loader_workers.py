@@ -5,9 +5,9 @@ import itertools
 import torch
 
 from bd3_ds.data import loader, loader_workers
-from bd3_ds.data.loader import Loader
 from bd3_ds.data.share import Share
 from bd3_ds.runtime.world import prepare_environment
+from tests.helpers.readers import open_loader
 from tests.helpers.tiny import tiny_run
 
 
@@ -25,7 +25,7 @@ def test_loader_processes_are_not_forked_beside_a_gpu(tmp_path, monkeypatch):
         monkeypatch.undo()
         monkeypatch.setattr(loader, "start_method", lambda: chosen)
         started.append(chosen)
-        batches = Loader(run.data, Share(0, 1, 1, micro_batch=4, global_batch=8), samples=0)
+        batches = open_loader(run.data, Share(0, 1, 1, micro_batch=4, global_batch=8))
         return [batch.ids for batch in itertools.islice(batches, 16)]
 
     assert ids_of_an_epoch(cuda=True) == ids_of_an_epoch(cuda=False)

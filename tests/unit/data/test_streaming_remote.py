@@ -24,14 +24,13 @@ import run as entry
 from bd3_ds.config.check_data import size_in_bytes
 from bd3_ds.config.load import to_yaml
 from bd3_ds.data import shared_memory
-from bd3_ds.data.loader import Loader
 from bd3_ds.data.mixture import samples_of_epoch
 from bd3_ds.data.remote import Missing, Refused, pack_directory, patiently
 from bd3_ds.data.share import Share
 from bd3_ds.data.streaming_import import import_streaming
 from bd3_ds.runtime.errors import UserError, run_command
 from bd3_ds.train.preflight import preflight
-from tests.helpers.readers import data_config, numbered_pack
+from tests.helpers.readers import data_config, numbered_pack, open_loader
 from tests.helpers.s3_server import object_server
 from tests.helpers.tiny import LENGTH, tiny_run
 
@@ -124,7 +123,7 @@ def test_replicas_stand_where_streaming_puts_them(nodes, local, replicas):
 @pytest.mark.parametrize("apart", [False, True])
 def test_padding_is_told_from_text(tmp_path, pads, apart):
     data = data_config(numbered_pack(tmp_path / "pack", 8, pads=pads), document_mask=apart)
-    documents = next(iter(Loader(data, Share(0, 1, 1, 2, 2), 0))).documents
+    documents = next(iter(open_loader(data, Share(0, 1, 1, 2, 2)))).documents
     if not pads and not apart:
         assert documents is None
         return
@@ -135,7 +134,7 @@ def test_padding_is_told_from_text(tmp_path, pads, apart):
 
 def test_shard_of_a_loader_process_that_was_ended_is_taken_up(tmp_path):
     """It has said that it is at work on the shard; others would wait for it."""
-    loader = Loader(data_config(numbered_pack(tmp_path / "pack", 8), shuffle=False), Share(0, 1, 1, 2, 2), 0)
+    loader = open_loader(data_config(numbered_pack(tmp_path / "pack", 8), shuffle=False), Share(0, 1, 1, 2, 2))
     loader.dataset._shard_states[0] = 2  # streaming's PREPARING
     loader.dataset._at_work.add(0)
     loader.dataset.give_up()
@@ -146,7 +145,7 @@ def test_pack_that_cannot_be_unpacked_where_it_is(tmp_path):
     pack = numbered_pack(tmp_path / "pack", 8)
     (pack / "00000/shard.00000.mds").mkdir()  # permissions would not stop root
     with pytest.raises(UserError, match=r"shard 00000/shard.+ cannot be (unpacked|read).+Is a directory"):
-        next(iter(Loader(data_config(pack), Share(0, 1, 1, 2, 2), 0)))
+        next(iter(open_loader(data_config(pack), Share(0, 1, 1, 2, 2))))
 
 
 def test_temporaries_are_swept_when_nobody_can_be_writing_them(tmp_path):
@@ -156,7 +155,7 @@ def test_temporaries_are_swept_when_nobody_can_be_writing_them(tmp_path):
     for path in (fresh, old):
         path.touch()
     os.utime(old, (0, 0))
-    Loader(data_config(pack), Share(0, 1, 1, 2, 2), 0)
+    open_loader(data_config(pack), Share(0, 1, 1, 2, 2))
     assert fresh.exists() and not old.exists()
 
 

@@ -90,7 +90,7 @@ def test_counts_of_a_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     """Written with the pack, equal to its tokens, checked by verify, and asked for again where they are not there."""
     pack = open_pack(tiny_pack(tmp_path / "pack", chunks=20))
     expected = np.bincount(pack.all_tokens().ravel(), minlength=pack.manifest.tokenizer.vocab_size)
-    assert (read_token_counts(tmp_path / "pack") == expected).all()
+    assert (read_token_counts(pack.directory, pack.manifest) == expected).all()
     assert not run_command(verify.main, [str(tmp_path / "pack")])
     moved = expected.copy()
     moved[[0, int(expected.argmax())]] = moved[[int(expected.argmax()), 0]]
@@ -100,4 +100,4 @@ def test_counts_of_a_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     for spoil in (lambda file: file.write_bytes(b""), lambda file: np.save(file, expected[:-1]), Path.unlink):
         spoil(tmp_path / "pack" / COUNTS)
         with pytest.raises(UserError, match="make the pack again"):
-            read_token_counts(tmp_path / "pack")
+            read_token_counts(pack.directory, pack.manifest)

@@ -97,7 +97,7 @@ def test_causal_models_compute_the_same(tmp_path, kind, words, changes):
         parts = [model.decode(text[:, i : i + 8], cache, start=i, block_size=1) for i in (0, 8)]
         torch.testing.assert_close(torch.cat(parts, 1)[..., :80], expected, atol=1e-4, rtol=1e-5)
         run = tiny_run(tmp_path, *words, objective__block_size=1)
-        assert preflight(run, 1) == run
+        assert preflight(run, 1)[0] == run
         model, said = started(run)
         adapted = model(text, text, block_size=1)
         torch.testing.assert_close(adapted[..., :80], expected, atol=1e-4, rtol=1e-5)

@@ -16,7 +16,6 @@ from torch import Tensor
 from bd3_ds.checkpoint.export import find_export
 from bd3_ds.config.load import to_yaml
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, RunConfig, block_size
-from bd3_ds.data.loader import Loader
 from bd3_ds.data.micro_batch import MicroBatch
 from bd3_ds.data.pack import open_pack
 from bd3_ds.data.share import Share
@@ -38,6 +37,7 @@ from bd3_ds.train.state import TrainState
 from bd3_ds.train.step import Stepper
 from tests.helpers.documents import CASES, document_pack, each_alone, numbers
 from tests.helpers.engine import OneProcess
+from tests.helpers.readers import open_loader
 from tests.helpers.tiny import LENGTH, tiny_export, tiny_run
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def test_loader_numbers_documents(tmp_path: Path) -> None:
 
     for asked in (True, False):
         data = tiny_run(tmp_path, data__document_mask=str(asked).lower()).data
-        batches = list(itertools.islice(Loader(data, Share(0, 1, 1, 4, 8), samples=0), 4))
+        batches = list(itertools.islice(open_loader(data, Share(0, 1, 1, 4, 8)), 4))
         assert sorted(tuple(row) for batch in batches for row in batch.tokens.tolist()) == sorted(of)
         for batch in batches:
             if not asked:

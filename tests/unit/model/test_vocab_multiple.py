@@ -164,8 +164,8 @@ def test_costs_follow(tmp_path: Path) -> None:
     plain, wide = (DiTConfig(VOCAB, 16, 2, 2, 2, 8, False, vocab_multiple=m) for m in (1, 8))
     costs = [training_flops_per_sequence(network, BD3, LENGTH, 4, 0.5) for network in (plain, wide)]
     assert costs[1] - costs[0] == pytest.approx(3 * 0.5 * (LENGTH - 1) * 2 * 16 * (16 - VOCAB))
-    run = preflight(tiny_run(tmp_path), 1)
-    wider = preflight(tiny_run(tmp_path, model__vocab_multiple=64), 1)
+    run, _ = preflight(tiny_run(tmp_path), 1)
+    wider, _ = preflight(tiny_run(tmp_path, model__vocab_multiple=64), 1)
     counts = [parameter_count(dit_config(r.model, BD3)) for r in (run, wider)]
     assert counts[1] - counts[0] == (128 - 81) * (32 + 32 + 1)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bd3_ds.checkpoint.export import find_export
 from bd3_ds.config.schema import AR, BD3, MDLM, SEDD, RunConfig
-from bd3_ds.data.loader import Loader
+from bd3_ds.data.data_facts import read_data_facts
 from bd3_ds.data.micro_batch import MicroBatch
 from bd3_ds.data.pack import open_pack
 from bd3_ds.data.share import Share
@@ -26,12 +26,12 @@ from bd3_ds.evaluation.variance import BatchPlan, variances
 from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.world import World
-from bd3_ds.train.build import scored_tokens
 from bd3_ds.train.clip_search import ClipSearch
 from bd3_ds.train.state import TrainState
 from bd3_ds.train.step import Stepper, StepResult
 from data_prep.pack_writer import write_pack
 from tests.helpers.engine import OneProcess
+from tests.helpers.readers import open_loader
 from tests.helpers.tiny import LENGTH, tiny_export, tiny_pack, tiny_run, tiny_text, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -72,6 +72,10 @@ def step(run: RunConfig, model: DiT, micro: int, order: list[int]) -> tuple[Step
     batches = (MicroBatch(tokens[part], np.array(part), 0.0, documents[part]) for part in parts)
     result = stepper.step(iter(batches), TrainState(), False)
     return result, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def scored_tokens(run: RunConfig) -> float:
+    return read_data_facts(run.data).scored_tokens
 
 
 def mask_of(run: RunConfig) -> int:
@@ -129,7 +133,7 @@ def test_mean_sequence_of_mixed_packs(tmp_path: Path) -> None:
 
 def test_loader_tells_of_padding(tmp_path: Path) -> None:
     run = padded_run(tmp_path, BD3, 4)
-    batch = next(iter(Loader(run.data, Share(0, 1, 1, 8, 8), samples=0)))
+    batch = next(iter(open_loader(run.data, Share(0, 1, 1, 8, 8))))
     assert batch.documents is not None and batch.documents.max() == 0
     assert sorted((batch.documents == 0).sum(1).tolist()) == sorted(COUNTS)
 
