@@ -131,8 +131,8 @@ def adopt_slurm(env: MutableMapping[str, str]) -> None:
     """Fill in RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT from srun's variables.
 
     Nothing is changed under another launcher, or in a batch script outside srun, which sees the job's variables but is
-    no task of it. Raises UserError where the nodes have unequal numbers of tasks. Source: srun(1), OUTPUT ENVIRONMENT
-    VARIABLES.
+    no task of it. Raises UserError where the nodes have unequal numbers of tasks, or the first of several cannot be
+    told. Source: srun(1), OUTPUT ENVIRONMENT VARIABLES.
     """
     if "RANK" in env or "SLURM_STEP_NUM_TASKS" not in env:
         return
@@ -147,18 +147,24 @@ def adopt_slurm(env: MutableMapping[str, str]) -> None:
     env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
     env["LOCAL_RANK"] = env["SLURM_LOCALID"]
     env["LOCAL_SIZE"] = per_node.pop()
-    if "MASTER_ADDR" not in env:
-        env["MASTER_ADDR"] = first_host(env["SLURM_STEP_NODELIST"])
+    if "MASTER_ADDR" not in env:  # on one node nothing is asked: containers seldom have scontrol
+        one_node = env["WORLD_SIZE"] == env["LOCAL_SIZE"]
+        env["MASTER_ADDR"] = "127.0.0.1" if one_node else first_host(env["SLURM_STEP_NODELIST"])
     env.setdefault("MASTER_PORT", str(PORTS[(job + step) % len(PORTS)]))
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's node list, such as node01 of node[01-03,7],login; by scontrol where it is installed."""
-    if shutil.which("scontrol"):
-        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
-        if done.returncode == 0 and done.stdout.strip():
-            return done.stdout.split()[0]
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)  # up to a comma outside brackets
-    if first is None:
-        raise UserError(f"SLURM_STEP_NODELIST={nodes} names no host; set MASTER_ADDR to the first host's address")
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
+    """The first of Slurm's node list, such as node01 of node[01-03,7],login, as scontrol tells it.
+
+    Raises UserError where scontrol is not installed, or does not take the list.
+    """
+    instead = "set MASTER_ADDR to the first host's address"
+    if shutil.which("scontrol") is None:
+        raise UserError(
+            f"SLURM_STEP_NODELIST={nodes} is read by Slurm's command scontrol, which is not on the PATH; {instead}"
+        )
+    done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
+    if done.returncode or not done.stdout.strip():
+        why = f" ({reason[-1]})" if (reason := done.stderr.strip().splitlines()) else ""
+        raise UserError(f"SLURM_STEP_NODELIST={nodes} names no host that scontrol knows{why}; {instead}")
+    return done.stdout.split()[0]

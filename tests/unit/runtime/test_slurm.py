@@ -26,34 +26,42 @@ TASK = {
 
 
 @pytest.fixture(autouse=True)
-def no_scontrol(monkeypatch, tmp_path):
+def path(monkeypatch, tmp_path):
+    """A folder for stand-ins of Slurm's commands, the only one that is looked in."""
     monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("node7", "node7"),
-        ("a,b", "a"),
-        ("node[01-03,7]", "node01"),
-        ("node[7,1-3],login", "node7"),
-        ("rack[2-3]-n[08-11]", "rack2-n08"),
-        ("gpu-a[1]-ib,x", "gpu-a1-ib"),
-    ],
-)
-def test_first_host_of_a_node_list(nodes, first):
-    assert first_host(nodes) == first
-
-
-def test_scontrol_is_asked_where_it_is_there(tmp_path):
-    tool = tmp_path / "scontrol"
-    tool.write_text('#!/bin/sh\n[ "$*" = "show hostnames odd{1..2}" ] && echo odd1 && echo odd2\n')
+def stand_in(folder: Path, nodes: str, answer: str) -> None:
+    """A scontrol that knows this list of nodes alone."""
+    tool = folder / "scontrol"
+    tool.write_text(
+        f'#!/bin/sh\n[ "$*" = "show hostnames {nodes}" ] && printf "{answer}" && exit\n'
+        'echo "Invalid hostlist: $3" >&2\nexit 1\n'
+    )
     tool.chmod(0o755)
-    assert first_host("odd{1..2}") == "odd1"
-    assert first_host("node[01-02]") == "node01"  # it failed, so the list is read here
 
 
-def test_a_task_of_srun_knows_its_peers():
+def test_scontrol_tells_the_first_host(path):
+    stand_in(path, "rack[2-3]-n[08-11],login", r"rack2-n08\nrack2-n09\n")
+    assert first_host("rack[2-3]-n[08-11],login") == "rack2-n08"
+    with pytest.raises(UserError, match=r"NODELIST=odd\[ names no host .*\(Invalid hostlist: odd\[\); set MASTER_ADDR"):
+        first_host("odd[")
+
+
+def test_without_scontrol_the_address_must_be_given():
+    with pytest.raises(UserError, match=r"NODELIST=node\[03-04\] is read by .*scontrol, which is not on the PATH; set"):
+        adopt_slurm(dict(TASK))
+
+
+def test_on_one_node_nobody_is_asked():
+    env = {**TASK, "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_STEP_NODELIST": "node03"}
+    adopt_slurm(env)
+    assert (env["WORLD_SIZE"], env["MASTER_ADDR"]) == ("4", "127.0.0.1")
+
+
+def test_a_task_of_srun_knows_its_peers(path):
+    stand_in(path, "node[03-04]", r"node03\nnode04\n")
     env = dict(TASK)
     adopt_slurm(env)
     assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["LOCAL_SIZE"]) == ("5", "8", "1", "4")
