@@ -1,7 +1,7 @@
 """What a recipe chooses by name under `objective`, and what is to be known of each before torch is imported.
 
-The entries are registered where they are computed: `diffusion/objectives/`, `diffusion/schedules.py` and
-`diffusion/weighting.py`, or in a module of the user's (docs/extending.md).
+The entries are registered where they are computed: `diffusion/objectives/`, `diffusion/bounds.py`,
+`diffusion/schedules.py` and `diffusion/weighting.py`, or in a module of the user's (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from bd3_ds.runtime.registry import Registry
 
 ESTIMATORS = ("exact", "stratified", "mc", "report")
 TOKEN, SEQUENCE, CONFIGURED = "token", "sequence", "configured"  # kinds of blocks
+MASKED = "masked diffusion"  # the bound of objectives that name no other
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,9 @@ class Objective:
     title: what a model of it is, for its card. loss: from a denoiser and a noisy micro-batch to a `Loss`, called as
     `diffusion/objective.py` says. causal: tokens see those before them alone, there is no noise, every token is asked
     for. timed: the network is conditioned on the noise level of a sequence. blocks: which tokens are denoised together:
-    each alone, those of a whole sequence, or as many as objective.block_size says. estimators: those that can score a
-    model of it. analytic: its network's outputs are rates of the reverse process, so that sampling can go by them.
+    each alone, those of a whole sequence, or as many as objective.block_size says. bound: what scores a model of it, by
+    its name in BOUNDS. estimators: those that can estimate this bound. analytic: its network's outputs are rates of the
+    reverse process, so that sampling can go by them.
     """
 
     title: str
@@ -33,6 +35,7 @@ class Objective:
     causal: bool = False
     timed: bool = False
     blocks: str = SEQUENCE
+    bound: str = MASKED
     estimators: tuple[str, ...] = ESTIMATORS
     analytic: bool = False
 
@@ -123,5 +126,7 @@ class Weight:
 
 
 OBJECTIVES: Registry[Objective] = Registry("objective.name", "bd3_ds.diffusion.objectives")
+# From a network, texts, block size, mask id and estimator to their `Bound`, called as `diffusion/bounds.py` says.
+BOUNDS: Registry[Callable[..., Any]] = Registry("bound", "bd3_ds.diffusion.bounds")
 SCHEDULES: Registry[ScheduleKind] = Registry("objective.schedule.name", "bd3_ds.diffusion.schedules")
 WEIGHTS: Registry[Weight] = Registry("objective.weight.name", "bd3_ds.diffusion.weighting")

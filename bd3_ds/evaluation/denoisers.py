@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bd3_ds.diffusion.likelihood import CausalNetwork, Condition, ViewDenoiser
+from bd3_ds.diffusion.bounds import Answer, ScoredNetwork
+from bd3_ds.diffusion.likelihood import Condition, ViewDenoiser
 from bd3_ds.model.dit import DiT
 from bd3_ds.model.kv_cache import KVCache
 from bd3_ds.model.layers import Read
@@ -39,11 +40,20 @@ def conditioned(model: DiT, block_size: int, documents: Tensor | None = None) ->
     return condition
 
 
-def causal(model: DiT, documents: Tensor | None = None) -> CausalNetwork:
-    """An AR network as `likelihood.autoregressive` calls it; `documents` [b, L] if tokens see only their own one."""
+def scored_network(model: DiT, block_size: int, documents: Tensor | None = None) -> ScoredNetwork:
+    """`model` as bounds call it, with `documents` [b, L] if tokens see only their own one."""
 
-    def network(x0: Tensor, at: Tensor, read: Read) -> tuple[Tensor, Tensor]:
-        answer: tuple[Tensor, Tensor] = model(x0, block_size=1, at=at, read=read, documents=documents)
+    def network(x0: Tensor | None) -> Answer:
+        if x0 is not None:
+            views = conditioned(model, block_size, documents)(x0)
+            return lambda tokens, sigma, at, read: views(tokens, at, read)
+
+        def answer(tokens: Tensor, sigma: Tensor | None, at: Tensor, read: Read) -> tuple[Tensor, Tensor]:
+            found: tuple[Tensor, Tensor] = model(
+                tokens, block_size=block_size, sigma=sigma, at=at, read=read, documents=documents
+            )
+            return found
+
         return answer
 
     return network

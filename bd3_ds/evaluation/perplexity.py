@@ -16,17 +16,15 @@ from torch import Tensor
 
 from bd3_ds.checkpoint.export import Export
 from bd3_ds.config.check import estimator_used
-from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import RunConfig, block_size
 from bd3_ds.data.pack import open_pack
 from bd3_ds.diffusion import likelihood
+from bd3_ds.diffusion.bounds import bound_under
 from bd3_ds.diffusion.likelihood import Bound, Estimator, Texts
 from bd3_ds.diffusion.report_estimator import report_rates
-from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
-from bd3_ds.evaluation.denoisers import causal, conditioned
+from bd3_ds.evaluation.denoisers import conditioned, scored_network
 from bd3_ds.evaluation.packs import check_pack
 from bd3_ds.model.dit import DiT
-from bd3_ds.model.layers import Read
 from bd3_ds.runtime.errors import UserError
 
 # Called with (sequences done, sequences in all) after every batch.
@@ -156,24 +154,10 @@ def bound_of(model: DiT, run: RunConfig, texts: Texts, estimator: Estimator) -> 
     Sampled estimators draw by (seed, number of the row), so batching does not matter. With `texts.documents`, tokens
     see their own document only.
     """
-    mask_id, size, documents = run.model.mask_id, block_size(run), texts.documents
-    assert mask_id is not None
-    if OBJECTIVES[run.objective.name].causal:
-        return likelihood.autoregressive(causal(model, documents), texts, mask_id)
-    if OBJECTIVES[run.objective.name].timed:
-
-        def score(x_t: Tensor, sigma: Tensor, at: Tensor, read: Read) -> tuple[Tensor, Tensor]:
-            answer: tuple[Tensor, Tensor] = model(
-                x_t, block_size=size, sigma=sigma, at=at, read=read, documents=documents
-            )
-            return answer
-
-        return score_entropy_bound(score, texts, mask_id, estimator.views, estimator.seed)
-    condition = conditioned(model, size, documents)
-    if estimator.name == "exact":
-        return likelihood.exact(condition, texts, size, mask_id, estimator.at_once)
-    sampled = likelihood.monte_carlo if estimator.name == "mc" else likelihood.stratified
-    return sampled(condition, texts, size, mask_id, estimator.views, estimator.seed)
+    assert run.model.mask_id is not None
+    size = block_size(run)
+    network = scored_network(model, size, texts.documents)
+    return bound_under(run.objective.name, network, texts, size, run.model.mask_id, estimator)
 
 
 @torch.no_grad()

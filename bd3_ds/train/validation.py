@@ -18,10 +18,9 @@ from torch import Tensor
 from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.data.pack import open_pack
-from bd3_ds.diffusion import likelihood
-from bd3_ds.diffusion.likelihood import Bound, Texts
+from bd3_ds.diffusion.bounds import Answer, bound_under
+from bd3_ds.diffusion.likelihood import Bound, Estimator, Texts
 from bd3_ds.diffusion.noise import scored_places
-from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.train.exporting import scored_block_size
 from bd3_ds.train.held_out import HeldOut
@@ -120,6 +119,7 @@ class Validation:
         estimator = "exact" if size == 1 and objective.can_be_exact else objective.sampled_estimator
         views = 1 if estimator == "exact" else run.eval.views
         together = max(1, run.train.micro_batch // views)  # so that no pass holds more than training's do
+        how = Estimator(estimator, views, SEED, at_once=together)
         share = run.train.sequence_parallel
         reader, readers = world.rank // share, world.size // share
         batches = -(-len(self._held_out) // together)
@@ -129,7 +129,7 @@ class Validation:
             number = turn * readers + reader
             # Under ZeRO-3 every rank makes every pass: one without a batch of its own repeats the last, for nothing.
             first = min(number, batches - 1) * together
-            bound = self._bound(slice(first, first + together), first, size, estimator, views)
+            bound = self._bound(slice(first, first + together), first, size, how)
             if number < batches:
                 by_sequence = bound.nelbo.double().sum(1)
                 sums += torch.stack([by_sequence.sum(), bound.variance.double().sum(), by_sequence.square().sum()])
@@ -151,31 +151,16 @@ class Validation:
             sequences=sequences,
         )
 
-    def _bound(self, rows: slice, first: int, size: int, estimator: str, views: int) -> Bound:
+    def _bound(self, rows: slice, first: int, size: int, estimator: Estimator) -> Bound:
         """The Bound of these sequences, the first of which has this number."""
         run, stepper = self._run, self._stepper
         tokens, documents = self._held_out.rows(rows)
         denoise = stepper.denoiser(size, documents)
         device = stepper.world.device
         texts = Texts(tokens, documents, first_row=first).to(device)
-        mask_id = stepper.mask_id
-        if OBJECTIVES[run.objective.name].causal:
-            return likelihood.autoregressive(
-                lambda text, at, read: denoise(text, None, sigma=None, at=at, read=read), texts, mask_id
-            )
-        if OBJECTIVES[run.objective.name].timed:
-            return score_entropy_bound(
-                lambda x_t, sigma, at, read: denoise(x_t, None, sigma=sigma, at=at, read=read),
-                texts,
-                mask_id,
-                views,
-                SEED,
-            )
 
-        def condition(text: Tensor) -> likelihood.ViewDenoiser:
+        def network(x0: Tensor | None) -> Answer:
             # All views beside one clean pass, as in training with several views.
-            return lambda x_t, at, read: denoise(x_t.flatten(0, 1), text, sigma=None, at=at, read=read)
+            return lambda x_t, sigma, at, read: denoise(x_t.flatten(0, -2), x0, sigma=sigma, at=at, read=read)
 
-        if estimator == "exact":
-            return likelihood.exact(condition, texts, size, mask_id, len(texts))
-        return likelihood.stratified(condition, texts, size, mask_id, views, SEED)
+        return bound_under(run.objective.name, network, texts, size, stepper.mask_id, estimator)

@@ -29,4 +29,7 @@ def loss(denoiser: Denoiser, batch: Batch) -> Loss:
     return Loss(total, total.detach(), None, None, *by_rate(nats.double(), torch.ones_like(nats)))
 
 
-OBJECTIVES.register("ar", Objective("an autoregressive language model", loss, causal=True, blocks=TOKEN))
+OBJECTIVES.register(
+    "ar",
+    Objective("an autoregressive language model", loss, causal=True, blocks=TOKEN, bound="autoregressive"),
+)

@@ -34,6 +34,11 @@ OBJECTIVES.register(
     "sedd",
     # Its bound is an integral over time, which nothing but drawing times estimates.
     Objective(
-        "a diffusion language model by score entropy (SEDD)", loss, timed=True, estimators=("mc",), analytic=True
+        "a diffusion language model by score entropy (SEDD)",
+        loss,
+        timed=True,
+        estimators=("mc",),
+        bound="score entropy",
+        analytic=True,
     ),
 )

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from bd3_ds.config.schema import BD3, MDLM, WeightConfig
+from bd3_ds.config.schema import AR, BD3, MDLM, WeightConfig
 from bd3_ds.diffusion import likelihood
+from bd3_ds.diffusion.bounds import bound_under
 from bd3_ds.diffusion.likelihood import Texts
 from bd3_ds.diffusion.noise import make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.diffusion.score_entropy_bound import score_entropy_bound
-from bd3_ds.evaluation.denoisers import causal, conditioned
+from bd3_ds.evaluation.denoisers import conditioned, scored_network
 from bd3_ds.model.build import initialise
 from bd3_ds.model.dit import DiT, DiTConfig, as_denoiser
 from bd3_ds.model.kv_cache import KVCache
@@ -147,12 +148,16 @@ def test_one_block_is_mdlm(model, text):
     torch.testing.assert_close(without(x_t, everywhere, None), conditioned(model, 16)(text)(x_t, everywhere, None))
 
 
+def autoregressive(net, texts):
+    return bound_under(AR, scored_network(net, 1, texts.documents), texts, 1, MASK, likelihood.Estimator("exact"))
+
+
 @torch.no_grad()
 def test_autoregressive_is_the_chain_rule(text):
     net = DiT(DiTConfig(VOCAB, 16, 2, 2, 2, 8, True, attention="sdpa")).eval()
     initialise(net, 0)
     torch.nn.init.normal_(net.head.linear.weight)
-    bound = likelihood.autoregressive(causal(net), Texts(text), MASK)
+    bound = autoregressive(net, Texts(text))
     for i in range(1, text.shape[1]):
         logits = net(text[:, :i], block_size=1)[:, -1]
         logits[:, MASK] = -torch.inf
@@ -283,12 +288,12 @@ def test_autoregressive_scores_parts(text):
     net = DiT(DiTConfig(VOCAB, 16, 2, 2, 2, 8, True, attention="sdpa")).eval()
     initialise(net, 0)
     torch.nn.init.normal_(net.head.linear.weight)
-    whole = likelihood.autoregressive(causal(net), Texts(text), MASK).nelbo
+    whole = autoregressive(net, Texts(text)).nelbo
     scored = torch.rand(text.shape, generator=torch.Generator().manual_seed(4)) < 0.4
-    bound = likelihood.autoregressive(causal(net), Texts(text, scored=scored), MASK)
+    bound = autoregressive(net, Texts(text, scored=scored))
     scored[:, 0] = False
     torch.testing.assert_close(bound.nelbo, whole * scored)
     assert bound.tokens == int(scored.sum())
     documents = torch.where(torch.arange(16) < 12, 0, -1).expand(3, -1)
-    padded = likelihood.autoregressive(causal(net, documents), Texts(text, documents, scored), MASK)
+    padded = autoregressive(net, Texts(text, documents, scored))
     torch.testing.assert_close(padded.nelbo[:, :12], bound.nelbo[:, :12], rtol=1e-5, atol=1e-5)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bd3_ds.config.schema import AR, BD3, SEDD
 from bd3_ds.diffusion.subs import SubsNats, subs_nll
-from bd3_ds.evaluation.denoisers import causal, conditioned
+from bd3_ds.evaluation.denoisers import conditioned, scored_network
 from bd3_ds.model.attention.attention import attend
 from bd3_ds.model.attention.masks import CLEAN, AttentionMask, TokenLayout, pass_mask, places
 from bd3_ds.model.dit import DiT, DiTConfig
@@ -229,7 +229,7 @@ def test_cached_tokens_are_the_causal_pass(pieces: list[int]) -> None:
     documents, model, cache = numbers(ANYWHERE), network(causal=True), KVCache(3)
     whole, start = model(x0, block_size=1, documents=documents), 0
     at, targets = torch.arange(LENGTH - 1), x0[0, 1:]
-    _, nats = causal(model, documents)(x0, at, SubsNats(targets, MASK))
+    _, nats = scored_network(model, 1, documents)(None)(x0, None, at, SubsNats(targets, MASK))
     torch.testing.assert_close(nats, subs_nll(whole[0, :-1], targets, MASK))
     for count in pieces:
         tokens = x0[:, start : start + count]
