@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
@@ -42,6 +43,7 @@ QUIET = (  # a browser that looks for nothing but the page
 )
 COLOURS = 64  # of a PNG: text and lines need no more, and the files stay small
 LENGTH, BLOCK = 12, 4  # of the mask that is drawn
+CURVES = "^(eval/valid/ppl|perf/tokens_per_s|train/grad_norm|train/nelbo)$"  # in the picture of TensorBoard
 WAIT = 60.0  # seconds for TensorBoard to begin to serve
 
 
@@ -146,21 +148,28 @@ def denoising(browser: str, samples: Path, path: Path) -> None:
 
 
 def tensorboard(browser: str, runs: list[Path], path: Path) -> None:
-    """TensorBoard's first page for the runs."""
+    """TensorBoard's page of the runs' main curves."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory) / "runs"  # the page names it
+        folder.mkdir()
         for run in runs:
-            (Path(directory) / run.name).symlink_to(run.resolve(), target_is_directory=True)
-        command = [sys.executable, "-m", "tensorboard.main", "--logdir", directory, "--port", str(port)]
+            (folder / run.name).symlink_to(run.resolve(), target_is_directory=True)
+        command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder.name, "--port", str(port)]
         server = subprocess.Popen(
-            [*command, "--reload_multifile", "true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*command, "--reload_multifile", "true"],
+            cwd=directory,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         try:
             address = f"http://127.0.0.1:{port}/"
             _wait_for(address, server)
-            _screenshot(browser, address, path, (1400, 900), 30)
+            # Of its two dashboards this one draws on the page's own thread, which the browser's clock waits for.
+            page = urllib.parse.urlencode({"tagFilter": CURVES, "_smoothingWeight": 0.9})
+            _screenshot(browser, f"{address}#scalars&{page}", path, (1080, 770), 30)
         finally:
             server.terminate()
             server.wait()

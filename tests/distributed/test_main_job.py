@@ -44,13 +44,15 @@ def copy(tmp_path_factory):
 
 
 def run(place: Path, script: str, timeout: int):
+    """What the script prints. DeepSpeed's operators, built anew for each environment's path, go to a folder of their own:
+    in the common one runs of other tests, beside this one, would build over them."""
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=place,
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, "PYTHONPATH": ""},
+        env={**os.environ, "PYTHONPATH": "", "TORCH_EXTENSIONS_DIR": str(place.parent / "extensions")},
     )
     assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
