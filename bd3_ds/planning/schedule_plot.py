@@ -30,8 +30,7 @@ def schedule_figure(run: RunConfig) -> Figure:
     """The three panels. Probabilities and densities begin at 0, so that a flat one looks flat."""
     from matplotlib.figure import Figure
 
-    moves = run.objective.schedule.name == "bimodal" and run.objective.schedule.bimodal.mu2_end is not None
-    stages = {"start": 0.0, "end": 1.0} if moves else {"": 0.0}
+    stages = {"start": 0.0, "end": 1.0} if _moves(run) else {"": 0.0}
     figure = Figure(figsize=(13, 4), layout="constrained")
     density, weight, share_of = figure.subplots(1, 3)
     for number, (name, progress) in enumerate(stages.items()):
@@ -73,6 +72,13 @@ def _a_decade(axes: Axes) -> tuple[float, float]:
     low, high = axes.dataLim.ymin, axes.dataLim.ymax
     middle = (low * high) ** 0.5
     return min(low / 1.3, middle / 10**0.5), max(high * 1.3, middle * 10**0.5)
+
+
+def _moves(run: RunConfig) -> bool:
+    """Whether training draws other rates at its end than at its start."""
+    times = torch.linspace(0, 1, 65, dtype=torch.float64)
+    start, end = (make_proposal(run.objective.schedule, progress).rate(times) for progress in (0.0, 1.0))
+    return not torch.equal(start, end)
 
 
 def curves(run: RunConfig, proposal: Proposal) -> tuple[Tensor, Tensor, Tensor, Tensor]:
