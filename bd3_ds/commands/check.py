@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bd3_ds.config.check import unreached
-from bd3_ds.config.ds_json import DEFAULT, check_place, load_ds_json
+from bd3_ds.config.ds_json import DEFAULT, check_optimizer, check_place, load_ds_json
 from bd3_ds.config.load import load_recipe, to_yaml
-from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.registries import OBJECTIVES, OPTIMIZERS
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.planning.findings import Findings, find
 from bd3_ds.runtime.cli import Parser, at_least_one
@@ -150,6 +150,8 @@ def _place(run: RunConfig, ds_json: dict[str, Any], asked: Asked, problems: list
         )
     if not asked.here:  # folders of another machine are not to be seen from here
         ds_json = {**ds_json, "zero_optimization": _without_folders(ds_json.get("zero_optimization", {}))}
+    if run.optim.name in OPTIMIZERS:
+        _collect(problems, lambda: check_optimizer(ds_json, run))
     _collect(problems, lambda: check_place(ds_json, asked.world_size, per_node))
     # Only with torch can devices be asked, which other mistakes wait for only where the run asks for special ones.
     if asked.here and (not problems or _asks_for_devices(run, ds_json)):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from bd3_ds.config.check import unreached
-from bd3_ds.config.ds_json import DEFAULT, check_place, load_ds_json
+from bd3_ds.config.ds_json import DEFAULT, check_optimizer, check_place, load_ds_json
 from bd3_ds.config.load import load_recipe
 from bd3_ds.runtime.cli import Parser
 from bd3_ds.runtime.errors import EXIT_STOPPED, only_rank_zero_speaks
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
     run, facts = preflight(load_recipe(arguments.recipe, arguments.overrides), world_size)
     for note in unreached(run) if os.environ.get("RANK", "0") == "0" else []:
         print(f"note: {note}", file=sys.stderr, flush=True)
+    check_optimizer(ds_json, run)
     check_place(ds_json, world_size, ranks_of_host(os.environ))
 
     import torch

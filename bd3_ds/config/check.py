@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 
 from bd3_ds.config.check_data import data_problems
 from bd3_ds.config.check_diffusion import (
@@ -20,7 +21,7 @@ from bd3_ds.config.check_diffusion import (
     exported_sizes,
 )
 from bd3_ds.config.keys import flat, schema_keys
-from bd3_ds.config.registries import ESTIMATORS, OBJECTIVES
+from bd3_ds.config.registries import ESTIMATORS, OBJECTIVES, OPTIMIZERS, parameter_problems
 from bd3_ds.config.schema import AUTO, RunConfig, block_size
 from bd3_ds.runtime.errors import UserError, did_you_mean
 
@@ -97,10 +98,13 @@ def _single_values(run: RunConfig) -> list[str]:
 
 def _names(run: RunConfig) -> list[str]:
     """Names that are known elsewhere than in the schema."""
+    choices: list[tuple[str, str, Iterable[str]]] = [
+        ("objective.name", run.objective.name, OBJECTIVES),
+        ("optim.name", run.optim.name, OPTIMIZERS),
+        *diffusion_choices(run),
+    ]
     problems = [
-        f"{key}={value} is unknown; {did_you_mean(value, known)}"
-        for key, value, known in [("objective.name", run.objective.name, OBJECTIVES), *diffusion_choices(run)]
-        if value not in known
+        f"{key}={value} is unknown; {did_you_mean(value, known)}" for key, value, known in choices if value not in known
     ]
     if (name := run.train.validate_set) is not None and name not in run.eval.sets:
         hint = did_you_mean(name, run.eval.sets) if run.eval.sets else "eval.sets is empty, name its directory there"
@@ -230,7 +234,8 @@ def unreached(run: RunConfig) -> list[str]:
 
 
 def _optim(run: RunConfig) -> list[str]:
-    problems = []
+    known = OPTIMIZERS[run.optim.name].parameters
+    problems = parameter_problems("this optimizer", known, "optim.parameters", run.optim.parameters)
     if run.optim.min_lr > run.optim.lr:
         problems.append(f"optim.min_lr={run.optim.min_lr} must not exceed optim.lr={run.optim.lr}")
     return problems

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from bd3_ds.config.registries import OBJECTIVES, SCHEDULES, WEIGHTS
+from bd3_ds.config.registries import OBJECTIVES, SCHEDULES, WEIGHTS, parameter_problems
 from bd3_ds.config.schema import RunConfig, block_size
 
 CLIP_SEARCHES = ("none", "grid", "moments")
@@ -39,7 +39,8 @@ def diffusion_ranges(run: RunConfig) -> list[str]:
             "0 <= t_min <= t_max <= 1 and 0 < t_max"
         )
     if schedule.name in SCHEDULES:
-        problems += SCHEDULES[schedule.name].problems("objective.schedule.parameters", schedule.parameters)
+        known = SCHEDULES[schedule.name].parameters
+        problems += parameter_problems("this schedule", known, "objective.schedule.parameters", schedule.parameters)
     return problems
 
 

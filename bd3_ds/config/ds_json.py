@@ -8,6 +8,7 @@ from typing import Any
 
 from bd3_ds.config import ds_names
 from bd3_ds.config.check import accumulation_steps
+from bd3_ds.config.registries import OPTIMIZERS
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.runtime.errors import UserError, did_you_mean
 from bd3_ds.runtime.files import parse_json, require_writable, unique_keys
@@ -53,7 +54,8 @@ def load_ds_json(path: Path) -> dict[str, Any]:
     """Read and check a DeepSpeed JSON; raises UserError with all that is wrong in it.
 
     That is: what the YAML owns, keys and values that DeepSpeed would ignore or not take, and offloading that cannot be.
-    What depends on ranks and disks is in `check_place`, what depends on devices in `train/hardware.py`.
+    What depends on ranks and disks is in `check_place`, on the recipe in `check_optimizer`, on devices in
+    `train/hardware.py`.
     """
     path = find_shipped(str(path), "ds_configs", ".json")
     if not path.is_file():
@@ -93,6 +95,16 @@ def check_place(content: dict[str, Any], world_size: int, local_size: int | None
     problems = [*_ranks(content.get("zero_optimization", {}), world_size, local_size), *_folders(content)]
     if problems:
         raise UserError(*(f"the DeepSpeed JSON sets zero_optimization.{problem}" for problem in problems))
+
+
+def check_optimizer(content: dict[str, Any], run: RunConfig) -> None:
+    """Raises UserError where a checked JSON offloads an optimizer that cannot be."""
+    if offloads(content) and OPTIMIZERS[run.optim.name].on_host is None:
+        able = [name for name in OPTIMIZERS if OPTIMIZERS[name].on_host is not None]
+        raise UserError(
+            "the DeepSpeed JSON sets zero_optimization.offload_optimizer, and there is no "
+            f"optim.name={run.optim.name} for host memory; leave it out, or use optim.name={' or '.join(able)}"
+        )
 
 
 def _ranks(zero: dict[str, Any], world_size: int, local_size: int | None) -> Iterator[str]:
@@ -168,7 +180,7 @@ def _zero(zero: dict[str, Any]) -> Iterator[str]:
         yield from _offload(f"zero_optimization.{key}", section, stage)
     if "nvme" in devices.values() and devices["offload_optimizer"] == "none":
         yield (
-            "sets zero_optimization.offload_param to NVMe and leaves the optimizer, which is six times as large, "
+            "sets zero_optimization.offload_param to NVMe and leaves the optimizer, which is several times as large, "
             'on the device; set offload_optimizer to {"device": "cpu"} or "nvme" as well'
         )
 
@@ -218,5 +230,7 @@ def complete_ds_json(content: dict[str, Any], run: RunConfig, world_size: int) -
         },
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
+        # Which optimizer it is, and whether it can be offloaded, is known from its entry (`registries.OptimizerKind`).
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
     }

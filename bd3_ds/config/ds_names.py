@@ -90,7 +90,7 @@ ZERO_NOT_TAKEN: dict[str, str] = {
     "parameter_alignment": _NOT_HERE,
     "pipeline_loading_checkpoint": _OWN_FILES,
     "round_robin_gradients": "leave it out: it deals gradients to the ranks in another order",
-    "save_muon_momentum_buffer_in_memory": "leave it out: the optimizer is AdamW (optim.*)",
+    "save_muon_momentum_buffer_in_memory": "leave it out: the recipe says which optimizer is taken (optim.name)",
     "stage3_gather_16bit_weights_on_model_save": _OWN_FILES,
     "stage3_gather_fp16_weights_on_model_save": _OWN_FILES,
     "zenflow": _NOT_HERE,

@@ -1,7 +1,8 @@
-"""What a recipe chooses by name under `objective`, and what is to be known of each before torch is imported.
+"""What a recipe chooses by name, and what is to be known of each before torch is imported.
 
 The entries are registered where they are computed: `diffusion/objectives/`, `diffusion/bounds.py`,
-`diffusion/schedules.py` and `diffusion/weighting.py`, or in a module of the user's (docs/extending.md).
+`diffusion/schedules.py`, `diffusion/weighting.py` and `train/optimizers.py`, or in a module of the user's
+(docs/extending.md).
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A number that a schedule takes: which values it may have, and the one it has where a recipe gives none.
+    """A number that a named thing takes: which values it may have, and the one it has where a recipe gives none.
 
     rule: `rules.number(…)`. default: None where every recipe must give it.
     """
@@ -89,27 +90,51 @@ class ScheduleKind:
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     moves: bool = False
 
-    def problems(self, key: str, given: Mapping[str, float]) -> list[str]:
-        """A sentence for each of the `given` parameters, under this key, that cannot be."""
-        unknown = [f"{key}.{name} is unknown; {self._known()}" for name in given if name not in self.parameters]
-        missing = [
-            f"{key}.{name} has no value; give it one"
-            for name, parameter in self.parameters.items()
-            if parameter.default is None and name not in given
-        ]
-        return (
-            unknown
-            + missing
-            + [
-                problem
-                for name, parameter in self.parameters.items()
-                if name in given
-                for problem in parameter.rule.problems(f"{key}.{name}", given[name])
-            ]
-        )
 
-    def _known(self) -> str:
-        return f"this schedule takes {', '.join(self.parameters)}" if self.parameters else "this schedule takes none"
+@dataclass(frozen=True)
+class OptimizerKind:
+    """An optimizer that a recipe can name. It sees flat parts of many weights laid side by side, as ZeRO cuts them.
+
+    title: its name, for a model's card. make: from parameter groups, each with its weight_decay, the section optim and
+    the `parameters` to a torch.optim.Optimizer. state: the fp32 tensors, each of the weights' shape, that it keeps for
+    weights, by the names it keeps them under; checkpoints hold them. A count of updates, `step`, may be beside them.
+    on_host: `make` for weights in host memory (offload_optimizer); None where it cannot be offloaded. parameters: by
+    name, further arguments of both; a recipe gives them in optim.parameters. No torch is imported before `make`.
+    """
+
+    title: str
+    make: Callable[..., Any]
+    state: tuple[str, ...]
+    on_host: Callable[..., Any] | None = None
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+
+
+def values_of(parameters: Mapping[str, Parameter], given: Mapping[str, float]) -> dict[str, Any]:
+    """Each parameter's value: the `given` one, or its default."""
+    return {name: parameter.default for name, parameter in parameters.items()} | dict(given)
+
+
+def parameter_problems(
+    what: str, parameters: Mapping[str, Parameter], key: str, given: Mapping[str, float]
+) -> list[str]:
+    """A sentence for each parameter `given` under this key that `what` does not take so, and for each that is missing.
+
+    what: such as "this schedule".
+    """
+    known = ", ".join(parameters) or "none"
+    unknown = [f"{key}.{name} is unknown; {what} takes {known}" for name in given if name not in parameters]
+    missing = [
+        f"{key}.{name} has no value; give it one"
+        for name, parameter in parameters.items()
+        if parameter.default is None and name not in given
+    ]
+    outside = [
+        problem
+        for name, parameter in parameters.items()
+        if name in given
+        for problem in parameter.rule.problems(f"{key}.{name}", given[name])
+    ]
+    return unknown + missing + outside
 
 
 @dataclass(frozen=True)
@@ -130,3 +155,4 @@ OBJECTIVES: Registry[Objective] = Registry("objective.name", "bd3_ds.diffusion.o
 BOUNDS: Registry[Callable[..., Any]] = Registry("bound", "bd3_ds.diffusion.bounds")
 SCHEDULES: Registry[ScheduleKind] = Registry("objective.schedule.name", "bd3_ds.diffusion.schedules")
 WEIGHTS: Registry[Weight] = Registry("objective.weight.name", "bd3_ds.diffusion.weighting")
+OPTIMIZERS: Registry[OptimizerKind] = Registry("optim.name", "bd3_ds.train.optimizers")

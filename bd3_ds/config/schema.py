@@ -141,6 +141,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    name: str
     lr: Positive
     beta1: BelowOne
     beta2: BelowOne
@@ -151,6 +152,7 @@ class OptimConfig:
     min_lr: NotNegative
     clip: Positive
     ema_decay: BelowOne
+    parameters: Dict[str, float]
 
 
 @dataclass(frozen=True)

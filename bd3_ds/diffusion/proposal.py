@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bd3_ds.config.registries import SCHEDULES
+from bd3_ds.config.registries import SCHEDULES, values_of
 from bd3_ds.config.schema import ScheduleConfig
 from bd3_ds.diffusion import schedule as shapes
 from bd3_ds.diffusion.schedule import Schedule
@@ -106,7 +106,7 @@ def base_schedule(config: ScheduleConfig, progress: float = 0.0) -> Schedule:
     """The named schedule over all t, after a share `progress` of the training."""
     kind = SCHEDULES[config.name]
     section = getattr(config, config.name, None)
-    values = {name: parameter.default for name, parameter in kind.parameters.items()} | config.parameters
+    values = values_of(kind.parameters, config.parameters)
     if dataclasses.is_dataclass(section) and not isinstance(section, type):
         values = dataclasses.asdict(section)
     if kind.moves:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3_ds.checkpoint.export import Export
-from bd3_ds.config.registries import OBJECTIVES
+from bd3_ds.config.registries import OBJECTIVES, OPTIMIZERS
 from bd3_ds.config.schema import RunConfig, block_size
 
 
@@ -107,7 +107,7 @@ def _recipe(export: Export) -> list[tuple[str, str]]:
         ("tokens seen", f"{tokens:,}"),
         ("learning rate", f"{optim.lr:g}, {optim.warmup_steps:,} steps of warm-up, then {optim.decay}"),
         (
-            "AdamW",
+            OPTIMIZERS[optim.name].title,
             f"betas {optim.beta1:g} and {optim.beta2:g}, weight decay {optim.weight_decay:g}, clip {optim.clip:g}",
         ),
         ("weights", f"average over steps, decay {optim.ema_decay:g}" if optim.ema_decay else "of the last step"),

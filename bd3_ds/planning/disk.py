@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from bd3_ds.config.check_data import is_remote, packs, size_in_bytes
+from bd3_ds.config.registries import OPTIMIZERS
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.data.remote import pack_directory
 from bd3_ds.data.shards import INDEX, list_shards
 from bd3_ds.runtime.errors import UserError
 
-# Of each number of a model: fp32 weights, Adam's two moments and the average; in an export the average.
-CHECKPOINT_BYTES, EXPORT_BYTES = 16, 4
+EXPORT_BYTES = 4  # of each number of a model: the average, in fp32
 # Seen in runs: a line of records/train.jsonl, and all points of TensorBoard that one train.log_every writes.
 RECORD_BYTES, POINTS_BYTES = 300, 1_500
 
@@ -58,7 +58,8 @@ def disk_of(run: RunConfig, parameters: int) -> Disk:
     if train.keep_exports is not None:
         exports = min(exports, train.keep_exports + 1)
     return Disk(
-        checkpoint=CHECKPOINT_BYTES * parameters,
+        # In fp32: weights, their average, what the optimizer keeps.
+        checkpoint=4 * (2 + len(OPTIMIZERS[run.optim.name].state)) * parameters,
         checkpoints=checkpoints,
         export=EXPORT_BYTES * parameters,
         exports=exports,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bd3_ds.config.ds_json import offloads
+from bd3_ds.config.registries import OPTIMIZERS
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.model.build import CHUNK
 from bd3_ds.model.dit import DiT
@@ -83,7 +84,7 @@ def zero_of(ds_json: dict[str, Any], stage: int | None = None) -> Zero:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. `optimizer` holds Adam's moments and, where there are any, fp32 master weights.
+    """Bytes of one rank. `optimizer` holds its state (Adam's moments) and, where there are any, fp32 master weights.
 
     gathered: whole weights that stage 3 has put together. activations: kept by the layers; head: by the head; logits:
     chunk and sums while its loss is made; working: gradients inside a layer, and what is computed again; buckets:
@@ -181,7 +182,8 @@ def memory_of(
 
     weights = width * (shard if stage == 3 else count)
     weights += width * -(-count // zero.copies) if zero.copies > 1 else 0
-    optimizer, ema = 8 * shard + (4 * shard if stage else 0), 4 * shard
+    kept = len(OPTIMIZERS[run.optim.name].state) + (1 if stage else 0)  # fp32 numbers for each weight
+    optimizer, ema = 4 * kept * shard, 4 * shard
     gathered = width * min(count, zero.live) if stage == 3 else 0
     gradients = width * (count if stage < 2 else shard)
     matrix = width * network.vocab_rows * network.hidden_size

@@ -13,7 +13,7 @@ from bd3_ds.runtime.run_dir import CHECKPOINTS, RUN_YAML
 
 CONFIGURATION = "configuration"  # in the state of a checkpoint: the RunConfig that it was saved under, as plain values
 # What a run may not change between its start and its continuation.
-_FIXED = ("model.", "data.", "objective.", "seed", "train.global_batch", "train.precision")
+_FIXED = ("model.", "data.", "objective.", "seed", "optim.name", "train.global_batch", "train.precision")
 _FREE = ("data.workers", "data.train", "data.cache", "data.predownload", "model.attention")
 _UNSAID = ("run_dir",)
 

@@ -1,4 +1,4 @@
-"""The DeepSpeed seam: the only file of the trainer that calls deepspeed."""
+"""The DeepSpeed seam: the only file of the trainer that calls deepspeed's engine."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from bd3_ds.checkpoint.shards import Shards, piece
 from bd3_ds.config.ds_json import complete_ds_json, offloads, zero_stage
+from bd3_ds.config.registries import OPTIMIZERS, values_of
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.model.build import without_decay
 from bd3_ds.runtime.world import World
-from bd3_ds.train.masters import MOMENTS, Masters
+from bd3_ds.train.masters import Masters, first_state
 from bd3_ds.train.materialise import Given, Values, materialise, return_freed
 
 
 class Engine:
-    """A network under ZeRO: forward, backward, step, and this rank's share of weights and moments."""
+    """A network under ZeRO: forward, backward, step, and this rank's share of weights and of the optimizer's state."""
 
     def __init__(
         self, model: nn.Module, run: RunConfig, ds_json: dict[str, Any], world: World, values: Values | None = None
@@ -47,10 +48,10 @@ class Engine:
             materialise(model, values, dtype, world.device, divide)
         elif self.stage > 0:
             values = Given({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+        make = _maker(run, offloads(ds_json))
+        first = first_state(make, run.optim.name, torch.device("cpu") if offloads(ds_json) else world.device)
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=_adamw(model, no_decay, run, offloads(ds_json)),
-            config=config,
+            model=model, optimizer=make(_groups(model, no_decay, run.optim.weight_decay)), config=config
         )
         return_freed()  # the weights that DeepSpeed has laid side by side
         # Without ZeRO DeepSpeed keeps no fp32 master weights for bf16; there the weights are fp32 and autocast rounds.
@@ -58,7 +59,7 @@ class Engine:
         self._norm: float | None = None
         self._refused = False
         self._watch_refusal()
-        self.masters = Masters(self._deepspeed, self.stage, world, self.shapes)
+        self.masters = Masters(self._deepspeed, self.stage, world, self.shapes, first)
         if self.stage > 0:
             assert values is not None
             # DeepSpeed makes its masters from weights that it has rounded to bf16.
@@ -118,15 +119,15 @@ class Engine:
         """This rank's share, for a checkpoint."""
         for group in self.masters.groups():
             for fragment in group:
-                for kind in ("weights", *MOMENTS):
-                    yield piece(kind, fragment.name, fragment.start), getattr(fragment, kind)
+                for kind, values in fragment.tensors.items():
+                    yield piece(kind, fragment.name, fragment.start), values
 
     def read(self, shards: Shards, updates: int) -> None:
         """Take this rank's share from a checkpoint, whatever ranks and ZeRO stage wrote it, after `updates` updates."""
         for group in self.masters.groups(write=True):
             for fragment in group:
-                for kind in ("weights", *MOMENTS):
-                    shards.read(kind, fragment.name, fragment.start, getattr(fragment, kind))
+                for kind, values in fragment.tensors.items():
+                    shards.read(kind, fragment.name, fragment.start, values)
         self.masters.wrote(updates)
 
     def _watch_refusal(self) -> None:
@@ -162,14 +163,17 @@ class _Division:
             self._convert(param_list=[parameter])
 
 
-def _adamw(model: nn.Module, no_decay: set[str], run: RunConfig, offload: bool) -> torch.optim.Optimizer:
-    optim = run.optim
+def _maker(run: RunConfig, offload: bool) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
+    """What makes the run's optimizer of parameter groups; `check_optimizer` has made sure that it can be offloaded."""
+    kind = OPTIMIZERS[run.optim.name]
+    make = kind.on_host if offload else kind.make
+    assert make is not None
+    return lambda groups: make(groups, run.optim, **values_of(kind.parameters, run.optim.parameters))
+
+
+def _groups(model: nn.Module, no_decay: set[str], weight_decay: float) -> list[dict[str, Any]]:
     named = list(model.named_parameters())
-    groups = [
-        {"params": [p for name, p in named if name not in no_decay], "weight_decay": optim.weight_decay},
+    return [
+        {"params": [p for name, p in named if name not in no_decay], "weight_decay": weight_decay},
         {"params": [p for name, p in named if name in no_decay], "weight_decay": 0.0},
     ]
-    common: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
-    if offload:
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
-    return torch.optim.AdamW(groups, fused=True, **common)

@@ -1,4 +1,4 @@
-"""Training under the launcher with the schedule of docs/extending.md, and evaluating what comes of it."""
+"""Training under the launcher with the modules of docs/extending.md, and evaluating what comes of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from bd3_ds.config.load import load_resolved
 from bd3_ds.runtime.errors import EXIT_USER_ERROR
@@ -51,3 +52,22 @@ def test_two_ranks_train_with_a_schedule_of_the_user(tmp_path: Path, monkeypatch
     assert scored.returncode == 0, scored.stderr
     assert json.loads((tmp_path / "out.json").read_text())
     assert os.path.exists(run_dir / "exports")
+
+
+@pytest.mark.parametrize("ds_config", ["zero0", "zero2", "zero3"])
+def test_an_optimizer_of_the_user_goes_on_to_the_last_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ds_config: str
+) -> None:
+    (tmp_path / "my_optimizer.py").write_text(blocks("python")[2])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    tiny_run(tmp_path)
+    words = ("plugins=[my_optimizer]", "optim.name=sgd", "optim.lr=0.1")
+    losses = []
+    for name, stops in (("whole", (4,)), ("halves", (2, 4))):
+        for steps in stops:
+            run_dir = f"run_dir={tmp_path / name}"
+            train(tmp_path / "recipe.yaml", *words, run_dir, f"train.total_steps={steps}", ds_config=ds_config)
+        losses.append([(line["loss"], line["grad_norm"]) for line in train_records(tmp_path / name)])
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    with safe_open(tmp_path / "whole/checkpoints/step-00000004/rank-00000.safetensors", "pt") as file:
+        assert {key.partition("/")[0] for key in file.keys()} == {"weights", "momentum_buffer", "ema"}  # noqa: SIM118

@@ -35,7 +35,13 @@ MAY_IMPORT = {
 
 # A library is imported by these files and directories alone, so that a new version of it is met in one place.
 HOMES = {
-    "deepspeed": ("bd3_ds/train/engine.py", "bd3_ds/train/hardware.py", "bd3_ds/runtime/world.py", "bd3_ds/parallel/"),
+    "deepspeed": (
+        "bd3_ds/train/engine.py",
+        "bd3_ds/train/hardware.py",
+        "bd3_ds/train/optimizers.py",
+        "bd3_ds/runtime/world.py",
+        "bd3_ds/parallel/",
+    ),
     "omegaconf": ("bd3_ds/config/",),
     "streaming": ("bd3_ds/data/", "data_prep/"),
     "transformers": (
@@ -53,6 +59,7 @@ LIGHT = (
     "bd3_ds/diffusion/objectives/",
     "bd3_ds/diffusion/schedules.py",
     "bd3_ds/diffusion/weighting.py",
+    "bd3_ds/train/optimizers.py",
     "bd3_ds/train/preflight.py",
     "bd3_ds/commands/train.py",
 )

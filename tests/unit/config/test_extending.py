@@ -1,4 +1,4 @@
-"""A schedule and an objective of the user's, by the blocks of docs/extending.md: what they do and what is refused."""
+"""What docs/extending.md has a user add, by the page's own blocks: what it does and what is refused."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ import torch
 import bd3_ds
 from bd3_ds.config import plugins
 from bd3_ds.config.check import check_run
-from bd3_ds.config.registries import OBJECTIVES, SCHEDULES, WEIGHTS, Objective
+from bd3_ds.config.registries import OBJECTIVES, OPTIMIZERS, SCHEDULES, WEIGHTS, Objective
 from bd3_ds.diffusion.likelihood import Texts, exact
 from bd3_ds.diffusion.noise import make_noise, mask_draws, stratified_times
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.runtime.errors import UserError
+from bd3_ds.train.masters import first_state
 from tests.helpers.tiny import tiny_export, tiny_run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -36,11 +37,11 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory with the page's modules; what they register is forgotten afterwards."""
-    for name, code in zip(("my_schedules", "my_objective"), blocks("python"), strict=True):
+    for name, code in zip(("my_schedules", "my_objective", "my_optimizer"), blocks("python"), strict=True):
         (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    known = {registry: set(registry) for registry in (OBJECTIVES, SCHEDULES, WEIGHTS)}
+    known = {registry: set(registry) for registry in (OBJECTIVES, OPTIMIZERS, SCHEDULES, WEIGHTS)}
     modules = set(sys.modules)
     yield tmp_path
     for registry, names in known.items():
@@ -81,6 +82,7 @@ def test_the_page_s_recipe_is_good(place: Path) -> None:
         (("plugins=[my_schedules, my_broken]",), "cannot be imported: ZeroDivisionError"),
         (("plugins=[my_schedules, my_twin]",), "is registered by my_schedules and again by my_twin"),
         (("plugins=[my_log]",), "is registered by bd3_ds.diffusion.schedules and again by my_log"),
+        (("plugins=[my_optimizer]", "optim.name=sgd", "optim.parameters={momentum: 1}"), "must lie in [0, 1)"),
         (("plugins=[my_needy]",), "needs a_library_that_is_not_there; install it"),
     ],
 )
@@ -136,6 +138,15 @@ def test_an_objective_of_the_page_is_bd3_under_another_name(place: Path) -> None
     noise = make_noise(u, draws, make_proposal(run.objective.schedule), run.objective.weight)
     ours, theirs = (training_loss(name, uniform, x0, noise, MASK).loss for name in ("bd3", "mine"))
     assert float(ours) == float(theirs) > 0
+
+
+def test_an_optimizer_of_the_page_keeps_what_it_says(place: Path) -> None:
+    run = tiny_run(place, "plugins=[my_optimizer]", "optim.name=sgd", "optim.parameters={momentum: 0.5}")
+    check_run(run, world_size=1)
+    state = first_state(
+        lambda groups: OPTIMIZERS["sgd"].make(groups, run.optim, momentum=0.5), "sgd", torch.device("cpu")
+    )
+    assert list(state) == ["momentum_buffer"]
 
 
 def test_an_export_s_plugins_are_not_imported_for_its_sake(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,7 @@ def test_every_number_of_the_schema_has_a_rule() -> None:
         "objective.schedule.parameters",
         "objective.schedule.t_min",
         "objective.schedule.t_max",
+        "optim.parameters",
     }
 
 
