@@ -44,8 +44,8 @@ def copy(tmp_path_factory):
 
 
 def run(place: Path, script: str, timeout: int):
-    """What the script prints. DeepSpeed's operators, built anew for each environment's path, go to a folder of their own:
-    in the common one runs of other tests, beside this one, would build over them."""
+    """What the script prints. DeepSpeed's operators are built anew for each environment's path, and go to a folder of
+    their own: in the common one runs of other tests, beside this one, would build over them."""
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=place,
