@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from bd3_ds.config.check import unreached
 from bd3_ds.config.ds_json import DEFAULT, check_optimizer, check_place, load_ds_json
 from bd3_ds.config.load import load_recipe, to_yaml
-from bd3_ds.config.registries import OBJECTIVES, OPTIMIZERS
+from bd3_ds.config.registries import ATTENTION, DEVICES, OBJECTIVES, OPTIMIZERS
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.planning.findings import Findings, find
 from bd3_ds.runtime.cli import Parser, at_least_one
@@ -163,7 +163,9 @@ def _place(run: RunConfig, ds_json: dict[str, Any], asked: Asked, problems: list
 def _asks_for_devices(run: RunConfig, ds_json: dict[str, Any]) -> bool:
     zero = ds_json.get("zero_optimization", {})
     special = zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients") or "aio" in ds_json
-    return bool(special) or _without_folders(zero) != zero or run.model.attention in ("flex", "stripes")
+    asked = run.model.attention
+    special = special or (asked in ATTENTION and ATTENTION[asked].trains_on != DEVICES)
+    return bool(special) or _without_folders(zero) != zero
 
 
 def _without_folders(zero: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from bd3_ds.config.check_diffusion import (
     exported_sizes,
 )
 from bd3_ds.config.keys import flat, schema_keys
-from bd3_ds.config.registries import ESTIMATORS, OBJECTIVES, OPTIMIZERS, parameter_problems
+from bd3_ds.config.registries import ATTENTION, AUTO_ATTENTION, ESTIMATORS, OBJECTIVES, OPTIMIZERS, parameter_problems
 from bd3_ds.config.schema import AUTO, RunConfig, block_size
 from bd3_ds.runtime.errors import UserError, did_you_mean
 
@@ -100,6 +100,7 @@ def _names(run: RunConfig) -> list[str]:
     """Names that are known elsewhere than in the schema."""
     choices: list[tuple[str, str, Iterable[str]]] = [
         ("objective.name", run.objective.name, OBJECTIVES),
+        ("model.attention", run.model.attention, (AUTO_ATTENTION, *ATTENTION)),
         ("optim.name", run.optim.name, OPTIMIZERS),
         *diffusion_choices(run),
     ]

@@ -1,8 +1,8 @@
 """What a recipe chooses by name, and what is to be known of each before torch is imported.
 
 The entries are registered where they are computed: `diffusion/objectives/`, `diffusion/bounds.py`,
-`diffusion/schedules.py`, `diffusion/weighting.py` and `train/optimizers.py`, or in a module of the user's
-(docs/extending.md).
+`diffusion/schedules.py`, `diffusion/weighting.py`, `model/attention/backends/` and `train/optimizers.py`, or in a
+module of the user's (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from bd3_ds.config.rules import Range
 from bd3_ds.runtime.registry import Registry
 
 ESTIMATORS = ("exact", "stratified", "mc", "report")
+AUTO_ATTENTION = "auto"  # model.attention: the backend that suits the mask and the device
+DEVICES = ("cpu", "cuda")
 TOKEN, SEQUENCE, CONFIGURED = "token", "sequence", "configured"  # kinds of blocks
 MASKED = "masked diffusion"  # the bound of objectives that name no other
 
@@ -92,6 +94,24 @@ class ScheduleKind:
 
 
 @dataclass(frozen=True)
+class AttentionBackend:
+    """A way to compute attention that a recipe can name.
+
+    attend: from queries [B, H, Q, d], which come divided by the square root of d, keys and values [B, H, K, d] and a
+    `model.attention.masks.AttentionMask` to the output [B, H, Q, d]. runs_on: the DEVICES where it works; on others an
+    export that asks for it is "auto". trains_on: those where it has a backward pass. shares_keys_on: those where it
+    takes keys and values of fewer heads, each for several heads of queries, as they are. planned: what the plan runs in
+    its place, on q, k and v without memory, and keeps as much; None: as torch's fused kernels do.
+    """
+
+    attend: Callable[..., Any]
+    runs_on: tuple[str, ...] = DEVICES
+    trains_on: tuple[str, ...] = DEVICES
+    shares_keys_on: tuple[str, ...] = ()
+    planned: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
 class OptimizerKind:
     """An optimizer that a recipe can name. It sees flat parts of many weights laid side by side, as ZeRO cuts them.
 
@@ -155,4 +175,5 @@ OBJECTIVES: Registry[Objective] = Registry("objective.name", "bd3_ds.diffusion.o
 BOUNDS: Registry[Callable[..., Any]] = Registry("bound", "bd3_ds.diffusion.bounds")
 SCHEDULES: Registry[ScheduleKind] = Registry("objective.schedule.name", "bd3_ds.diffusion.schedules")
 WEIGHTS: Registry[Weight] = Registry("objective.weight.name", "bd3_ds.diffusion.weighting")
+ATTENTION: Registry[AttentionBackend] = Registry("model.attention", "bd3_ds.model.attention.backends")
 OPTIMIZERS: Registry[OptimizerKind] = Registry("optim.name", "bd3_ds.train.optimizers")

@@ -46,7 +46,7 @@ class ModelConfig:
     cond_size: Count
     dropout: BelowOne
     rope_base: Positive
-    attention: Annotated[str, choice("auto", "dense", "sdpa", "flex", "stripes")]
+    attention: str
     vocab_multiple: Count
     tie_embeddings: bool
     norm: Annotated[str, choice("layernorm", "rmsnorm")]

@@ -117,8 +117,6 @@ class Layer(nn.Module):
         k = rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extended(self.index, k, v, keep=grow)
-        if self.key_heads < self.heads:
-            k, v = (part.repeat_interleave(self.heads // self.key_heads, dim=1) for part in (k, v))
         mixed = self.attend(q, k, v, mask if asked is None else None, self.backend)  # [B, H, Q, d]
         return self.out(mixed.transpose(1, 2).reshape(batch, queries, width))
 

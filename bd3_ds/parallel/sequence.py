@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bd3_ds.model.attention.attention import attend
+from bd3_ds.model.attention.attention import attend, for_each_head
 from bd3_ds.model.attention.masks import AttentionMask, TokenLayout
 from bd3_ds.model.dit import DiT
 from bd3_ds.runtime.host_to_device import send
@@ -76,7 +76,8 @@ class _Exchange:
         self._ulysses = DistributedAttention(self._attend, group, scatter_idx=2, gather_idx=1)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: SlicedMask, backend: str) -> Tensor:
-        """q [B, H, Q/S, d], k and v [B, H, T/S, d] -> [B, H, Q/S, d]."""
+        """q [B, H, Q/S, d], k and v [B, G, T/S, d] -> [B, H, Q/S, d]."""
+        k, v = for_each_head(q, k, v)  # there may be fewer of them than ranks
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, T/S, H, d]
         mixed: Tensor = self._ulysses(q, k, v, 0, None, mask, backend)
         return mixed.transpose(1, 2)

@@ -14,6 +14,7 @@ from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.diffusion.chunked_head import CACHED_BYTES, CHUNK_BYTES
 from bd3_ds.diffusion.proposal import make_proposal
+from bd3_ds.model.attention.attention import backend_for
 from bd3_ds.model.dit_config import DiTConfig
 from bd3_ds.planning.trace import TRACED, Traced, Work, trace_layers
 
@@ -58,9 +59,7 @@ def pass_of(run: RunConfig, network: DiTConfig, block_size: int, stage: int, cud
     single = OBJECTIVES[name].causal or block_size == length
     masked = 1.0 if OBJECTIVES[name].causal else make_proposal(run.objective.schedule).mean_rate
     bf16 = run.train.precision == "bf16"
-    attention = network.attention
-    if attention == "auto" or (attention == "stripes" and cuda):
-        attention = "sdpa" if single and not run.data.document_mask else "flex" if cuda else "stripes"
+    attention = backend_for(network.attention, cuda, lambda: not single or run.data.document_mask)
     return Pass(
         network=network,
         rows=run.train.micro_batch,

@@ -21,6 +21,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bd3_ds.config.registries import ATTENTION
+from bd3_ds.model.attention.attention import for_each_head
+from bd3_ds.model.attention.planned import like_fused
 from bd3_ds.model.dit import DiT
 from bd3_ds.model.dit_config import DiTConfig
 from bd3_ds.model.rope import rotary_angles
@@ -67,7 +70,7 @@ def trace_layers(work: Work, rows: int, per_row: bool) -> Traced:
         kernels = _Kernels(work)
         layers: list[Any] = list(model.layers)
         for layer in layers:
-            layer.attend, layer.drop = _attend(work.attention), _drop(work.cuda)
+            layer.attend, layer.drop = _attend(work), _drop(work.cuda)
             layer.forward, layer.mix = kernels.inside(layer.forward), kernels.inside(layer.mix)
         prepare_layers(model, _Recompute(work.recompute))  # type: ignore[arg-type]
         for weight in model.parameters():
@@ -137,47 +140,18 @@ def _forget_gradient(weight: Tensor) -> None:
     weight.grad = None  # the plan counts gradients of weights by themselves
 
 
-def _attend(backend: str) -> Any:
+def _attend(work: Work) -> Any:
     """What stands for `attention.attend` with this backend."""
+    backend = ATTENTION[work.attention]
+    planned = backend.planned or like_fused
 
     def attend(q: Tensor, k: Tensor, v: Tensor, _mask: Any, _backend: str) -> Tensor:
-        if backend == "dense":
-            weights = (q.float() @ k.float().transpose(-1, -2)).softmax(-1)
-            return (weights @ v.float()).to(q.dtype)
-        mixed: Tensor = (_LikeStripes if backend == "stripes" else _LikeFused).apply(q, k, v)
+        if ("cuda" if work.cuda else "cpu") not in backend.shares_keys_on:
+            k, v = for_each_head(q, k, v)
+        mixed: Tensor = planned(q, k, v)
         return mixed
 
     return attend
-
-
-class _LikeFused(torch.autograd.Function):
-    """flex and sdpa: queries, keys and values as they come (values are a view of qkv), output, log-sum-exp."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mixed = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, mixed, q.new_empty(q.shape[:-1], dtype=torch.float32))
-        return mixed
-
-    @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, _, _ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-class _LikeStripes(torch.autograd.Function):
-    """Queries, keys and values side by side; gradients of keys and values are added up in fp32."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(q.contiguous(), k.contiguous(), v.contiguous())
-        return torch.empty_like(q, memory_format=torch.contiguous_format)
-
-    @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = ctx.saved_tensors
-        d_k, d_v = (part.new_empty(part.shape, dtype=torch.float32) for part in (k, v))
-        return torch.empty_like(q), d_k.to(k.dtype), d_v.to(v.dtype)
 
 
 class _Drop(torch.autograd.Function):

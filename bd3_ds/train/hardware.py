@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 
+from bd3_ds.config.registries import ATTENTION, AUTO_ATTENTION
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.runtime.errors import UserError
 
 
 def check_hardware(run: RunConfig, ds_json: dict[str, Any] | None = None) -> None:
     """Raises UserError where the run, or its checked DeepSpeed JSON, asks for what the machine does not have."""
-    if run.model.attention == "flex" and not torch.cuda.is_available():
-        raise UserError("model.attention=flex has no backward pass on CPUs; use auto, stripes or sdpa")
-    if run.model.attention == "stripes" and torch.cuda.is_available():
-        raise UserError("model.attention=stripes is for CPUs; use auto or flex on a GPU")
+    device, asked = "cuda" if torch.cuda.is_available() else "cpu", run.model.attention
+    if asked in ATTENTION and device not in ATTENTION[asked].trains_on:
+        able = [AUTO_ATTENTION, *(name for name in ATTENTION if device in ATTENTION[name].trains_on)]
+        where = "a GPU" if device == "cuda" else "CPUs"
+        raise UserError(f"model.attention={asked} does not train on {where}; use {', '.join(able[:-1])} or {able[-1]}")
     if run.train.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise UserError("train.precision=bf16 is not supported by this GPU; use fp32")
     if problems := list(_zero(ds_json or {})):

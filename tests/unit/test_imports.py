@@ -59,6 +59,7 @@ LIGHT = (
     "bd3_ds/diffusion/objectives/",
     "bd3_ds/diffusion/schedules.py",
     "bd3_ds/diffusion/weighting.py",
+    "bd3_ds/model/attention/backends/",
     "bd3_ds/train/optimizers.py",
     "bd3_ds/train/preflight.py",
     "bd3_ds/commands/train.py",

@@ -79,8 +79,9 @@ OVERRIDES = [
     ("zzzz=1", ["unknown key zzzz in the command line; configs/base.yaml lists all keys"]),
     ("'run_dir=\" \"'", ["run_dir is empty; name a directory"]),
     ("objective.name=bd4", ["objective.name=bd4 is unknown", "did you mean 'bd3'?"]),
+    ("model.attention=sdp", ["model.attention=sdp is unknown", "did you mean 'sdpa'?"]),
     ("optim.name=adam", ["optim.name=adam is unknown", "did you mean 'adamw'?"]),
-    ("optim.parameters={momentum: 0.9}", ["optim.parameters.momentum is unknown", "this optimizer takes none"]),
+    ("optim.parameters.momentum=0.9", ["optim.parameters.momentum is unknown", "this optimizer takes none"]),
     ("optim.decay=linear", ["optim.decay=linear is unknown", "known: constant, cosine"]),
     ("train.fp32_matmul=tf32", ["train.fp32_matmul=tf32 is unknown", "known: high, highest"]),
     ("optim.lr=-1e-3", ["optim.lr=-0.001", "above 0"]),
@@ -326,7 +327,7 @@ def test_configuration(
 def test_what_this_machine_cannot_do(mode: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check(
         words_of(f"{mode} @ model.attention=flex", work),
-        ["model.attention=flex", "use auto, stripes or sdpa"],
+        ["model.attention=flex", "use auto, dense, sdpa or stripes"],
         work,
         capsys,
     )
@@ -369,7 +370,7 @@ def test_what_this_machine_cannot_do(mode: str, work: Path, capsys: pytest.Captu
         ),
         pytest.param(
             "model.attention=flex optim.lr=0",
-            ["model.attention=flex has no backward pass on CPUs", "optim.lr=0"],
+            ["model.attention=flex does not train on CPUs", "optim.lr=0"],
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do what is refused here"),
         ),
     ],

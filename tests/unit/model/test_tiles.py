@@ -14,8 +14,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bd3_ds.model.attention import attention
 from bd3_ds.model.attention.attention import attend
+from bd3_ds.model.attention.backends import flex as backend
 from bd3_ds.model.attention.masks import AttentionMask, pass_mask
 from bd3_ds.model.attention.tiles import TILE
 
@@ -188,10 +188,10 @@ def test_many_shapes_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
     The compiler is torch's own tracing with the eager operators behind it: what falls back is the tracing's matter.
     """
-    monkeypatch.setattr(attention, "COMPILER", "eager")
-    monkeypatch.setattr(attention, "SHAPES", 2)
-    monkeypatch.setattr(attention, "_OWN_CODE", set())
-    attention._compiled_flex.cache_clear()
+    monkeypatch.setattr(backend, "COMPILER", "eager")
+    monkeypatch.setattr(backend, "SHAPES", 2)
+    monkeypatch.setattr(backend, "_OWN_CODE", set())
+    backend._compiled.cache_clear()
     torch._dynamo.reset()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for length, dtype in itertools.product((16, 64, 160), (torch.float32, torch.bfloat16)):
@@ -200,5 +200,5 @@ def test_many_shapes_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
             for trained in (True, False):
                 with torch.set_grad_enabled(trained):
                     assert attend(q, q, q, mask, "flex").shape == q.shape
-    attention._compiled_flex.cache_clear()
+    backend._compiled.cache_clear()
     torch._dynamo.reset()

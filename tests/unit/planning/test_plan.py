@@ -88,6 +88,7 @@ def kept_by_autograd(run: RunConfig, stage: int, scored: int) -> int:
         (1, {"train__activation_checkpointing": "selective", "train__precision": "bf16", "model__dropout": 0.1}),
         (1, {"model__mlp": "swiglu", "model__norm": "rmsnorm", "model__kv_heads": 2, "train__precision": "bf16"}),
         (0, {"model__mlp": "swiglu", "model__norm": "rmsnorm", "train__precision": "bf16"}),
+        (1, {"objective__name": "mdlm", "objective__block_size": None, "model__kv_heads": 2}),
         (1, {"model__layers": 5, "train__micro_batch": 7, "objective__block_size": 8}),
     ],
 )
