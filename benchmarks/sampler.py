@@ -29,9 +29,9 @@ from torch import Tensor
 
 from bd3_ds.model.dit import DiT
 from bd3_ds.model.dit_config import DiTConfig
-from bd3_ds.sampling.denoiser import Causal, Denoiser, Read, Recomputing, in_parts
-from bd3_ds.sampling.draw import Drawn
-from bd3_ds.sampling.options import Course
+from bd3_ds.sampling.denoiser import CausalDenoiser, ReadLogits, RecomputingDenoiser, SamplingDenoiser, in_chunks
+from bd3_ds.sampling.draw import SampledTokens
+from bd3_ds.sampling.options import WindowPlan
 from bd3_ds.sampling.sampler import Samples, denoiser_of, sample
 from benchmarks.measure import ROOT, finish, interleaved, parser, rate, say, summary
 
@@ -39,16 +39,16 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FAR_BLOCKS = 4  # blocks written at each distance
 
 
-class TrainingPass(Recomputing):
+class TrainingPass(RecomputingDenoiser):
     """Each evaluation is a training pass over the text so far."""
 
-    def predict(self, block: Tensor, at: Tensor, sigma: Tensor | None, read: Read) -> Drawn:
-        """See `Denoiser`."""
+    def predict(self, block: Tensor, at: Tensor, sigma: Tensor | None, read: ReadLogits) -> SampledTokens:
+        """See `SamplingDenoiser`."""
         text = block if self.clean is None else torch.cat([self.clean, block], dim=1)
         rows, places = at // block.shape[1], at % block.shape[1]
         of_text = rows * text.shape[1] + len(self) + places
-        drawn: Drawn = self.model(
-            text, text, block_size=self.block_size, at=of_text, read=in_parts(read, self.vocab_size)
+        drawn: SampledTokens = self.model(
+            text, text, block_size=self.block_size, at=of_text, read=in_chunks(read, self.vocab_size)
         )
         return drawn
 
@@ -83,11 +83,11 @@ def whole_texts(
     """One dictionary a variant, and what it is to the others."""
     say(f"{precision}, vocabulary {vocab}")
     bd3, ar, size = networks["bd3"], networks["ar"], asked.block_size
-    kinds: dict[str, tuple[Denoiser, int, int]] = {
+    kinds: dict[str, tuple[SamplingDenoiser, int, int]] = {
         "bd3 cached": (denoiser_of(bd3, size), size, 1),
-        "bd3 recomputed": (Recomputing(bd3, size), size, 1),
+        "bd3 recomputed": (RecomputingDenoiser(bd3, size), size, 1),
         "ar cached": (denoiser_of(ar, 1), 1, 1),
-        "ar recomputed": (Recomputing(ar, 1), 1, 1),
+        "ar recomputed": (RecomputingDenoiser(ar, 1), 1, 1),
     }
     if asked.training_pass:
         kinds["bd3 training pass"] = (TrainingPass(bd3, size), size, 1)
@@ -136,11 +136,13 @@ def whole_texts(
     return results
 
 
-def texts(denoiser: Denoiser, length: int, block: int, vocab: int, num: int, prompt: Tensor | None = None) -> Samples:
+def texts(
+    denoiser: SamplingDenoiser, length: int, block: int, vocab: int, num: int, prompt: Tensor | None = None
+) -> Samples:
     """Texts behind the prompt, which is BOS (token 0) where there is none, in one window."""
-    course = Course(length, block, length, block)
+    plan = WindowPlan(length, block, length, block)
     given = torch.zeros(1, dtype=torch.long) if prompt is None else prompt
-    return sample(denoiser, course, given, num=num, mask_id=vocab - 1, seed=1)
+    return sample(denoiser, plan, given, num=num, mask_id=vocab - 1, seed=1)
 
 
 def far_into_a_text(asked: argparse.Namespace, networks: dict[str, DiT], distance: int) -> list[dict[str, Any]]:
@@ -153,14 +155,14 @@ def far_into_a_text(asked: argparse.Namespace, networks: dict[str, DiT], distanc
         more = FAR_BLOCKS * asked.block_size
         prepared = denoiser_of(model, size)
 
-        def prefill(denoiser: Denoiser = prepared) -> None:
+        def prefill(denoiser: SamplingDenoiser = prepared) -> None:
             denoiser.restart()
-            if isinstance(denoiser, Causal):  # its keys are made by an evaluation
+            if isinstance(denoiser, CausalDenoiser):  # its keys are made by an evaluation
                 texts(denoiser, distance, 1, vocab, 1, prompt[:, :-1])
             else:
                 denoiser.extend(prompt)
 
-        def write(denoiser: Denoiser = prepared, size: int = size, more: int = more) -> None:
+        def write(denoiser: SamplingDenoiser = prepared, size: int = size, more: int = more) -> None:
             texts(_Resumed(denoiser), distance + more, size, vocab, 1, prompt)
 
         times = []
@@ -187,7 +189,7 @@ def far_into_a_text(asked: argparse.Namespace, networks: dict[str, DiT], distanc
 class _Resumed:
     """A denoiser that has its clean tokens already and is not made to forget them."""
 
-    def __init__(self, denoiser: Denoiser):
+    def __init__(self, denoiser: SamplingDenoiser):
         self.denoiser = denoiser
 
     def restart(self) -> None:

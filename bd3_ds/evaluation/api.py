@@ -32,8 +32,8 @@ from bd3_ds.evaluation.text_scores import score_texts
 from bd3_ds.evaluation.token_scores import score_tokens
 from bd3_ds.runtime.errors import UserError, did_you_mean
 from bd3_ds.sampling.memory import free_memory, memory_needed, require_memory
-from bd3_ds.sampling.options import EOS, Course, Options, make_course
-from bd3_ds.sampling.sampler import Progress, Samples, Stopped, denoiser_of, sample
+from bd3_ds.sampling.options import EOS, Options, WindowPlan, plan_windows
+from bd3_ds.sampling.sampler import Samples, ShouldStop, TokenProgress, denoiser_of, sample
 
 ROWS_AT_ONCE = 64  # texts sampled together
 
@@ -157,9 +157,9 @@ class LanguageModel:
         length: int | None = None,
         prompt: Prompt = None,
         seed: int = 0,
-        progress: Progress | None = None,
+        progress: TokenProgress | None = None,
         batch: int = ROWS_AT_ONCE,
-        stopped: Stopped | None = None,
+        stopped: ShouldStop | None = None,
         num: int | None = None,
         **how: Any,
     ) -> Samples:
@@ -178,15 +178,15 @@ class LanguageModel:
         num, prompt = number_and_prompt(start, num, prompt)
         options = make_options(how)
         length = self.run.data.length if length is None else length
-        course, given = self.check_sample(num, length, prompt, seed, batch, options)
+        plan, given = self.check_sample(num, length, prompt, seed, batch, options)
         eos_id = None if self.tokenizer is None else self.tokenizer.eos_id
         require_memory(
-            lambda tokens: self.memory_to_sample(num, tokens, batch, course.window),
+            lambda tokens: self.memory_to_sample(num, tokens, batch, plan.window),
             free_memory(self.device),
             num,
             length,
         )
-        denoiser = denoiser_of(self.network, course.block)
+        denoiser = denoiser_of(self.network, plan.block)
         parts: list[Samples] = []
         for first in range(0, num, batch):
             if parts and stopped is not None and stopped():
@@ -194,7 +194,7 @@ class LanguageModel:
             parts.append(
                 sample(
                     denoiser,
-                    course,
+                    plan,
                     given.expand(num, -1)[first : first + batch],
                     num=min(batch, num - first),
                     mask_id=self.mask_id,
@@ -211,19 +211,19 @@ class LanguageModel:
 
     def check_sample(
         self, num: int, length: int, prompt: Prompt, seed: int, batch: int, options: Options
-    ) -> tuple[Course, Tensor]:
+    ) -> tuple[WindowPlan, Tensor]:
         """The windows of `sample`, and the given ids [1 or num, P]; raises UserError for what does not go together."""
         options.check(self.run.objective.name)
-        course = self._course(length, options)
+        plan = self._window_plan(length, options)
         check_rows(num, batch, seed)
-        given = self.prompt_ids(prompt, course.window)
+        given = self.prompt_ids(prompt, plan.window)
         if len(given) not in (1, num):
             raise UserError(f"prompt has {len(given)} rows for num={num} texts; give one row, or one a text")
         if given.shape[1] > length:
             raise UserError(f"prompt takes {given.shape[1]} tokens, BOS included, but length={length}; shorten it")
         if EOS in options.stop and (self.tokenizer is None or self.tokenizer.eos_id is None):
             raise UserError(f"stop=eos needs a tokenizer, and {self.export.path} has none; convert it with --tokenizer")
-        return course, given
+        return plan, given
 
     def memory_to_sample(
         self, num: int, length: int, batch: int = ROWS_AT_ONCE, window: int | None = None, as_json: bool = False
@@ -265,9 +265,9 @@ class LanguageModel:
             raise UserError("prompt begins with the mask id; position 0 is given, usually BOS")
         return ids
 
-    def _course(self, length: int, options: Options) -> Course:
+    def _window_plan(self, length: int, options: Options) -> WindowPlan:
         positions = self.run.model.max_positions if self.run.model.positions == "learned" else None
-        return make_course(length, self.block_size, self.run.data.length, options, positions)
+        return plan_windows(length, self.block_size, self.run.data.length, options, positions)
 
     def _ids(self, name: str, value: Any, one_row: bool = False) -> Tensor:
         return token_ids(name, value, self.vocab_size, self.run.data.length, self.device, one_row)

@@ -1,7 +1,7 @@
-"""What a sampler asks of a network: clean tokens to remember, and predictions of masked ones behind them.
+"""Denoisers for sampling: a prefix of clean tokens, and predictions of the masked block after it.
 
-`Cached` and `Causal` keep the keys and values of clean tokens; `Recomputing` keeps the tokens and runs all of them at
-each evaluation, which must come to the same.
+`CachedDenoiser` and `CausalDenoiser` keep the keys and values of the prefix; `RecomputingDenoiser` keeps its tokens and
+runs them again at each evaluation, with the same result.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 
 from bd3_ds.model.dit import DiT
 from bd3_ds.model.kv_cache import KVCache
-from bd3_ds.sampling.draw import Drawn
+from bd3_ds.sampling.draw import SampledTokens
 
-LOGITS_AT_ONCE = 2**22  # on a CPU, of which a few fp64 copies are held
+LOGITS_AT_ONCE = 2**22  # on a CPU; a few fp64 copies of them are held
 BYTES_A_LOGIT = 64  # of what is held while tokens are drawn: itself, sums, and for truncation sorted copies, in fp64
 SHARE = 0.25  # of a GPU's free memory that they may take
 
-# What is drawn from logits [n, V] of the places first, first + 1, … of those that were asked about.
-Read = Callable[[Tensor, int], Drawn]
+# Tokens sampled from logits [n, V] of the candidates first, first + 1, …
+ReadLogits = Callable[[Tensor, int], SampledTokens]
 
 
-class Denoiser(Protocol):
+class SamplingDenoiser(Protocol):
     """The clean tokens [N, P] of a window so far, and the network.
 
-    vocab_size: V, [MASK] included. cache_forwards: passes over clean tokens alone that one `extend` costs.
+    vocab_size: V, [MASK] included. cache_forwards: passes over clean tokens only that one `extend` costs.
     """
 
     vocab_size: int
@@ -39,13 +39,13 @@ class Denoiser(Protocol):
         """P, the clean tokens of each row."""
 
     def restart(self) -> None:
-        """Forget all clean tokens: a new window begins."""
+        """Drop the prefix: a new window begins."""
 
     def extend(self, tokens: Tensor) -> None:
-        """Put clean tokens [N, T], whole blocks, behind those that are there."""
+        """Append clean tokens [N, T], whole blocks, to the prefix."""
 
-    def predict(self, block: Tensor, at: Tensor, sigma: Tensor | None, read: Read) -> Drawn:
-        """What `read` makes of the logits at places `at` [M] of the flattened block [N, S] behind the clean tokens.
+    def predict(self, block: Tensor, at: Tensor, sigma: Tensor | None, read: ReadLogits) -> SampledTokens:
+        """`read` applied to the logits at positions `at` [M] of the flattened block [N, S] after the prefix.
 
         `at` may lie on the host, which then need not wait for a GPU to know whether each row has as many.
         sigma [N] is the noise level, for networks that are conditioned on it.
@@ -55,8 +55,8 @@ class Denoiser(Protocol):
         """Keep these rows [R] of the texts."""
 
 
-class Cached:
-    """A diffusion network; clean tokens are run once, when they come."""
+class CachedDenoiser:
+    """A diffusion network with a KV cache: clean tokens pass through it once, when they are appended."""
 
     cache_forwards = 1
 
@@ -71,32 +71,32 @@ class Cached:
         return len(self.cache)
 
     def restart(self) -> None:
-        """See `Denoiser`."""
+        """See `SamplingDenoiser`."""
         self.cache = KVCache(self.model.network.layers)
 
     def extend(self, tokens: Tensor) -> None:
-        """See `Denoiser`."""
+        """See `SamplingDenoiser`."""
         self.model.encode(tokens, self.cache, block_size=self.block_size)
 
-    def predict(self, block: Tensor, at: Tensor, sigma: Tensor | None, read: Read) -> Drawn:
-        """See `Denoiser`."""
-        drawn: Drawn = self.model.decode(
+    def predict(self, block: Tensor, at: Tensor, sigma: Tensor | None, read: ReadLogits) -> SampledTokens:
+        """See `SamplingDenoiser`."""
+        drawn: SampledTokens = self.model.decode(
             block,
             self.cache,
             start=len(self.cache),
             block_size=self.block_size,
             sigma=sigma,
             at=at,
-            read=in_parts(read, self.vocab_size),
+            read=in_chunks(read, self.vocab_size),
         )
         return drawn
 
     def select(self, rows: Tensor) -> None:
-        """See `Denoiser`."""
+        """See `SamplingDenoiser`."""
         self.cache.select(rows)
 
 
-class Causal(Cached):
+class CausalDenoiser(CachedDenoiser):
     """An autoregressive network, in blocks of one: a token is predicted by the pass over the token before it."""
 
     cache_forwards = 0
@@ -108,36 +108,36 @@ class Causal(Cached):
         return len(self.cache) + sum(part.shape[1] for part in self.fresh)
 
     def restart(self) -> None:
-        """See `Denoiser`."""
+        """See `SamplingDenoiser`."""
         super().restart()
         self.fresh: list[Tensor] = []
 
     def extend(self, tokens: Tensor) -> None:
-        """See `Denoiser`. They are run when the next token is asked for."""
+        """See `SamplingDenoiser`. The pass over them is the one that predicts the next token."""
         self.fresh.append(tokens)
 
-    def predict(self, block: Tensor, at: Tensor, sigma: Tensor | None, read: Read) -> Drawn:
-        """See `Denoiser`."""
+    def predict(self, block: Tensor, at: Tensor, sigma: Tensor | None, read: ReadLogits) -> SampledTokens:
+        """See `SamplingDenoiser`."""
         tokens = torch.cat(self.fresh, dim=1)  # [N, T]
         self.fresh = []
-        drawn: Drawn = self.model.decode(
+        drawn: SampledTokens = self.model.decode(
             tokens,
             self.cache,
             start=len(self.cache),
             block_size=1,
             at=(at + 1) * tokens.shape[1] - 1,
-            read=in_parts(read, self.vocab_size),
+            read=in_chunks(read, self.vocab_size),
         )
         return drawn
 
     def select(self, rows: Tensor) -> None:
-        """See `Denoiser`."""
+        """See `SamplingDenoiser`."""
         super().select(rows)
         self.fresh = [part[rows] for part in self.fresh]
 
 
-class Recomputing(Cached):
-    """Any network without a cache, the reference for the others: each evaluation runs all clean tokens again."""
+class RecomputingDenoiser(CachedDenoiser):
+    """Any network without a cache, the reference for the others: each evaluation recomputes the prefix."""
 
     cache_forwards = 0
 
@@ -145,27 +145,27 @@ class Recomputing(Cached):
         return 0 if self.clean is None else self.clean.shape[1]
 
     def restart(self) -> None:
-        """See `Denoiser`."""
+        """See `SamplingDenoiser`."""
         self.clean: Tensor | None = None
 
     def extend(self, tokens: Tensor) -> None:
-        """See `Denoiser`."""
+        """See `SamplingDenoiser`."""
         self.clean = tokens if self.clean is None else torch.cat([self.clean, tokens], dim=1)
 
-    def predict(self, block: Tensor, at: Tensor, sigma: Tensor | None, read: Read) -> Drawn:
-        """See `Denoiser`."""
-        once = Causal(self.model) if self.model.network.causal else Cached(self.model, self.block_size)
+    def predict(self, block: Tensor, at: Tensor, sigma: Tensor | None, read: ReadLogits) -> SampledTokens:
+        """See `SamplingDenoiser`."""
+        once = CausalDenoiser(self.model) if self.model.network.causal else CachedDenoiser(self.model, self.block_size)
         if self.clean is not None:
             once.extend(self.clean)
         return once.predict(block, at, sigma, read)
 
     def select(self, rows: Tensor) -> None:
-        """See `Denoiser`."""
+        """See `SamplingDenoiser`."""
         self.clean = None if self.clean is None else self.clean[rows]
 
 
 def logits_at_once(device: torch.device) -> int:
-    """How many logits tokens are drawn from in one go: as many as a GPU has room for, few enough for a CPU's cache."""
+    """Logits that tokens are sampled from at once: as many as a GPU has room for, few enough for a CPU's cache."""
     if device.type != "cuda":
         return LOGITS_AT_ONCE
     free, _ = torch.cuda.mem_get_info(device)
@@ -173,15 +173,15 @@ def logits_at_once(device: torch.device) -> int:
     return max(LOGITS_AT_ONCE, int(SHARE * (free + kept)) // BYTES_A_LOGIT)
 
 
-def in_parts(read: Read, vocab_size: int) -> Callable[[Tensor, Tensor, Tensor], Drawn]:
-    """`read` as a network's head takes it (`layers.Read`), on so many logits at once that memory stays small."""
+def in_chunks(read: ReadLogits, vocab_size: int) -> Callable[[Tensor, Tensor, Tensor], SampledTokens]:
+    """`read` as a network's head takes it (`layers.HeadReadout`), on chunks of logits, so that memory stays small."""
 
-    def read_head(hidden: Tensor, matrix: Tensor, bias: Tensor) -> Drawn:
+    def read_head(hidden: Tensor, matrix: Tensor, bias: Tensor) -> SampledTokens:
         rows = max(1, logits_at_once(hidden.device) // vocab_size)
         parts = [
             read(F.linear(part, matrix[:vocab_size], bias), index * rows)
             for index, part in enumerate(hidden.split(rows))
         ]
-        return parts[0] if len(parts) == 1 else Drawn.joined(parts)
+        return parts[0] if len(parts) == 1 else SampledTokens.joined(parts)
 
     return read_head

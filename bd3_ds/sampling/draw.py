@@ -1,6 +1,6 @@
-"""Tokens from the network's logits: temperature, truncation, a guard against repetition, inversion of the distribution.
+"""Tokens sampled from logits: temperature, top-k and nucleus truncation, repetition penalty, inverse-CDF sampling.
 
-A token takes one uniform number in fp64, and weights are summed up in fp64. The 24 bits of an fp32 number, or of fp32
+A token takes one uniform number in fp64, and the CDF is summed up in fp64. The 24 bits of an fp32 number, or of fp32
 Gumbel noise, would never choose rare tokens of a large vocabulary and so sharpen the distribution (Zheng et al. 2024).
 """
 
@@ -17,40 +17,42 @@ from bd3_ds.sampling.options import Options
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What came of N places, each [N].
+class SampledTokens:
+    """The tokens of N positions and the model's predictions there, each [N].
 
-    tokens, and the model's own probability of each, fp64. surest: the probability of the likeliest token. entropy of
-    the model's distribution in nats, 0 where it was not asked for. log_mass: logarithm of the summed exponentials of
-    all logits but [MASK]'s. The last four know nothing of temperature, truncation and guard.
+    tokens, and the model's own probability of each, fp64. confidence: the probability of the likeliest token. entropy
+    of the model's distribution in nats, 0 where it was not computed. log_mass: log-sum-exp of all logits but [MASK]'s.
+    The last four are before temperature, truncation and repetition penalty.
     """
 
     tokens: Tensor
     probability: Tensor
-    surest: Tensor
+    confidence: Tensor
     entropy: Tensor
     log_mass: Tensor
 
     @staticmethod
-    def joined(parts: Sequence[Drawn]) -> Drawn:
-        """One after the other."""
-        return Drawn(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Drawn)))
+    def joined(parts: Sequence[SampledTokens]) -> SampledTokens:
+        """The parts concatenated."""
+        return SampledTokens(
+            *(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(SampledTokens))
+        )
 
 
 def draw(
     logits: Tensor, u: Tensor, mask_id: int, options: Options, seen: Tensor | None = None, with_entropy: bool = True
-) -> Drawn:
+) -> SampledTokens:
     """Tokens for logits [N, V] as the network gives them, by uniform numbers u [N] fp64 in [0, 1).
 
-    [MASK] has probability 0; its logit is overwritten. `seen` [N, R] are the ids that the guard against repetition is
-    about.
+    [MASK] has probability 0; its logit is overwritten. `seen` [N, R] are the ids that the repetition penalty applies
+    to.
     """
     scores = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     scores[:, mask_id] = -torch.inf
     top = scores.max(-1, keepdim=True).values
     below = scores - top  # [N, V], at most 0
     odds = below.exp()
-    mass = odds.cumsum(-1, dtype=torch.float64)  # in proportion to the distribution function
+    mass = odds.cumsum(-1, dtype=torch.float64)  # the CDF but for a factor
     total = mass[:, -1:]
     log_total = total.log()
     if options.shapes_tokens:
@@ -62,18 +64,20 @@ def draw(
     if with_entropy:
         expected = torch.where(odds > 0, odds * below, 0).sum(-1, dtype=torch.float64)
         entropy = log_total[:, 0] - expected / total[:, 0]
-    return Drawn(tokens, chosen[:, 0], 1 / total[:, 0], entropy, (log_total + top)[:, 0])
+    return SampledTokens(tokens, chosen[:, 0], 1 / total[:, 0], entropy, (log_total + top)[:, 0])
 
 
 def draw_tokens(mass: Tensor, u: Tensor) -> Tensor:
-    """Token ids [N] by uniform numbers u [N] fp64 in [0, 1); mass [N, V] fp64 are the tokens' weights, summed up."""
+    """Token ids [N] by uniform numbers u [N] fp64 in [0, 1); mass [N, V] fp64 is the cumulative sum of the tokens'
+    weights.
+    """
     # The first token whose cumulative weight exceeds the target; tokens of weight 0 exceed nothing new.
     target = u[:, None] * mass[:, -1:]
     return torch.searchsorted(mass, target, right=True)[:, 0].clamp(max=mass.shape[-1] - 1)
 
 
 def token_weights(log_p: Tensor, options: Options, seen: Tensor | None = None) -> Tensor:
-    """What tokens are drawn from, [N, V] in proportion to their chances, for the model's log p [N, V] fp64."""
+    """Unnormalised probabilities [N, V] that tokens are drawn from, for the model's log p [N, V] fp64."""
     if options.repetition_penalty > 1 and seen is not None:
         again = torch.zeros_like(log_p).scatter_(-1, seen, math.log(options.repetition_penalty))
         log_p = log_p - again
@@ -81,8 +85,8 @@ def token_weights(log_p: Tensor, options: Options, seen: Tensor | None = None) -
         return torch.zeros_like(log_p).scatter_(-1, log_p.argmax(-1, keepdim=True), 1.0)
     p = log_p.exp() if options.temperature == 1 else (log_p / options.temperature).softmax(-1)
     if options.top_k is not None and options.top_k < p.shape[-1]:
-        best, places = p.topk(options.top_k, dim=-1)
-        p = torch.zeros_like(p).scatter_(-1, places, best)
+        best, ids = p.topk(options.top_k, dim=-1)
+        p = torch.zeros_like(p).scatter_(-1, ids, best)
     if options.nucleus is not None:
         ordered, order = p.sort(dim=-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # weight of all tokens more likely than this one

@@ -1,4 +1,4 @@
-"""What texts take in memory while they are drawn, and whether the machine has it, before anything is drawn."""
+"""The memory that sampling needs, estimated beforehand and compared with what is free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user may ask of a sampler, checked before anything is drawn, and before torch is imported."""
+"""The options of a sampler and their checks, and the plan of its windows; no torch here, so that checks are quick."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from bd3_ds.runtime.errors import UserError, did_you_mean
 
 EOS, ENTROPY = "eos", "entropy"
 STOPS = (EOS, ENTROPY)
-RULES = ("steps", "threshold", "entropy_bound", "tokens_per_step")
+POLICIES = ("steps", "threshold", "entropy_bound", "tokens_per_step")
 
 
 @dataclass(frozen=True)
 class Options:
-    """How tokens are drawn, in which order, and when a text ends.
+    """How tokens are sampled, the unmasking policy, and when a text ends.
 
-    The order in which a block's masks fall, one of
-      (none of the below)  first hitting: one token an evaluation, in a random order (Zheng et al. 2024)
-      steps                ancestral: T equal steps of time, all masks whose time has come fall together
+    The unmasking policy, one of
+      (none of the below)  first hitting: one token per evaluation, in a random order (Zheng et al. 2024)
+      steps                ancestral: T equal steps of time, each removes all masks whose time lies in it
       steps, analytic      SEDD's own: rates from the network's scores (Lou et al. 2024)
-      threshold            all places whose likeliest token has at least this probability, and the surest place
-      entropy_bound        the surest places as long as their entropies, the largest left out, sum to at most this, in
-                           nats (Ben-Hamu et al. 2025)
-      tokens_per_step      so many of the surest places an evaluation
+      threshold            all positions whose likeliest token has at least this probability, and the most confident
+      entropy_bound        the most confident positions as long as their entropies, the largest left out, sum to at
+                           most this, in nats (Ben-Hamu et al. 2025)
+      tokens_per_step      so many of the most confident positions per evaluation
     temperature divides logits (0: the likeliest token); top_k and nucleus keep the likeliest tokens; repetition_penalty
-    divides the probability of tokens that the last 256 have already. stop: of "eos" (the first end of text) and
-    "entropy" (the last 256 tokens below 4 nats; these are cut off). window: tokens that the network sees at most,
-    overlap: those that stay in sight when it moves on; None: what the model was trained with, and half of it.
+    divides the probability of tokens that are among the last 256. stop: of "eos" (the first end of text) and
+    "entropy" (the last 256 tokens below 4 nats; these are cut off). window: the context length,
+    overlap: the tokens of it that the next window keeps; None: the length that the model was trained with, and half.
     """
 
     steps: int | None = None
@@ -46,7 +46,7 @@ class Options:
 
     def check(self, objective: str) -> None:
         """Raise UserError for the first value that cannot be, or does not go with the objective."""
-        chosen = [name for name in RULES if getattr(self, name) is not None]
+        chosen = [name for name in POLICIES if getattr(self, name) is not None]
         if len(chosen) > 1:
             raise UserError(
                 f"{chosen[0]}={getattr(self, chosen[0])} and {chosen[1]}={getattr(self, chosen[1])} are two orders of "
@@ -79,7 +79,7 @@ class Options:
 
     @property
     def shapes_tokens(self) -> bool:
-        """Tokens are drawn from something else than the model's own distribution."""
+        """Whether tokens are sampled from a distribution other than the model's own."""
         return (self.temperature, self.top_k, self.nucleus, self.repetition_penalty) != (1, None, None, 1)
 
     def as_record(self) -> dict[str, object]:
@@ -88,11 +88,11 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Course:
-    """How texts of `length` tokens are walked through: blocks of `block` tokens in windows of `window`.
+class WindowPlan:
+    """How `length` tokens are divided: blocks of `block` tokens in sliding windows of `window`.
 
     When a window is full, the next one begins with its last `overlap` tokens, at position 0. `whole`: one block is the
-    window (MDLM, SEDD), and the overlap's tokens stand in it as given ones; else they are clean tokens before it.
+    window (MDLM, SEDD), and the overlap's tokens are given ones inside it; else they are its clean prefix.
     """
 
     length: int
@@ -102,9 +102,9 @@ class Course:
     whole: bool = False
 
 
-def make_course(length: int, block: int, trained: int, options: Options, positions: int | None = None) -> Course:
-    """The course for a model of this block size trained on `trained` tokens; `positions`: those it has learned, if it
-    has. Raises UserError for a length, window or overlap that cannot be.
+def plan_windows(length: int, block: int, trained: int, options: Options, positions: int | None = None) -> WindowPlan:
+    """The plan for a model of this block size trained on `trained` tokens; `positions`: how many it has learned, if it
+    learns them. Raises UserError for a length, window or overlap that cannot be.
     """
     window = trained if options.window is None else options.window
     if length < 1:
@@ -121,4 +121,4 @@ def make_course(length: int, block: int, trained: int, options: Options, positio
     if window > grid and (overlap % grid or not 0 < overlap <= window - grid):
         multiple = f"be a multiple of the block size {grid}" if grid > 1 else "lie"
         raise UserError(f"overlap={overlap} must {multiple} in {grid} … {window - grid}")
-    return Course(length, min(window, length) if whole else block, window, overlap, whole)
+    return WindowPlan(length, min(window, length) if whole else block, window, overlap, whole)

@@ -1,4 +1,4 @@
-"""When a text has ended, and when it has gone wrong."""
+"""Stopping rules: end of text, and the low entropy of degenerate (repetitive) text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ LEAST_ENTROPY = 4.0  # nats
 def find_ends(tokens: Tensor, given: Tensor, stop: tuple[str, ...], eos_id: int | None) -> tuple[Tensor, Tensor]:
     """Where rows of tokens [N, T] end by the rules of `stop`, and by which: lengths [N], and why [N].
 
-    why is 0 where a row goes on, 1 for the first EOS behind its `given` [N] leading tokens (which is part of the text),
-    2 for low entropy (the tokens that say nothing new are not part of it, given ones are). tokens may be the end of
+    why is 0 where a row goes on, 1 for the first EOS after its `given` [N] leading tokens (which is part of the text),
+    2 for low entropy (the low-entropy window is not part of it, given tokens are). tokens may be the end of
     longer texts; given is then counted from where they begin, and may be below 0.
     """
     count, length = tokens.shape

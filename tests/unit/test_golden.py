@@ -16,7 +16,7 @@ from bd3_ds.model.attention.masks import CLEAN, may_attend, places
 from bd3_ds.model.dit import DiT, DiTConfig, as_denoiser
 from bd3_ds.model.kv_cache import KVCache
 from bd3_ds.model.rope import rotary_angles, rotate
-from bd3_ds.sampling.denoiser import Cached, Recomputing
+from bd3_ds.sampling.denoiser import CachedDenoiser, RecomputingDenoiser
 from bd3_ds.sampling.draw import draw
 from bd3_ds.sampling.options import Options
 
@@ -136,7 +136,7 @@ def test_a_step_of_the_sampler(golden):
     model = network(golden, False)
     for blocks in (1, 3, 8):
         x, log_p = data[f"nb{blocks}.x"], data[f"nb{blocks}.log_p"]
-        for denoiser in (Cached(model, 4), Recomputing(model, 4)):
+        for denoiser in (CachedDenoiser(model, 4), RecomputingDenoiser(model, 4)):
             block = x[:, -4:]
             if blocks > 1:
                 denoiser.extend(x[:, :-4])
@@ -150,7 +150,7 @@ def test_a_step_of_the_sampler(golden):
                 drawn = denoiser.predict(block, at, None, read)
             theirs = log_p[:, -4:].flatten(0, 1)[at]
             close(drawn.probability.log().float(), theirs.gather(1, drawn.tokens[:, None])[:, 0], 1e-5)
-            close(drawn.surest.log().float(), theirs[:, :MASK].max(-1).values, 1e-5)
+            close(drawn.confidence.log().float(), theirs[:, :MASK].max(-1).values, 1e-5)
             entropy = torch.special.entr(theirs[:, :MASK].double().exp()).sum(-1)
             close(drawn.entropy.float(), entropy.float(), 1e-5)
 

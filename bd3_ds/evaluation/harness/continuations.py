@@ -21,7 +21,7 @@ from bd3_ds.evaluation.harness.greedy import is_greedy
 from bd3_ds.evaluation.text_windows import Piece, TextWindows, filled, grouped, places
 from bd3_ds.evaluation.token_scores import TOKENS_AT_ONCE
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.sampling.options import EOS, RULES
+from bd3_ds.sampling.options import EOS, POLICIES
 
 ROWS_AT_ONCE = 64  # texts between two steps of a progress bar
 NEW_TOKENS = 256  # written after a prompt, where the request does not say
@@ -169,7 +169,7 @@ class Continuations:
         """The sampler's options for a request's own."""
         how = {"temperature": 0.0, "stop": (EOS,)} | self.how | how
         diffusion = not OBJECTIVES[self.model.run.objective.name].causal
-        if diffusion and how["temperature"] == 0 and not any(how.get(rule) is not None for rule in RULES):
+        if diffusion and how["temperature"] == 0 and not any(how.get(name) is not None for name in POLICIES):
             how["tokens_per_step"] = 1
         return how
 

@@ -26,7 +26,7 @@ from bd3_ds.model.dit import DiT, DiTConfig, as_denoiser
 from bd3_ds.model.flops import training_flops_per_sequence
 from bd3_ds.planning.memory import parameter_count
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.sampling.options import Course
+from bd3_ds.sampling.options import WindowPlan
 from bd3_ds.sampling.sampler import denoiser_of, sample
 from bd3_ds.train.preflight import preflight
 from tests.helpers.schedules import schedule_config
@@ -140,11 +140,9 @@ def test_bounds_of_an_export(tmp_path: Path, objective: str, size: int) -> None:
 @pytest.mark.parametrize(("objective", "size"), OBJECTIVES)
 def test_samples_are_tokens(objective: str, size: int) -> None:
     plain, wide = networks(objective)
-    course = Course(LENGTH, size, LENGTH, LENGTH // 2, whole=size == LENGTH)
+    plan = WindowPlan(LENGTH, size, LENGTH, LENGTH // 2, whole=size == LENGTH)
     drawn = [
-        sample(
-            denoiser_of(model, size), course, torch.tensor([[0]]), num=4, mask_id=MASK, timed=objective == SEDD
-        ).tokens
+        sample(denoiser_of(model, size), plan, torch.tensor([[0]]), num=4, mask_id=MASK, timed=objective == SEDD).tokens
         for model in (plain, wide)
     ]
     assert drawn[1].max() < VOCAB and torch.equal(*drawn)

@@ -9,10 +9,10 @@ import torch
 from bd3_ds.diffusion.score_entropy import sigma_of
 from bd3_ds.diffusion.subs import subs_log_probs
 from bd3_ds.model.dit import DiT, DiTConfig
-from bd3_ds.sampling.denoiser import Recomputing
+from bd3_ds.sampling.denoiser import RecomputingDenoiser
 from bd3_ds.sampling.draw import draw as token_draw
 from bd3_ds.sampling.draw import draw_tokens, token_weights
-from bd3_ds.sampling.options import Course, Options
+from bd3_ds.sampling.options import Options, WindowPlan
 from bd3_ds.sampling.sampler import denoiser_of, sample
 from bd3_ds.sampling.stopping import find_ends, low_entropy, unigram_entropy
 
@@ -38,11 +38,11 @@ def draw(model, num=3, length=12, block_size=4, prompt=(BOS,), seed=7, window=No
     window = window or -(-length // block_size) * block_size
     whole = block_size == window
     step = 1 if whole else block_size
-    course = Course(length, block_size, window, overlap or window // 2 // step * step, whole)
+    plan = WindowPlan(length, block_size, window, overlap or window // 2 // step * step, whole)
     more = {name: how.pop(name) for name in ("first_row", "timed", "eos_id", "progress") if name in how}
     return sample(
         denoiser or denoiser_of(model, block_size),
-        course,
+        plan,
         torch.as_tensor(prompt),
         num=num,
         mask_id=model.network.vocab_size - 1,
@@ -137,7 +137,7 @@ def test_autoregressive_is_the_chain_rule():
     assert_drawn_from(draw(model, 4000, LENGTH).tokens, expected)
 
 
-class TrainingPasses(Recomputing):
+class TrainingPasses(RecomputingDenoiser):
     """No cache: each evaluation is a training pass over the text so far, the noisy stream beside the clean one."""
 
     def predict(self, block, at, sigma, read):
@@ -181,7 +181,7 @@ def test_the_cache_changes_nothing(block_size, window, how):
     if causal and how:
         pytest.skip("a causal network has one order")
     model = network(causal, 11, seed=5)
-    heard = [Heard(denoiser_of(model, size)), Heard(Recomputing(model, size)), TrainingPasses(model, size)]
+    heard = [Heard(denoiser_of(model, size)), Heard(RecomputingDenoiser(model, size)), TrainingPasses(model, size)]
     heard[2].logits = []
     prompt = torch.tensor([[BOS, 3, 5, 2, 8], [BOS, 3, 10, 10, 10], [BOS, 10, 10, 10, 10]]).repeat(3, 1)
     cached, recomputed, trained = (
@@ -293,7 +293,9 @@ def test_rare_tokens_are_drawn():
     logits = torch.tensor([[0.0, math.log(2e-9), 5.0]]).repeat(3, 1)
     drawn = token_draw(logits, torch.tensor([0.5, 1 - 1e-9, 1 - 3e-9], dtype=torch.float64), 2, Options())
     assert drawn.tokens.tolist() == [0, 1, 0]
-    assert drawn.probability.tolist() == pytest.approx([1, 2e-9, 1]) and drawn.surest.tolist() == pytest.approx([1] * 3)
+    assert drawn.probability.tolist() == pytest.approx([1, 2e-9, 1]) and drawn.confidence.tolist() == pytest.approx(
+        [1] * 3
+    )
 
 
 def test_where_a_text_ends():

@@ -9,10 +9,10 @@ import torch
 
 from bd3_ds.model.dit import DiT, DiTConfig
 from bd3_ds.sampling import denoiser as denoiser_module
-from bd3_ds.sampling.denoiser import LOGITS_AT_ONCE, Cached, Causal, logits_at_once
+from bd3_ds.sampling.denoiser import LOGITS_AT_ONCE, CachedDenoiser, CausalDenoiser, logits_at_once
 from bd3_ds.sampling.options import Options
 from bd3_ds.sampling.sampler import Samples, _Block, _denoise
-from bd3_ds.sampling.unmasking import make_rule
+from bd3_ds.sampling.unmasking import make_policy
 
 # A device without values: reading one, or a shape that depends on one, is an error.
 META = torch.device("meta")
@@ -39,15 +39,15 @@ def test_orders_that_look_at_no_prediction_never_wait(causal: bool, how: dict[st
     masked = torch.ones(ROWS, size, dtype=torch.bool)
     masked[0, 1:] = False
     torch.manual_seed(1)
-    rule = make_rule(options, torch.rand(ROWS, size, dtype=torch.float64), VOCAB)
-    network = Causal(model) if causal else Cached(model, SIZE)
-    told: list[int] = []
+    policy = make_policy(options, torch.rand(ROWS, size, dtype=torch.float64), VOCAB)
+    network = CausalDenoiser(model) if causal else CachedDenoiser(model, SIZE)
+    written: list[int] = []
     with torch.no_grad():
         network.extend(torch.zeros(ROWS, SIZE, dtype=torch.long, device=META))
         uniform = torch.zeros(ROWS, size, dtype=torch.float64, device=META)
-        block = _Block(torch.arange(ROWS, device=META), SIZE, SIZE + size, masked, rule, uniform)
-        _denoise(network, blank(), block, VOCAB - 1, options, False, told.append)
-    assert sum(told) == int(masked.sum())
+        block = _Block(torch.arange(ROWS, device=META), SIZE, SIZE + size, masked, policy, uniform)
+        _denoise(network, blank(), block, VOCAB - 1, options, False, written.append)
+    assert sum(written) == int(masked.sum())
 
 
 def test_a_gpu_draws_from_as_many_logits_as_it_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:

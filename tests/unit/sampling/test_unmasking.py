@@ -7,7 +7,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from bd3_ds.sampling.options import Course, Options
+from bd3_ds.sampling.options import Options, WindowPlan
 from bd3_ds.sampling.sampler import sample
 
 TOKENS, MASK, VOCAB = 3, 3, 4
@@ -77,7 +77,7 @@ def one_at_random(_state, masked, _left):
 
 
 def each_by_chance(chance_of):
-    """TokenLayout fall independently, with chance_of(state, place, left)."""
+    """Masks are removed independently, with chance_of(state, place, left)."""
 
     def choose(state, masked, left):
         for flags in itertools.product([0, 1], repeat=len(masked)):
@@ -105,13 +105,13 @@ def analytic(steps):
     return each_by_chance(chance_of)
 
 
-def by_surest(count_of):
-    """The count_of(sorted probabilities of the likeliest tokens) surest places."""
+def by_confidence(count_of):
+    """The count_of(sorted probabilities of the likeliest tokens) most confident positions."""
 
     def choose(state, masked, _left):
-        surest = probabilities(state).max(-1).values
-        order = sorted(masked, key=lambda place: -float(surest[place]))
-        return [(order[: count_of([float(surest[place]) for place in order])], 1.0)]
+        confidence = probabilities(state).max(-1).values
+        order = sorted(masked, key=lambda place: -float(confidence[place]))
+        return [(order[: count_of([float(confidence[place]) for place in order])], 1.0)]
 
     return choose
 
@@ -135,17 +135,17 @@ CASES = {
     "analytic, 8 steps": ({"steps": 8, "analytic": True}, expected(analytic(8), 8)),
     "threshold": (
         {"threshold": 0.6},
-        expected(by_surest(lambda ordered: max(1, sum(surest >= 0.6 for surest in ordered)))),
+        expected(by_confidence(lambda ordered: max(1, sum(value >= 0.6 for value in ordered)))),
     ),
     "entropy bound": ({"entropy_bound": 0.9}, expected(by_entropy(0.9))),
-    "two surest": ({"tokens_per_step": 2}, expected(by_surest(lambda _: 2))),
+    "two most confident": ({"tokens_per_step": 2}, expected(by_confidence(lambda _: 2))),
 }
 
 
 def draw(count, seed=3, **how):
-    course = Course(FREE + 1, FREE + 1, FREE + 1, 2, whole=True)
+    plan = WindowPlan(FREE + 1, FREE + 1, FREE + 1, 2, whole=True)
     return sample(
-        HandMade(), course, torch.tensor([0]), num=count, mask_id=MASK, options=Options(**how), timed=True, seed=seed
+        HandMade(), plan, torch.tensor([0]), num=count, mask_id=MASK, options=Options(**how), timed=True, seed=seed
     )
 
 
@@ -173,7 +173,7 @@ def test_frequencies_are_those_of_the_closed_form(name):
 
 def test_the_test_can_tell_the_orders_apart():
     first = CASES["first hitting"][1]
-    for name in ("ancestral, 1 step", "ancestral, 2 steps", "threshold", "entropy bound", "two surest"):
+    for name in ("ancestral, 1 step", "ancestral, 2 steps", "threshold", "entropy bound", "two most confident"):
         assert chi_square(draw(6000, **CASES[name][0]).tokens, first) > 8, name
 
 
@@ -202,9 +202,9 @@ def test_analytic_is_ancestral_where_scores_sum_to_the_true_rate():
 
             return super().predict(block, at, sigma, exact)
 
-    course = Course(FREE + 1, FREE + 1, FREE + 1, 2, whole=True)
+    plan = WindowPlan(FREE + 1, FREE + 1, FREE + 1, 2, whole=True)
     drawn = [
-        sample(Exact(), course, torch.tensor([0]), num=300, mask_id=MASK, options=Options(**how), timed=True, seed=5)
+        sample(Exact(), plan, torch.tensor([0]), num=300, mask_id=MASK, options=Options(**how), timed=True, seed=5)
         for how in ({"steps": 6}, {"steps": 6, "analytic": True})
     ]
     # Time 1 is clamped to a masking rate of 0.999 there, which moves one mask in some thousands.
