@@ -16,7 +16,7 @@ from bd3_ds.config.load import load_resolved, to_yaml
 from bd3_ds.config.plugins import require_plugins
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.runtime.files import new_directory, read_json, share, write_json, write_text
+from bd3_ds.runtime.files import apply_umask, new_directory, read_json, write_json, write_text
 from bd3_ds.runtime.run_dir import EXPORTS
 from bd3_ds.runtime.step_names import step_name
 
@@ -67,7 +67,7 @@ def write_export(path: Path, weights: dict[str, Tensor], run: RunConfig, tokeniz
             save_file({name: tensor.float().contiguous() for name, tensor in weights.items()}, aside / WEIGHTS)
         except SafetensorError as error:
             raise as_os_error(error) from None
-        share(aside / WEIGHTS)
+        apply_umask(aside / WEIGHTS)
         write_text(aside / "config.yaml", to_yaml(run))
         if tokenizer is not None:
             shutil.copytree(tokenizer, aside / "tokenizer")

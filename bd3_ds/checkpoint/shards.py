@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bd3_ds.checkpoint.manifest import INDEX, MANIFEST, SUFFIX
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.runtime.files import appears, read_json, share, sync, write_text
+from bd3_ds.runtime.files import apply_umask, read_json, sync, wait_for_file, write_text
 
 Layout = dict[str, list[tuple[int, int]]]  # `kind/tensor` -> (start, elements) of its pieces in a file
 
@@ -43,7 +43,7 @@ def write_shard(path: Path, pieces: Mapping[str, Tensor]) -> None:
         save_file(dict(pieces), path)
     except SafetensorError as error:
         raise as_os_error(error) from None
-    share(path)
+    apply_umask(path)
     sync(path)
 
 
@@ -99,9 +99,9 @@ class Shards:
     def _files(self) -> list[tuple[str, Layout]]:
         """What each file holds."""
         manifest = self._directory / MANIFEST
-        there = read_json(manifest, "checkpoint manifest")["files"] if appears(manifest) else {}
+        there = read_json(manifest, "checkpoint manifest")["files"] if wait_for_file(manifest) else {}
         if INDEX in there:
-            appears(self._directory / INDEX)
+            wait_for_file(self._directory / INDEX)
             return list(read_json(self._directory / INDEX, "index of the checkpoint").items())
         files = [name for name in sorted(there) if name.endswith(SUFFIX)]
         return [(name, _layout_of(self._opened(name))) for name in files]
@@ -110,7 +110,7 @@ class Shards:
         from safetensors import safe_open
 
         if name not in self._open:
-            appears(self._directory / name)
+            wait_for_file(self._directory / name)
             self._open[name] = safe_open(self._directory / name, framework="pt")
         return self._open[name]
 

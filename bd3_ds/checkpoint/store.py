@@ -1,9 +1,9 @@
-"""Checkpoints that count only when complete: shards first, a manifest last, the newest complete one is loaded.
+"""Committed checkpoints: every rank writes its shard, then a manifest commits them; the newest complete one is loaded.
 
     checkpoints/step-00000100/   rank-*.safetensors and index.json (`shards.py`) · manifest.json (`manifest.py`)
 
-The shards are written asynchronously (`Saver`), from copies; a manifest commits them once all are on disk. The main
-rank alone looks at directories and tells the others what is there: listings of a network file system may differ.
+The shards are written asynchronously (`Saver`), from copies; a manifest commits them once all are on disk. Only the
+main rank lists directories and broadcasts what is there: listings of a network file system may differ.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bd3_ds.checkpoint.manifest import (
 from bd3_ds.checkpoint.retention import prune_checkpoints, remove_checkpoint
 from bd3_ds.checkpoint.shards import layout, shard_file, write_index, write_shard
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.runtime.files import appears, make_directory, require_writable, write_json
+from bd3_ds.runtime.files import make_directory, require_writable, wait_for_file, write_json
 from bd3_ds.runtime.world import World
 
 
@@ -38,8 +38,8 @@ class Saver:
     """Writes checkpoints, one at a time: `start`, then `finish` once no rank is `busy`, or at once.
 
     All ranks call `start` and `finish` together. `keep` newest checkpoints stay, and those whose step is a multiple of
-    `keep_every`. `behind`: the shards are written by a thread while training goes on. `say` hears on the main rank of
-    old checkpoints that cannot be removed; absent: stderr.
+    `keep_every`. `async_save`: a thread writes the shards while training goes on. `say`: called on the main rank
+    with a line about old checkpoints that cannot be removed; absent: stderr.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Saver:
         directory: Path,
         world: World,
         keep: int,
-        behind: bool,
+        async_save: bool,
         keep_every: int | None = None,
         say: Callable[[str], None] | None = None,
     ):
@@ -55,9 +55,9 @@ class Saver:
         self._world = world
         self._keep = keep
         self._keep_every = keep_every
-        self._behind = behind
+        self._async_save = async_save
         self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
-        self._lamented: set[Path] = set()
+        self._reported: set[Path] = set()
         self._tag: str | None = None
         self._state: dict[str, Any] = {}
         self._thread: threading.Thread | None = None
@@ -80,17 +80,17 @@ class Saver:
         """
         self.finish()
         target = self.directory / tag
-        self._world.on_main(lambda: _make_room(target))
+        self._world.on_main(lambda: _empty_directory(target))
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in pieces}
         self._tag, self._state, self._written = tag, state, "its shard was not written"
         self._thread = threading.Thread(target=self._write, args=(target, copies), name=f"save-{tag}")
         self._thread.start()
-        if not self._behind:
+        if not self._async_save:
             self.finish()
 
     def _write(self, target: Path, copies: dict[str, Tensor]) -> None:
         try:
-            target.mkdir(parents=True, exist_ok=True)  # it is there; a file server may not have told this machine yet
+            target.mkdir(parents=True, exist_ok=True)  # rank 0 made it, which a file server may not show here yet
             path = target / shard_file(self._world.rank)
             write_shard(path, copies)
             self._written = {path.name: {**_entry(path), "pieces": layout(copies)}}
@@ -100,15 +100,15 @@ class Saver:
     def finish(self) -> None:
         """Wait for every rank's shard and commit the checkpoint; keep the newest complete ones.
 
-        Raises UserError on all ranks where one could not write; what was complete before is left as it was. That an old
-        checkpoint cannot be removed is said, and tried again at the next one.
+        Raises UserError on all ranks where one could not write; what was complete before is left as it was. An old
+        checkpoint that cannot be removed is reported, and removed at a later save if it can be.
         """
         if self._tag is None or self._thread is None:
             return
         self._thread.join()
         tag, target = self._tag, self.directory / self._tag
         self._tag = self._thread = None
-        written = gather(self._written, self._world)
+        written = self._world.all_gather_object(self._written)
         self._world.on_main(lambda: self._commit(target, written))
         if self._world.is_main:
             self._prune(tag)
@@ -148,21 +148,16 @@ class Saver:
             self._say(f"old checkpoints in {self.directory} cannot be listed and stay: {error}")
             return
         for path, reason in failed.items():
-            if path not in self._lamented:
-                self._lamented.add(path)
+            if path not in self._reported:
+                self._reported.add(path)
                 self._say(
                     f"cannot remove the old checkpoint {path}: {reason.strerror or reason}; the run goes on, and each "
                     "later save tries again"
                 )
 
 
-def gather(value: Any, world: World) -> list[Any]:
-    """`value` of every rank, on every rank."""
-    return world.gather(value)
-
-
 def newest_checkpoint(directory: Path, world: World, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint whose every file has the committed size and hash; passes over others and says so.
+    """The newest checkpoint whose every file has the committed size and hash; skips others and says so.
 
     All ranks come to the same answer: the main rank lists, each hashes its share of the files, and they agree.
     """
@@ -181,13 +176,13 @@ def newest_checkpoint(directory: Path, world: World, say: Callable[[str], None])
 
 
 def _listed(directory: Path) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
-    """Complete checkpoints with their manifests, and the names of others; oldest first."""
+    """Complete checkpoints with their manifests, and the names of incomplete ones; oldest first."""
     complete = [(found.path.name, found.manifest) for found in complete_checkpoints(directory)]
     known = {name for name, _ in complete}
     return complete, [path.name for path in checkpoint_directories(directory) if path.name not in known]
 
 
-def _make_room(target: Path) -> None:
+def _empty_directory(target: Path) -> None:
     """An empty directory for a checkpoint; raises UserError."""
     require_writable(target.parent)
     try:
@@ -203,13 +198,13 @@ def _make_room(target: Path) -> None:
 def _hashed(directory: Path, world: World, names: list[str]) -> dict[str, str]:
     """Hash of each file of a checkpoint, the work shared among ranks; of a file that cannot be read, why."""
     mine = {name: _hash_of(directory / name) for name in names[world.rank :: world.size]}
-    merged = {name: found for share in gather(mine, world) for name, found in share.items()}
+    merged = {name: found for part in world.all_gather_object(mine) for name, found in part.items()}
     return {name: merged[name] for name in names}
 
 
 def _hash_of(path: Path) -> str:
     try:
-        appears(path)
+        wait_for_file(path)
         return str(_entry(path)["xxh64"])
     except OSError as error:
         return error.strerror or str(error)

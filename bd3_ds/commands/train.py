@@ -10,7 +10,7 @@ from bd3_ds.config.check import unreached
 from bd3_ds.config.ds_json import DEFAULT, check_optimizer, check_place, load_ds_json
 from bd3_ds.config.load import load_recipe
 from bd3_ds.runtime.cli import Parser
-from bd3_ds.runtime.errors import EXIT_STOPPED, only_rank_zero_speaks
+from bd3_ds.runtime.errors import EXIT_STOPPED, report_errors_once
 from bd3_ds.runtime.extensions import drop_stale_locks
 from bd3_ds.runtime.slurm import adopt_launcher, ranks_of_host
 from bd3_ds.train.preflight import preflight
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     try:
         adopt_launcher(os.environ)
     finally:  # what it refuses, all ranks refuse
-        only_rank_zero_speaks(os.environ)
+        report_errors_once(os.environ)
     parser = Parser(prog="run.py train", description="Train a recipe; continues where it stopped.")
     parser.add_argument("recipe", help="YAML file, such as configs/recipes/docs_pretrain.yaml")
     parser.add_argument("--deepspeed_config", type=Path, default=DEFAULT, help="memory and communication (ds_configs/)")

@@ -25,7 +25,7 @@ from bd3_ds.interop.safetensors import read_tensors
 from bd3_ds.interop.tokenizer import write_auto_tokenizer
 from bd3_ds.model.dit_config import dit_config
 from bd3_ds.runtime.errors import UserError
-from bd3_ds.runtime.files import new_directory, read_json, share, write_text
+from bd3_ds.runtime.files import apply_umask, new_directory, read_json, write_text
 
 mend_torchvision()  # before transformers imports it
 
@@ -61,7 +61,7 @@ def write_folder(export: Export, dst: Path, evaluations: list[dict[str, Any]]) -
     config = config_of(export)
     with new_directory(dst, replace=True) as aside:
         save_file(weights, aside / WEIGHTS, {"format": "pt"})
-        share(aside / WEIGHTS)
+        apply_umask(aside / WEIGHTS)
         config.save_pretrained(aside)
         unlike = None
         if export.tokenizer is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3_ds.checkpoint.export import WEIGHTS, Export, load_weights
-from bd3_ds.runtime.files import new_directory, share, write_json
+from bd3_ds.runtime.files import apply_umask, new_directory, write_json
 from bd3_ds.runtime.run_dir import EVALUATIONS, EXPORTS
 
 
@@ -53,5 +53,5 @@ def write_upstream(export: Export, dst: Path) -> None:
         weights[key] = torch.tensor(config[key])
     with new_directory(dst, replace=True) as aside:
         save_file(weights, aside / WEIGHTS, {"format": "pt"})
-        share(aside / WEIGHTS)
+        apply_umask(aside / WEIGHTS)
         write_json(aside / "config.json", config)

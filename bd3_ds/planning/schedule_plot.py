@@ -12,7 +12,7 @@ from torch import Tensor
 from bd3_ds.config.schema import RunConfig, block_size
 from bd3_ds.diffusion.proposal import Proposal, make_proposal
 from bd3_ds.diffusion.weighting import loss_weight
-from bd3_ds.runtime.files import share
+from bd3_ds.runtime.files import apply_umask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ def plot_schedule(run: RunConfig, path: Path) -> None:
     """Density, weight and masked share as a PNG at `path`; a schedule that moves is drawn at its start and its end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     schedule_figure(run).savefig(path, format="png", dpi=110)
-    share(path)
+    apply_umask(path)
 
 
 def schedule_figure(run: RunConfig) -> Figure:

@@ -1,4 +1,4 @@
-"""Whose fault it is: the user's mistakes end with exit code 2 and one sentence, ours with a traceback and 1."""
+"""Errors and exit codes: 2 and one sentence for a user's mistake, 1 and a traceback for a bug of ours."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from contextlib import suppress
 from typing import NoReturn
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells say it
+EXIT_INTERRUPTED = 130  # by Ctrl-C: what shells report
 EXIT_STOPPED = 75  # asked to stop, and everything is saved: start it again (EX_TEMPFAIL of sysexits.h)
-EXIT_NO_READER = 141  # who read the output has left (`| head`), as shells say it of SIGPIPE
-# Seconds until the first rank of another host, and then any rank, speaks of a mistake that rank 0 may have met too: by
+EXIT_NO_READER = 141  # the reader of the output has exited (`| head`): what shells report of SIGPIPE
+# Seconds until the first rank of another host, and then any rank, reports an error that rank 0 may have met too: by
 # then the launcher, which ends all ranks when one has failed, has ended this one.
 _FIRST_OF_HOST_WAITS, _OTHERS_WAIT = 3.0, 6.0
-_silent: dict[str, float] = {}  # "wait": seconds, where this process is not the rank that speaks
-_SHOWN, _ALL = 4, 16  # names in a sentence: that may be meant, that there are
+_silent: dict[str, float] = {}  # "wait": seconds, where another rank reports errors first
+_SHOWN, _ALL = 4, 16  # names listed at most: similar ones, all known ones
 
 
 class UserError(Exception):
-    """Something that the user can mend; the message names the option, the value and what would do.
+    """A mistake that the user can correct; the message names the option, the value and what would do.
 
     Several problems found together are given as several messages and printed one a line.
     """
@@ -41,7 +41,7 @@ class UserError(Exception):
 
 
 def did_you_mean(value: str, known: Iterable[str], first: Sequence[str] = (), otherwise: str = "") -> str:
-    """A half-sentence that helps after an unknown name: the names that may be meant, never a wall of them.
+    """The second half of an error about an unknown name: the names that may be meant, a few at most.
 
     `first` are names to offer before all others. Else one whose beginning, or a part, `value` is, else the most alike;
     where none is, `otherwise`, or the known ones.
@@ -76,8 +76,8 @@ def alike(value: str, known: Iterable[str]) -> list[str]:
 def run_command(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     """Run a command's main function and turn a UserError, or a full disk, into its sentence and exit code 2.
 
-    Ctrl-C ends with one line and EXIT_INTERRUPTED; output that nobody reads any more ends quietly, EXIT_NO_READER.
-    The process speaks whatever its environment says, unless `only_rank_zero_speaks` was called.
+    Ctrl-C ends with one line and EXIT_INTERRUPTED; output whose reader has exited ends quietly, EXIT_NO_READER.
+    Errors are reported whatever the environment says, unless `report_errors_once` was called.
     """
     _silent.clear()
     try:
@@ -89,7 +89,7 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str]) -> int
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        if not _reader_has_left():
+        if not _reader_has_exited():
             raise
         return EXIT_NO_READER
     except OSError as error:
@@ -107,26 +107,26 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str]) -> int
         return EXIT_USER_ERROR
 
 
-def only_rank_zero_speaks(env: Mapping[str, str]) -> None:
-    """Called by a command whose processes are ranks of one job: a mistake that all meet is then said once.
+def report_errors_once(env: Mapping[str, str]) -> None:
+    """Called by a command whose processes are ranks of one job: an error that all meet is then reported once.
 
-    A rank that fails alone speaks too, after rank 0 has had time to. One process alone always speaks.
+    A rank that fails alone reports too, after rank 0 has had time to. A single process always reports.
     """
     rank, size = env.get("RANK", "0"), env.get("WORLD_SIZE", "1")
     if rank != "0" and size != "1":
         _silent["wait"] = _FIRST_OF_HOST_WAITS if env.get("LOCAL_RANK", "0") == "0" else _OTHERS_WAIT
 
 
-def known_to_all(error: Exception) -> Exception:
-    """Mark an error that every rank raises, so that rank 0 alone speaks of it."""
-    error.known_to_all = True  # type: ignore[attr-defined]
+def raised_on_all_ranks(error: Exception) -> Exception:
+    """Mark an error that every rank raises, so that only rank 0 reports it."""
+    error.raised_on_all_ranks = True  # type: ignore[attr-defined]
     return error
 
 
 def _say(error: Exception, *lines: str) -> None:
-    """Print the lines to stderr; a rank that is not to speak waits for its launcher to end it first."""
+    """Print the lines to stderr; a rank other than the first waits for its launcher to end it."""
     if _silent:
-        if getattr(error, "known_to_all", False):
+        if getattr(error, "raised_on_all_ranks", False):
             return
         with suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training's handler would only note it
@@ -135,8 +135,8 @@ def _say(error: Exception, *lines: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _reader_has_left() -> bool:
-    """Whether stdout or stderr is a pipe that nobody reads; what is still to be written there is then thrown away."""
+def _reader_has_exited() -> bool:
+    """Whether stdout or stderr is a pipe without a reader; what is still to be written there is then discarded."""
     left = False
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # it is no file, as under a test
@@ -154,7 +154,7 @@ def _reader_has_left() -> bool:
 def leave(code: int) -> NoReturn:
     """End the process now, after what is registered for the end of Python.
 
-    The interpreter's teardown is left out: in it, threads of torch and DeepSpeed have been seen to abort finished runs.
+    The interpreter's teardown is skipped: in it, threads of torch and DeepSpeed have been seen to abort finished runs.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: write beside, flush to disk, rename."""
+"""Atomic files: written under a temporary name, flushed to the disk, renamed. Readers see a whole file or none."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from typing import Any
 
 from bd3_ds.runtime.errors import UserError
 
-LATE = 30.0  # seconds after which a file server has told every machine of a file that one of them wrote
-_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # file systems that have no such thing for directories
+LATE = 30.0  # seconds after which a file that one machine wrote is visible on all machines of a file server
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of file systems without fsync for directories
 
 
 def write_text(path: Path, text: str) -> None:
@@ -83,11 +83,11 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def new_directory(path: Path, replace: bool = False) -> Iterator[Path]:
-    """Build a directory aside and rename it to `path` when the block ends without error.
+    """Build a directory under a temporary name and rename it to `path` when the block ends without error.
 
     All files are on the disk before it has its name, so that a power cut leaves it whole or absent. An existing `path`
-    is an error unless `replace`, and goes only once the new one has its place. What a killed process left aside is
-    swept, or put back, by the next one.
+    is an error unless `replace`, and goes only once the new one has its place. What a killed process left is
+    removed, or put back, by the next one.
     """
     require_writable(path.parent)
     aside, old = (path.parent / f".{path.name}.{word}" for word in ("partial", "replaced"))
@@ -124,10 +124,10 @@ def make_directory(path: Path) -> None:
         sync(place.parent)
 
 
-def appears(path: Path, patience: float | None = None) -> bool:
-    """Whether a file is there, that another process has written; it may take a network file system time to say so.
+def wait_for_file(path: Path, patience: float | None = None) -> bool:
+    """Whether a file that another process has written is there; on a network file system it may be visible later.
 
-    `patience`: seconds to look again for, LATE unless given.
+    `patience`: seconds to wait for it, LATE unless given.
     """
     deadline = time.monotonic() + (LATE if patience is None else patience)
     while not path.exists():
@@ -140,7 +140,7 @@ def appears(path: Path, patience: float | None = None) -> bool:
 
 
 def require_writable(directory: Path) -> None:
-    """Prove that a file can be written to `directory`, or that it can be made; leaves nothing behind.
+    """Prove that a file can be written to `directory`, or that it can be made; leaves no file.
 
     Raises UserError otherwise.
     """
@@ -155,8 +155,8 @@ def require_writable(directory: Path) -> None:
         raise UserError(f"cannot write to {directory}: {reason}; choose a directory that you own") from None
 
 
-def share(path: Path) -> None:
-    """Give a file that a library made private (safetensors does) the mode that the umask gives to new files."""
+def apply_umask(path: Path) -> None:
+    """Give a file that a library created with mode 0600 (safetensors does) the mode that the umask gives new files."""
     probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     probe.touch()
     shutil.copymode(probe, path)

@@ -1,4 +1,4 @@
-"""One voice for a run: console lines, TensorBoard points, one JSON line a step. The main rank alone speaks."""
+"""The log of a run, written by the main rank only: console lines, TensorBoard scalars, one JSON line a step."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from bd3_ds.runtime.run_dir import INCIDENTS, TENSORBOARD, TRAIN_RECORDS, VALIDA
 class RunLog:
     """Writes into a run directory; on other ranks every call does nothing."""
 
-    def __init__(self, run_dir: Path, speaks: bool, first_step: int):
+    def __init__(self, run_dir: Path, enabled: bool, first_step: int):
         self._path = run_dir / TRAIN_RECORDS
         self._incidents = run_dir / INCIDENTS
         self._validation = run_dir / VALIDATION
         self._pending: list[dict[str, Any]] = []
         self._writer: Any = None
-        self._speaks = speaks
-        if speaks:
+        self._enabled = enabled
+        if enabled:
             from torch.utils.tensorboard import SummaryWriter
 
             # What the last run wrote after its last checkpoint is about to be written again. TensorBoard's points stay:
@@ -35,23 +35,23 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line on the console."""
-        if self._speaks:
+        if self._enabled:
             tqdm.write(text, file=sys.stderr)  # above a progress bar, if there is one
             sys.stderr.flush()
 
     def record(self, line: dict[str, Any]) -> None:
         """Keep one line of records/train.jsonl until `flush`."""
-        if self._speaks:
+        if self._enabled:
             self._pending.append(line)
 
     def incident(self, line: dict[str, Any]) -> None:
         """One line of records/incidents.jsonl, at once."""
-        if self._speaks:
+        if self._enabled:
             records.append(self._incidents, line)
 
     def validation(self, line: dict[str, Any]) -> None:
         """One line of records/validation.jsonl, at once."""
-        if self._speaks:
+        if self._enabled:
             records.append(self._validation, line)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -62,13 +62,13 @@ class RunLog:
 
     def flush(self) -> None:
         """Put all that is kept on disk."""
-        if self._speaks:
+        if self._enabled:
             records.append(self._path, *self._pending)
             self._pending.clear()
             self._writer.flush()
 
     def close(self) -> None:
         """Flush and end."""
-        if self._speaks:
+        if self._enabled:
             self.flush()
             self._writer.close()

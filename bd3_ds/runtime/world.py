@@ -1,4 +1,4 @@
-"""Who this process is among its peers, and the few collectives that are used outside the engine."""
+"""The process group: this process's rank and device, and the few collectives that are used outside the engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from bd3_ds.runtime.errors import UserError, known_to_all
+from bd3_ds.runtime.errors import UserError, raised_on_all_ranks
 from bd3_ds.runtime.extensions import build_announcement
 from bd3_ds.runtime.slurm import ranks_of_host
 
@@ -36,21 +36,21 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that writes records and speaks."""
+        """True on rank 0, the only one that writes records and console lines."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank has reached this call."""
         if self.size > 1:
             torch.distributed.barrier()
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add `tensor` over all ranks, in place."""
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` over all ranks, in place."""
         if self.size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """`value` of every rank, on every rank; anything that can be pickled."""
         values = [value] * self.size
         if self.size > 1:
@@ -58,9 +58,9 @@ class World:
         return values
 
     def on_main(self, work: Callable[[], Result]) -> Result:
-        """Do `work` on the main rank alone; its result on every rank.
+        """Do `work` on the main rank only; its result is broadcast to every rank.
 
-        The UserError or OSError that it ends with is raised on every rank: none waits for one that has left.
+        The UserError or OSError that it raises is raised on every rank: none waits for one that has ended.
         """
         outcome: list[Any] = [None, None]
         if self.is_main:
@@ -70,12 +70,12 @@ class World:
                 outcome[1] = error
         result, failure = outcome
         if self.size > 1:
-            told = [outcome]
-            torch.distributed.broadcast_object_list(told, src=0)
+            received = [outcome]
+            torch.distributed.broadcast_object_list(received, src=0)
             if not self.is_main:
-                result, failure = told[0]
+                result, failure = received[0]
         if failure is not None:
-            raise known_to_all(failure)
+            raise raised_on_all_ranks(failure)
         return result
 
     def together(self, work: Callable[[], Result]) -> Result:
@@ -85,17 +85,17 @@ class World:
             result = work()
         except (UserError, OSError) as error:
             failure = error
-        first = next((each for each in self.gather(failure) if each is not None), None)
+        first = next((each for each in self.all_gather_object(failure) if each is not None), None)
         if first is not None:
-            raise known_to_all(first)
+            raise raised_on_all_ranks(first)
         return result  # type: ignore[return-value]
 
 
 def prepare_environment() -> None:
-    """Fill in what a launcher leaves out, before anything that reads it is imported.
+    """Set the environment variables that a launcher leaves out, before anything that reads them is imported.
 
     DeepSpeed's launcher sets LOCAL_SIZE; streaming reads LOCAL_WORLD_SIZE. Without a launcher the process is
-    a world of one. What srun and mpirun say is taken before (`runtime/slurm.py`).
+    a world of one. The variables of srun and mpirun are read before (`runtime/slurm.py`).
     """
     env = os.environ
     env.setdefault("RANK", "0")
@@ -115,13 +115,13 @@ def collective_timeout(stall_seconds: int) -> timedelta:
 
 
 def join_world(timeout: timedelta | None = None) -> World:
-    """Join the process group (NCCL on GPUs, Gloo on CPUs) through DeepSpeed and say who we are.
+    """Join the process group (NCCL on GPUs, Gloo on CPUs) through DeepSpeed and return this process's place in it.
 
     `timeout`: of collectives in this group and in all that are made later; absent: `collective_timeout` of 0.
     """
     prepare_environment()
     timeout = timeout or _NEVER
-    # What groups get that are made without a word about it, as DeepSpeed does; not that of the first group.
+    # The default of groups made without a timeout, as DeepSpeed makes them; the first group takes its own.
     torch.distributed.distributed_c10d.default_pg_timeout = timeout
     torch.distributed.distributed_c10d.default_pg_nccl_timeout = timeout
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -150,9 +150,9 @@ def join_world(timeout: timedelta | None = None) -> World:
 
 def _announce_build() -> None:
     """On the first rank, say that the collectives for CPUs are being compiled: the first start looks stuck."""
-    said = build_announcement("deepspeed_shm_comm", Path(torch.__file__).parent)
-    if said is not None and os.environ["RANK"] == "0":
-        print(said, file=sys.stderr, flush=True)
+    announcement = build_announcement("deepspeed_shm_comm", Path(torch.__file__).parent)
+    if announcement is not None and os.environ["RANK"] == "0":
+        print(announcement, file=sys.stderr, flush=True)
 
 
 def _init_distributed(backend: str, timeout: timedelta) -> None:
@@ -176,5 +176,5 @@ def _unlink_shared_buffer(world: World) -> None:
     Without this, every start on CPUs would keep that memory from the machine until it is booted again.
     """
     world.barrier()  # every rank has mapped the others' buffers
-    words = (os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], world.rank)
-    Path("/dev/shm", "deepspeed_allreduce_buffer_" + "_".join(map(str, words))).unlink(missing_ok=True)
+    parts = (os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], world.rank)
+    Path("/dev/shm", "deepspeed_allreduce_buffer_" + "_".join(map(str, parts))).unlink(missing_ok=True)

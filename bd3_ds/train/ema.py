@@ -47,7 +47,7 @@ class Ema:
             if name in parts:
                 start, average = parts[name]
                 tensor[start : start + average.numel()] = average
-            world.sum(tensor)
+            world.all_reduce(tensor)
             if world.is_main:
                 whole[name] = tensor.view(shape).cpu()
         return whole

@@ -199,7 +199,7 @@ class Stepper:
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Add up over all sequences, in place; ranks that share a sequence all bring what is known of it."""
-        return self.world.sum(tensor).div_(self.run.train.sequence_parallel)
+        return self.world.all_reduce(tensor).div_(self.run.train.sequence_parallel)
 
     def _noise(self, done: int, batch: MicroBatch, size: int, proposal: Draws | None) -> Noise | None:
         if proposal is None:

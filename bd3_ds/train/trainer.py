@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3_ds.checkpoint.export import export_name
-from bd3_ds.checkpoint.store import Saver, gather
+from bd3_ds.checkpoint.store import Saver
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.data.loader import Loader
 from bd3_ds.runtime.errors import UserError
@@ -106,7 +106,7 @@ class Trainer:
         if not (result.skipped or spike):
             return
         reason = "spike" if spike else "not finite"
-        ids = [sample for share in gather(result.ids, self.world) for sample in share]
+        ids = [sample for part in self.world.all_gather_object(result.ids) for sample in part]
         log.incident(
             {
                 "step": result.step,

@@ -25,7 +25,7 @@ ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("c
 def test_a_checkpoint_tells_what_a_lost_run_yaml_told(tmp_path):
     run = tiny_run(tmp_path, "eval.sets={}")
     recipe, run_dir, words = tmp_path / "recipe.yaml", Path(run.run_dir), ["eval.sets={}"]
-    saver = Saver(run_dir / "checkpoints", ALONE, 2, behind=False)
+    saver = Saver(run_dir / "checkpoints", ALONE, 2, async_save=False)
     state = {"step": 2, CONFIGURATION: dataclasses.asdict(run)}
     saver.start("step-00000002", state, [(piece("weights", "w", 0), torch.zeros(3))])
     (run_dir / "run.yaml").write_text(to_yaml(run))

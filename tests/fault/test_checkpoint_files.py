@@ -65,7 +65,7 @@ class BusyFiles:
 )
 def test_an_old_checkpoint_that_cannot_be_removed_costs_nothing(tmp_path, monkeypatch, name, number, left):
     said: list[str] = []
-    saver = Saver(tmp_path, ALONE, 1, behind=False, say=said.append)
+    saver = Saver(tmp_path, ALONE, 1, async_save=False, say=said.append)
     save(saver, 10)
     server = BusyFiles(monkeypatch, name, number)
     save(saver, 20)
@@ -82,7 +82,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_costs_nothing(tmp_path, monkey
 
 
 def test_files_that_stay_of_an_older_checkpoint_of_the_same_step_are_no_part_of_the_new_one(tmp_path, monkeypatch):
-    saver = Saver(tmp_path, ALONE, 2, behind=False)
+    saver = Saver(tmp_path, ALONE, 2, async_save=False)
     save(saver, 10)
     shutil.copy(tmp_path / "step-00000010" / SHARD, tmp_path / "step-00000010" / shard_file(1))  # of more ranks
     BusyFiles(monkeypatch, shard_file(1), errno.EBUSY)
@@ -95,7 +95,7 @@ def test_files_that_stay_of_an_older_checkpoint_of_the_same_step_are_no_part_of_
 
 
 def test_what_users_keep_beside_checkpoints_is_neither_removed_nor_loaded(tmp_path):
-    saver = Saver(tmp_path, ALONE, 1, behind=False)
+    saver = Saver(tmp_path, ALONE, 1, async_save=False)
     save(saver, 10)
     for name in ("step-00000010-backup", "step-best", "step-10"):
         shutil.copytree(tmp_path / "step-00000010", tmp_path / name)
@@ -113,7 +113,7 @@ def test_what_users_keep_beside_checkpoints_is_neither_removed_nor_loaded(tmp_pa
 
 
 def test_more_than_eight_digits_sort_as_numbers(tmp_path):
-    saver = Saver(tmp_path, ALONE, 1, behind=False)
+    saver = Saver(tmp_path, ALONE, 1, async_save=False)
     save(saver, 99_999_999)
     save(saver, 100_000_000)
     assert complete(tmp_path) == [100_000_000]
@@ -124,7 +124,7 @@ def two_checkpoints(tmp_path: Path) -> Path:
     """Checkpoints of steps 200 and 300 on two ranks."""
 
     def write(world: World) -> None:
-        saver = Saver(tmp_path, world, 2, behind=True)
+        saver = Saver(tmp_path, world, 2, async_save=True)
         for step in (200, 300):
             part = torch.full((150,), float(step))
             saver.start(f"step-{step:08d}", {"step": step}, [(piece("weights", "w", 150 * world.rank), part)])
@@ -191,10 +191,10 @@ def test_a_rank_that_cannot_see_a_file_has_all_pass_over_it(two_checkpoints, tmp
 
 def test_a_main_rank_that_cannot_begin_or_commit_ends_all_ranks_with_its_sentence(tmp_path):
     def begin(world: World) -> None:
-        Saver(tmp_path / "file", world, 1, behind=True).start("step-00000001", {"step": 1}, [])
+        Saver(tmp_path / "file", world, 1, async_save=True).start("step-00000001", {"step": 1}, [])
 
     def commit(world: World) -> None:
-        saver = Saver(tmp_path / "checkpoints", world, 1, behind=True)
+        saver = Saver(tmp_path / "checkpoints", world, 1, async_save=True)
         saver.start("step-00000001", {"step": 1}, [])
         if world.is_main:
             (tmp_path / "checkpoints" / "step-00000001" / "index.json").mkdir()
@@ -272,7 +272,7 @@ def test_a_directory_is_on_the_disk_before_it_has_its_name(tmp_path, synced):
 
 def test_a_checkpoint_is_on_the_disk_before_it_counts(tmp_path, synced):
     """Its own name in the directory above it, too: the older ones are removed next."""
-    saver = Saver(tmp_path / "checkpoints", ALONE, 1, behind=False)
+    saver = Saver(tmp_path / "checkpoints", ALONE, 1, async_save=False)
     save(saver, 10)
     commit = next(i for i, event in enumerate(synced) if event.endswith("-> manifest.json"))
     assert {SHARD, "index.json", "checkpoints", tmp_path.name} <= {name.split(" -> ")[-1] for name in synced[:commit]}

@@ -36,8 +36,8 @@ ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("c
 SHARD = shard_file(0)
 
 
-def save(directory: Path, step: int, keep: int = 2, behind: bool = False) -> None:
-    saver = Saver(directory, ALONE, keep, behind)
+def save(directory: Path, step: int, keep: int = 2, async_save: bool = False) -> None:
+    saver = Saver(directory, ALONE, keep, async_save)
     saver.start(f"step-{step:08d}", {"step": step}, [(piece("weights", "w", 0), torch.full((300,), float(step)))])
     saver.finish()
 
@@ -79,14 +79,14 @@ def test_a_later_format_is_refused_rather_than_overwritten(tmp_path):
         newest_step(tmp_path, [])
 
 
-@pytest.mark.parametrize("behind", [False, True])
-def test_a_checkpoint_holds_what_the_tensors_were_when_it_was_started(tmp_path, behind):
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_checkpoint_holds_what_the_tensors_were_when_it_was_started(tmp_path, async_save):
     numbers = torch.arange(2_000_000, dtype=torch.float32)
-    saver = Saver(tmp_path, ALONE, 2, behind)
+    saver = Saver(tmp_path, ALONE, 2, async_save)
     saver.start("step-00000001", {"step": 1}, [(piece("weights", "w", 0), numbers)])
     numbers.zero_()  # the next update
-    assert saver.pending == behind
-    assert len(complete_checkpoints(tmp_path)) == (not behind)
+    assert saver.pending == async_save
+    assert len(complete_checkpoints(tmp_path)) == (not async_save)
     saver.finish()
     assert not saver.pending and not saver.busy
     (checkpoint,) = complete_checkpoints(tmp_path)
@@ -95,11 +95,11 @@ def test_a_checkpoint_holds_what_the_tensors_were_when_it_was_started(tmp_path, 
     assert torch.equal(read, torch.arange(2_000_000, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("behind", [False, True])
-def test_a_failed_save_leaves_the_last_one_alone(tmp_path, behind):
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_failed_save_leaves_the_last_one_alone(tmp_path, async_save):
     """A limit on the size of files is met in the middle of writing, as a full disk is."""
     save(tmp_path, 10, keep=1)
-    saver = Saver(tmp_path, ALONE, 1, behind)
+    saver = Saver(tmp_path, ALONE, 1, async_save)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -122,7 +122,7 @@ def test_a_save_that_dies_does_not_count_as_the_one_before(tmp_path, monkeypatch
         raise MemoryError
 
     monkeypatch.setattr(threading, "excepthook", lambda _: None)  # the error itself is on the console otherwise
-    saver = Saver(tmp_path, ALONE, keep=1, behind=True)
+    saver = Saver(tmp_path, ALONE, keep=1, async_save=True)
     saver.start("step-00000010", {"step": 10}, [(piece("weights", "w", 0), torch.zeros(300))])
     saver.finish()
     monkeypatch.setattr(store, "write_shard", dies)
@@ -146,7 +146,7 @@ def test_retention_counts_only_what_the_run_continues_from(tmp_path):
 
 
 def test_retention_keeps_some_for_good(tmp_path):
-    saver = Saver(tmp_path, ALONE, 2, behind=False, keep_every=20)
+    saver = Saver(tmp_path, ALONE, 2, async_save=False, keep_every=20)
     for step in (10, 20, 30, 40, 50, 60, 70):
         saver.start(f"step-{step:08d}", {"step": step}, [(piece("weights", "w", 0), torch.zeros(3))])
     assert [checkpoint.state["step"] for checkpoint in complete_checkpoints(tmp_path)] == [20, 40, 60, 70]

@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor
 
-from bd3_ds.checkpoint.store import gather
 from bd3_ds.config.ds_json import load_ds_json
 from bd3_ds.config.load import load_recipe
 from bd3_ds.runtime.errors import leave
@@ -33,7 +32,7 @@ def masters(engine: Engine, world: World) -> dict[str, Tensor]:
     """The whole fp32 weights, on every rank."""
     parts = [(f.name, f.start, f.weights.clone()) for group in engine.masters.groups() for f in group]
     whole = {name: torch.empty(shape).flatten() for name, shape in engine.shapes.items()}
-    for share in gather(parts, world):
+    for share in world.all_gather_object(parts):
         for name, start, values in share:
             whole[name][start : start + len(values)] = values
     return whole
@@ -54,7 +53,7 @@ def main(recipe: str, ds_config: str) -> int:
         decay = min(ema.decay, (1 + update) / (10 + update))
         for name, values in masters(engine, world).items():
             average[name].lerp_(values, 1 - decay)
-    held = gather(sum(values.numel() * values.element_size() for _, values in ema.pieces()), world)
+    held = world.all_gather_object(sum(values.numel() * values.element_size() for _, values in ema.pieces()))
     ours = ema.gather(world)
     if world.is_main:
         difference = max(float((ours[name].flatten() - average[name]).abs().max()) for name in average)

@@ -15,8 +15,8 @@ from bd3_ds.runtime.errors import (
     EXIT_NO_READER,
     UserError,
     did_you_mean,
-    known_to_all,
-    only_rank_zero_speaks,
+    raised_on_all_ranks,
+    report_errors_once,
     run_command,
 )
 
@@ -66,8 +66,8 @@ def test_a_rank_that_fails_alone_speaks() -> None:
 
 def test_what_all_ranks_know_is_said_by_rank_zero_alone(capsys: pytest.CaptureFixture[str]) -> None:
     def fail(argv: list[str]) -> int:
-        only_rank_zero_speaks({"RANK": argv[0], "WORLD_SIZE": "2"})
-        raise known_to_all(UserError("a mistake"))
+        report_errors_once({"RANK": argv[0], "WORLD_SIZE": "2"})
+        raise raised_on_all_ranks(UserError("a mistake"))
 
     assert run_command(fail, ["1"]) == 2 and capsys.readouterr().err == ""
     assert run_command(fail, ["0"]) == 2 and capsys.readouterr().err == "error: a mistake\n"
