@@ -37,9 +37,9 @@ from bd3_ds.runtime.world import join_world
 from bd3_ds.train.ema import Ema
 from bd3_ds.train.engine import Engine
 try:
-    from bd3_ds.model.build import Initial
+    from bd3_ds.model.build import Initializer
 except ImportError:
-    Initial = None
+    Initializer = None
 recipe, hidden, layers, vocabulary, stage = sys.argv[1], *map(int, sys.argv[2:])
 words = [f"model.hidden_size={hidden}", f"model.layers={layers}", f"model.heads={hidden // 64}"]
 words += [f"model.vocab_size={vocabulary}", f"model.mask_id={vocabulary - 1}"]
@@ -48,14 +48,14 @@ run = load_recipe(recipe, words)
 joined = join_world()
 network = dit_config(run.model, run.objective.name)
 json = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 5_000_000}, "steps_per_print": 10**9}
-if Initial is None:
+if Initializer is None:
     model = DiT(network)
     initialise(model, run.seed)
     engine = Engine(model, run, json, joined)
 else:
     with torch.device("meta"):
         model = DiT(network)
-    engine = Engine(model, run, json, joined, Initial(model, run.seed))
+    engine = Engine(model, run, json, joined, Initializer(model, run.seed))
 ema = Ema(engine, run.optim.ema_decay)
 joined.barrier()
 print("parameters", sum(shape.numel() for shape in engine.shapes.values()), flush=True)

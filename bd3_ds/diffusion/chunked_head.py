@@ -1,4 +1,4 @@
-"""A loss over the vocabulary straight from hidden states, so that the logits [N, V] of all tokens are never kept.
+"""A fused linear and loss layer: chunked over tokens, so that the logits [N, V] of all tokens are never stored.
 
 Logits of a chunk of tokens are made, turned into nats and gradients, and dropped: three matrix products where autograd
 on whole logits has three as well, and memory for one chunk. Gradients are ready after the forward pass, since the
@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 128 * 2**20  # logits of a chunk
-CACHED_BYTES = 16 * 2**20  # on CPUs, rows of it that are turned into nats together, in fp32: they stay in the cache
+CACHED_BYTES = 16 * 2**20  # on CPUs, fp32 rows of it that are processed together: they stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
 class HeadLoss(ABC):
-    """What an objective asks of a network's head: (sum of weight x nats, nats [N] without gradient), both fp32.
+    """A loss on a network's head: (sum of weight x nats, nats [N] without gradient), both fp32.
 
-    targets [N]: clean tokens at the places of the hidden states. `weight` [N] is each token's in the loss; None where
-    no gradient is wanted (the sum is then plain).
+    targets [N]: clean tokens at the positions of the hidden states. `weight` [N] is each token's in the loss; None
+    where no gradient is wanted (the sum is then plain).
     """
 
     targets: Tensor
@@ -35,7 +35,7 @@ class HeadLoss(ABC):
     def __call__(self, hidden: Tensor, matrix: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """From hidden states [N, D] and the projection to the vocabulary, matrix [V or more, D] and bias [V].
 
-        Further rows of the matrix are there for a GPU's sake; their logits are made and left out.
+        Further rows of the matrix pad it for GPUs; their logits are computed and dropped.
         """
         if self.weight is None or not torch.is_grad_enabled():
             nats = _nats(hidden, matrix, bias, self)
@@ -49,13 +49,13 @@ class HeadLoss(ABC):
         return self.reduce(nats), nats.detach()
 
     def part(self, rows: Tensor) -> HeadLoss:
-        """The same for `rows` [n] of the tokens alone."""
+        """The same for `rows` [n] of the tokens only."""
         whole = {field.name: getattr(self, field.name) for field in fields(self)}
-        of_rows: dict[str, Any] = {name: value[rows] for name, value in whole.items() if isinstance(value, Tensor)}
-        return replace(self, **of_rows)
+        selected: dict[str, Any] = {name: value[rows] for name, value in whole.items() if isinstance(value, Tensor)}
+        return replace(self, **selected)
 
     def reduce(self, nats: Tensor) -> Tensor:
-        """What the loss is of nats [N]."""
+        """The loss of nats [N]."""
         return (nats if self.weight is None else self.weight * nats).sum()
 
     @abstractmethod
@@ -70,8 +70,8 @@ class HeadLoss(ABC):
         """
 
 
-def _together(device: torch.device) -> int:
-    """A GPU has no such cache, and many small kernels would keep its host busy."""
+def _bytes_at_once(device: torch.device) -> int:
+    """A GPU has no such cache, and many small kernels would be bound by their launches."""
     return CACHED_BYTES if device.type == "cpu" else 2 * CHUNK_BYTES
 
 
@@ -83,7 +83,7 @@ def _chunks(count: int, width: int, item: int, limit: int) -> list[slice]:
 @torch.no_grad()
 def _nats(hidden: Tensor, matrix: Tensor, bias: Tensor, loss: HeadLoss) -> Tensor:
     nats = torch.empty(len(hidden), device=hidden.device)
-    for rows in _chunks(len(hidden), len(matrix), 4, 2 * _together(hidden.device)):
+    for rows in _chunks(len(hidden), len(matrix), 4, 2 * _bytes_at_once(hidden.device)):
         logits = F.linear(hidden[rows], matrix)[:, : len(bias)].float().add_(bias)
         nats[rows] = loss.loss_and_grad(logits, rows, False)[0]
     return nats
@@ -101,12 +101,12 @@ class _ChunkedLoss(torch.autograd.Function):
         d_bias = torch.zeros(bias.shape, device=bias.device)
         for chunk in _chunks(len(hidden), len(matrix), hidden.element_size(), CHUNK_BYTES):
             part, scale = hidden[chunk], weight[chunk, None]
-            # Logits, then row by row d nats / d logits; the bias comes there, where it costs no sweep of its own.
+            # Logits, then row by row d nats / d logits; the bias is added while they are in the cache.
             grad_logits = F.linear(part, matrix)  # [n, V or more]
             grad_logits[:, vocab:] = 0
-            for rows in _chunks(len(part), len(matrix), 4, _together(hidden.device)):
-                of_all = slice(chunk.start + rows.start, chunk.start + rows.stop)
-                nats[of_all], grad = loss.loss_and_grad(grad_logits[rows, :vocab].float().add_(bias), of_all, True)
+            for rows in _chunks(len(part), len(matrix), 4, _bytes_at_once(hidden.device)):
+                span = slice(chunk.start + rows.start, chunk.start + rows.stop)
+                nats[span], grad = loss.loss_and_grad(grad_logits[rows, :vocab].float().add_(bias), span, True)
                 grad_logits[rows, :vocab] = grad
             dtype = grad_logits.dtype
             d_hidden[chunk] = (grad_logits @ matrix.to(dtype)) * scale
@@ -125,6 +125,6 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, above: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         d_hidden, d_matrix, d_bias = ctx.saved_tensors
-        return d_hidden * above, d_matrix * above, d_bias * above, None, None
+        return d_hidden * grad_loss, d_matrix * grad_loss, d_bias * grad_loss, None, None

@@ -1,6 +1,6 @@
 """Frequency-informed masking (Kosmopoulou et al. 2025): rare tokens are masked more often than frequent ones.
 
-Each token of the vocabulary has a rarity in (0, 1], its place when all are ordered from the most to the least frequent.
+Each token of the vocabulary has a rarity in (0, 1], its relative rank from the most to the least frequent.
 Raised to a power in [0, 1] that grows over the curriculum it is the token's masking score, and scores are moved
 towards 0 or 1 until their mean over the block is the block's rate p. Power 0 is plain masking.
 """

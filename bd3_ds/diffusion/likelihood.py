@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd3_ds.diffusion.noise import next_token_targets, scored_places
+from bd3_ds.diffusion.noise import next_token_targets, scored_positions
 from bd3_ds.diffusion.subs import SubsNats
 from bd3_ds.runtime.rng import Purpose, generator
 
@@ -59,9 +59,9 @@ class Texts:
     def __len__(self) -> int:
         return len(self.x0)
 
-    def places(self) -> Tensor:
+    def scored_positions(self) -> Tensor:
         """The places that are scored, bool [b, L]: position 0 and padding never are."""
-        return scored_places(self.x0, self.documents, self.scored)
+        return scored_positions(self.x0, self.documents, self.scored)
 
     def rows(self, first: int, count: int) -> Texts:
         """`count` rows from row `first` on, fewer at the end."""
@@ -133,7 +133,7 @@ def exact(condition: Condition, texts: Texts, block_size: int, mask_id: int, at_
     there.
     """
     x0, batch = texts.x0, len(texts)
-    scored = texts.places().cpu()  # where masks are made
+    scored = texts.scored_positions().cpu()  # where masks are made
     by_block = scored.view(batch, -1, block_size)  # [b, B, L']
     maskable = by_block.sum(-1)  # [b, B]
     most = int(maskable.max())
@@ -166,20 +166,20 @@ def stratified(condition: Condition, texts: Texts, block_size: int, mask_id: int
     """
     batch, length = texts.x0.shape
     blocks = length // block_size
-    can_be = texts.places().cpu().numpy().reshape(batch, blocks, block_size)
+    may_mask = texts.scored_positions().cpu().numpy().reshape(batch, blocks, block_size)
     masked = np.zeros((batch, views, blocks, block_size), dtype=bool)
     weight = np.zeros((batch, views, blocks))
     for row in range(batch):
         rng = generator(seed, Purpose.EVALUATION, texts.first_row + row)
         u = (np.arange(views)[:, None] + rng.random(blocks)) / views  # [K, B]
-        maskable = can_be[row].sum(-1)  # [B]
+        maskable = may_mask[row].sum(-1)  # [B]
         count = np.minimum(1 + np.floor(u * maskable), maskable)  # [K, B]
         keys = rng.random((views, blocks, block_size))
-        keys[:, ~can_be[row]] = np.inf
+        keys[:, ~may_mask[row]] = np.inf
         rank = keys.argsort(-1).argsort(-1)
         masked[row] = rank < count[:, :, None]
         weight[row] = np.divide(maskable, count, out=np.zeros_like(count), where=count > 0)
-    return _sampled(condition, texts.x0, masked & can_be[:, None], weight, block_size, mask_id, int(can_be.sum()))
+    return _sampled(condition, texts.x0, masked & may_mask[:, None], weight, block_size, mask_id, int(may_mask.sum()))
 
 
 def paper_rates(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,8 +211,8 @@ def monte_carlo(
         rate, weights = draw(torch.from_numpy((order + rng.random((views, blocks))) / blocks))  # each [K, B]
         masked[row] = rng.random((views, blocks, block_size)) < rate.numpy()[:, :, None]
         weight[row] = weights.numpy()
-    can_be = texts.places().cpu().numpy().reshape(batch, 1, blocks, block_size)
-    return _sampled(condition, texts.x0, masked & can_be, weight, block_size, mask_id, int(can_be.sum()))
+    may_mask = texts.scored_positions().cpu().numpy().reshape(batch, 1, blocks, block_size)
+    return _sampled(condition, texts.x0, masked & may_mask, weight, block_size, mask_id, int(may_mask.sum()))
 
 
 def _sampled(

@@ -1,4 +1,4 @@
-"""Noise by place: masking rates and masks as functions of (seed, step, slot in the global batch, block).
+"""Counter-based noise: masking rates and masks as functions of (seed, step, slot in the global batch, block).
 
 The G x B blocks of a global batch (G sequences of B blocks) share one stratification of [0, 1): each takes one of the
 G x B strata by a permutation drawn for the step. So rates cover the proposal evenly over the whole batch, every block
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bd3_ds.config.schema import WeightConfig
 from bd3_ds.diffusion.frequency import token_rates
-from bd3_ds.diffusion.proposal import Draws
+from bd3_ds.diffusion.proposal import RateProposal
 from bd3_ds.diffusion.weighting import loss_weight
 from bd3_ds.runtime.rng import Purpose, generator
 
@@ -26,8 +26,8 @@ from bd3_ds.runtime.rng import Purpose, generator
 class Noise:
     """A micro-batch's noise, fp64. Its rows are sequences, or K neighbouring rows the views of a sequence.
 
-    rate: masking rate of each block [b, B]. bound_weight and loss_weight: what the nats of its masked tokens count in
-    the estimate of the bound and in the loss [b, B]. token_rate: rate of each token [b, L], None where all tokens of a
+    rate: masking rate of each block [b, B]. bound_weight and loss_weight: weights of its masked tokens' nats in the
+    estimate of the bound and in the loss [b, B]. token_rate: rate of each token [b, L], None where all tokens of a
     block have the block's. draws: uniform numbers [b, L]; a token is masked where its number is below its rate.
     """
 
@@ -41,20 +41,20 @@ class Noise:
 def make_noise(
     u: Tensor,
     draws: Tensor,
-    proposal: Draws,
+    proposal: RateProposal,
     weight: WeightConfig,
     masking_score: Tensor | None = None,
     documents: Tensor | None = None,
 ) -> Noise:
     """Noise from uniform numbers: u [b, B] for the blocks' rates, draws [b, L] for the masks.
 
-    masking_score [b, L] are the tokens' masking scores (`frequency.py`), None where all are alike; padding, where
-    documents [b, L] are below 0, has no say in them.
+    masking_score [b, L] are the tokens' masking scores (`frequency.py`), None where all are equal; padding, where
+    documents [b, L] are below 0, is left out.
     """
     rate, bound_weight = proposal.draw(u)
     tokens = None
     if masking_score is not None:
-        counts = scored_places(masking_score, documents).view(*rate.shape, -1)
+        counts = scored_positions(masking_score, documents).view(*rate.shape, -1)
         tokens = token_rates(masking_score.view(*rate.shape, -1), rate, counts).flatten(1)
     return Noise(rate, bound_weight, loss_weight(weight, rate, bound_weight), tokens, draws)
 
@@ -79,17 +79,17 @@ def mask_draws(seed: int, step: int, slots: np.ndarray, length: int) -> Tensor:
 
 
 def choose_block_size(seed: int, step: int, sizes: Sequence[int]) -> int:
-    """The block size of a step, each of `sizes` with equal chance; the same on every rank."""
+    """The block size of a step, uniform over `sizes`; the same on every rank."""
     if len(sizes) == 1:
         return sizes[0]
     return int(sizes[generator(seed, Purpose.BLOCK_SIZE, step).integers(len(sizes))])
 
 
-def scored_places(x0: Tensor, documents: Tensor | None = None, among: Tensor | None = None) -> Tensor:
-    """Where texts x0 [b, L] are masked and scored, boolean: all but position 0, which is given, and padding.
+def scored_positions(x0: Tensor, documents: Tensor | None = None, among: Tensor | None = None) -> Tensor:
+    """Where texts x0 [b, L] are masked and scored, boolean: all positions but 0, which is given, and padding.
 
-    Padding is where documents [b, L] are below 0; without `documents` there is none. `among` [b, L], boolean, leaves no
-    others than these.
+    Padding is where documents [b, L] are below 0; without `documents` there is none. `among` [b, L], boolean, restricts
+    them further.
     """
     scored = torch.ones_like(x0, dtype=torch.bool) if documents is None else documents >= 0
     scored[:, 0] = False
@@ -97,15 +97,15 @@ def scored_places(x0: Tensor, documents: Tensor | None = None, among: Tensor | N
 
 
 def next_token_targets(x0: Tensor, documents: Tensor | None, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What a causal network is asked about texts [b, L]: (query_index, target_index), each [N], in the flattened texts.
+    """Next-token pairs of texts [b, L]: (query_index, target_index), each [N], in the flattened texts.
 
-    Each scored token is asked of the last text before it, so that padding in between does not count.
+    The query of a scored token is the last token of text before it, so that padding in between does not count.
     """
-    place = torch.arange(x0.numel(), device=x0.device).view(x0.shape)
-    scored = scored_places(x0, documents, among)[:, 1:]
-    text = place if documents is None else torch.where(documents < 0, -1, place)
+    index = torch.arange(x0.numel(), device=x0.device).view(x0.shape)
+    scored = scored_positions(x0, documents, among)[:, 1:]
+    text = index if documents is None else torch.where(documents < 0, -1, index)
     last_text = text.cummax(1).values[:, :-1]
-    return last_text[scored], place[:, 1:][scored]
+    return last_text[scored], index[:, 1:][scored]
 
 
 def corrupt(
@@ -113,7 +113,7 @@ def corrupt(
 ) -> tuple[Tensor, Tensor]:
     """Mask tokens x0 [b, L] at `rate` [b, L] by `draws` [b, L]: (x_t, masked), both [b, L].
 
-    `scored` [b, L] are the places that can be masked; None: all but position 0.
+    `scored` [b, L] are the positions that can be masked; None: all but position 0.
     """
-    masked = (draws < rate) & (scored_places(x0) if scored is None else scored)
+    masked = (draws < rate) & (scored_positions(x0) if scored is None else scored)
     return torch.where(masked, mask_id, x0), masked

@@ -1,4 +1,4 @@
-"""From a configuration to the proposal that training draws masking rates from, and the weight that goes with a rate.
+"""Proposals: the distributions that training draws masking rates from, and the importance weight of each rate.
 
 With q the density of the drawn rates, w(p) = 1 / (p q(p)) makes E_q[w(p) * sum of masked losses] the NELBO integral
 over the rates that q covers (docs/objective.md). Divided by the length of that range it is on the scale of the NELBO
@@ -23,12 +23,12 @@ Interval = tuple[float, float]  # of times t
 DEFENSIVE_MIN = 1e-3  # the defensive share's smallest rate: 1/p has no variance down to 0
 
 
-class Draws(Protocol):
-    """What masking rates are drawn from."""
+class RateProposal(Protocol):
+    """A distribution of masking rates."""
 
     @property
     def covers_all(self) -> bool:
-        """Whether all rates but a thousandth of them can be drawn, so that the training estimate is of the bound."""
+        """Whether all rates but a thousandth can be drawn, so that the training estimate is one of the bound."""
 
     def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Masking rates for uniform numbers u in [0, 1), and their weights; strata of u are strata of the rates."""
@@ -44,7 +44,7 @@ class Proposal:
 
     @property
     def covers_all(self) -> bool:
-        """See `Draws`; one rate alone covers nothing."""
+        """See `RateProposal`; a single rate covers nothing."""
         return self.highest - self.lowest >= 1 - 2e-3
 
     def rate(self, u: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Proposal:
         return torch.full_like(u, self.lowest) if self.schedule is None else self.schedule.rate(u)
 
     def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Draws`."""
+        """See `RateProposal`."""
         p = self.rate(u)
         return p, self.weight(p)
 
@@ -81,8 +81,9 @@ class Proposal:
 
 
 @dataclass(frozen=True)
-class Exploring:
-    """A clipped proposal that looks beyond its interval: a `share` of the blocks is drawn from `whole` instead.
+class ExploringProposal:
+    """A clipped proposal that also explores rates outside its interval: a `share` of the blocks is drawn from `whole`
+    instead.
 
     Each block has the weight of the proposal that it came from. So the estimate is a mean of two estimates, steady
     where the clipped one is, and no bound; one density for both would weight the rare outer rates by 1/share.
@@ -94,7 +95,7 @@ class Exploring:
     covers_all = False
 
     def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Draws`."""
+        """See `RateProposal`."""
         u = u.double()
         explores = u < self.share
         outer = self.whole.draw((u / self.share).clamp(max=1))

@@ -31,7 +31,7 @@ def score_entropy_bound(network: ScoreNetwork, texts: Texts, mask_id: int, views
         rng = generator(seed, Purpose.EVALUATION, texts.first_row + row)
         t[row] = T_MIN + (1 - T_MIN) * (np.arange(views) + rng.random(views)) / views
         masked[row] = rng.random((views, length)) < t[row, :, None]
-    scored = texts.places().cpu()
+    scored = texts.scored_positions().cpu()
 
     time = torch.from_numpy(t).flatten()  # [b K]
     sigma = sigma_of(time).float().to(x0.device)

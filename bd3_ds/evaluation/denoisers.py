@@ -8,7 +8,7 @@ from bd3_ds.diffusion.bounds import Answer, ScoredNetwork
 from bd3_ds.diffusion.likelihood import Condition, ViewDenoiser
 from bd3_ds.model.dit import DiT
 from bd3_ds.model.kv_cache import KVCache
-from bd3_ds.model.layers import Read
+from bd3_ds.model.layers import HeadReadout
 
 
 def conditioned(model: DiT, block_size: int, documents: Tensor | None = None) -> Condition:
@@ -23,7 +23,7 @@ def conditioned(model: DiT, block_size: int, documents: Tensor | None = None) ->
         if block_size < x0.shape[1]:
             model.encode(x0, cache, block_size=block_size, documents=documents)
 
-        def denoise(x_t: Tensor, at: Tensor, read: Read) -> tuple[Tensor, Tensor]:
+        def denoise(x_t: Tensor, at: Tensor, read: HeadReadout) -> tuple[Tensor, Tensor]:
             length = x_t.shape[-1]
             place = at % length
             start = int(place.min()) // block_size * block_size if len(at) else 0
@@ -48,7 +48,7 @@ def scored_network(model: DiT, block_size: int, documents: Tensor | None = None)
             views = conditioned(model, block_size, documents)(x0)
             return lambda tokens, sigma, at, read: views(tokens, at, read)
 
-        def answer(tokens: Tensor, sigma: Tensor | None, at: Tensor, read: Read) -> tuple[Tensor, Tensor]:
+        def answer(tokens: Tensor, sigma: Tensor | None, at: Tensor, read: HeadReadout) -> tuple[Tensor, Tensor]:
             found: tuple[Tensor, Tensor] = model(
                 tokens, block_size=block_size, sigma=sigma, at=at, read=read, documents=documents
             )

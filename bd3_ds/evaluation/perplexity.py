@@ -51,7 +51,7 @@ def evaluate_pack(
     """
     manifest = check_pack(export, set_name, str(pack_dir))
     texts = read_texts(pack_dir, max_chunks, apart=export.run.data.document_mask)
-    scored = int(texts.places().sum())
+    scored = int(texts.scored_positions().sum())
     if scored == 0:
         raise UserError(
             f"set {set_name} in {pack_dir} has nothing to score: all but the given first tokens is padding; prepare it "

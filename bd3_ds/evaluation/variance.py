@@ -82,7 +82,7 @@ def variances(
     t_min and t_max. `token_counts` [V] are needed where the run masks by frequency. `progress` is called after every
     batch.
     """
-    scored = texts.places().sum(1)  # [N]
+    scored = texts.scored_positions().sum(1)  # [N]
     noise_of = _noise_source(run, texts, plan, step, interval, token_counts)
     batch = _Batch(model, run, plan, float(scored.double().mean()))
     estimates: list[float] = []

@@ -31,7 +31,7 @@ from bd3_ds.runtime.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bd3_ds.model.build import Initial
+    from bd3_ds.model.build import Initializer
     from bd3_ds.model.dit import DiT
 
 # What two models must share for the weights of one to mean the same in the other, where the source tells it.
@@ -186,12 +186,12 @@ def _adapted(source: CausalFolder, model: DiT, run: RunConfig) -> tuple[dict[str
     """A causal model's weights with a row for [MASK] and, for diffusion, the time conditioning of a network that does
     not look at the time yet: gates of 1, all else 0. Under a causal mask it computes what the source did.
     """
-    from bd3_ds.model.build import Initial
+    from bd3_ds.model.build import Initializer
 
     network, mask_id = model.network, run.model.mask_id
     assert mask_id is not None
     weights = source.weights(network.vocab_size, network.vocab_rows, mask_id)
-    initial = Initial(model, run.seed)
+    initial = Initializer(model, run.seed)
     conditioning = {
         name: _fresh(initial, name, parameter) if parameter.is_meta else parameter.detach().clone()
         for name, parameter in model.named_parameters()
@@ -204,7 +204,7 @@ def _adapted(source: CausalFolder, model: DiT, run: RunConfig) -> tuple[dict[str
     return weights | conditioning, f"{said} others" + ("" if network.causal else ", its layers now see both ways")
 
 
-def _fresh(initial: Initial, name: str, parameter: Tensor) -> Tensor:
+def _fresh(initial: Initializer, name: str, parameter: Tensor) -> Tensor:
     import torch
 
     value = torch.empty(parameter.shape)

@@ -1,4 +1,4 @@
-"""An initialised network, and which of its weights decay."""
+"""Weight initialisation, and the parameters that weight decay excludes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from bd3_ds.model.dit import DiT
 from bd3_ds.model.dit_config import dit_config as dit_config
 from bd3_ds.model.norm import Norm
 
-CHUNK = 2**20  # numbers drawn at a time: a start holds no second copy of a whole tensor
+CHUNK = 2**20  # numbers drawn at a time, so that no second copy of a whole tensor is held
 
 
-class Initial:
-    """A fresh network's weights as the paper's recipe has them, any part of any tensor, without a network's memory.
+class Initializer:
+    """Initializer weights by the paper's recipe, any part of any tensor, without materialising the network.
 
-    Each tensor has its own generator: a new tensor disturbs no other. Matrices are uniform in +-1/sqrt(fan-in);
+    Each tensor has its own generator: adding a tensor changes no other. Matrices are uniform in +-1/sqrt(fan-in);
     conditioning and head zero, so that a new network starts from uniform predictions with every layer's residual
     closed. A tied matrix is an embedding, not zero.
     """
 
     def __init__(self, model: DiT, seed: int):
-        """Of a model that may have no memory itself (device meta)."""
+        """For a model, which may be on the meta device."""
         self._seed = seed
         self._constants: dict[str, float] = {}
         self._bounds: dict[str, tuple[int, float]] = {}
@@ -56,13 +56,13 @@ class Initial:
 
 
 def initialise(model: DiT, seed: int) -> None:
-    """Give all weights of a model the numbers of `Initial`."""
-    initial = Initial(model, seed)
+    """Set all weights of a model by `Initializer`."""
+    initial = Initializer(model, seed)
     for name, parameter in model.named_parameters():
         initial.fill(name, 0, parameter.detach().view(-1))
 
 
 def without_decay(module: nn.Module) -> set[str]:
-    """Names of parameters that weight decay leaves alone: norms, biases, embeddings."""
+    """Names of parameters excluded from weight decay: norms, biases, embeddings."""
     embeddings = ("embed.", "positions.")  # a tied output matrix too: its name is the embedding's
     return {name for name, p in module.named_parameters() if p.dim() < 2 or name.startswith(embeddings)}

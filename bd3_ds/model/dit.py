@@ -1,7 +1,7 @@
 """The diffusion transformer (Peebles & Xie 2023, as in Sahoo et al. 2024) and, with `causal`, its autoregressive twin.
 
-Written as if there were one device. Three ways in:
-  forward   a training pass: noisy tokens beside clean ones, or one of the two alone
+Written for one device. Three entry points:
+  forward   a training pass: noisy tokens beside clean ones, or either of them
   encode    clean tokens into a KVCache
   decode    noisy tokens against a KVCache (or, causal, next tokens)
 """
@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from bd3_ds.model.attention.masks import AttentionMask, pass_mask
 from bd3_ds.model.dit_config import DiTConfig
 from bd3_ds.model.kv_cache import KVCache
-from bd3_ds.model.layers import Head, Layer, Read, TimeEmbedding
+from bd3_ds.model.layers import Head, HeadReadout, Layer, TimeEmbedding
 from bd3_ds.model.rope import rotary_angles
 from bd3_ds.runtime.host_to_device import send
 
 
 def as_denoiser(network: Callable[..., Any], block_size: int, documents: Tensor | None = None) -> Callable[..., Any]:
-    """A DiT, or what runs one, as the objectives call it: (x_t, x0, sigma=, at=, read=) -> what `read` returns."""
+    """A DiT, or a wrapper of one, as a `diffusion.objective.Denoiser`: (x_t, x0, sigma=, at=, read=) -> read's
+    result.
+    """
 
-    def denoise(x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor, read: Read) -> Any:
+    def denoise(x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor, read: HeadReadout) -> Any:
         return network(x_t, x0, block_size=block_size, sigma=sigma, at=at, read=read, documents=documents)
 
     return denoise
@@ -46,8 +48,8 @@ class DiT(nn.Module):
         self.head = Head(network, cond_size)
         if network.tie_embeddings:
             self.head.linear.weight = self.embed.weight
-        # (tokens [B, n L], L, masks) -> the tokens and masks of this process; None: all of them. Set by `parallel`.
-        self.cut: Callable[..., tuple[Any, ...]] | None = None
+        # (tokens [B, n L], L, masks) -> the slice of tokens and masks of this process; None: all. Set by `parallel`.
+        self.slice_sequence: Callable[..., tuple[Any, ...]] | None = None
 
     def forward(
         self,
@@ -57,16 +59,17 @@ class DiT(nn.Module):
         block_size: int,
         sigma: Tensor | None = None,
         at: Tensor | None = None,
-        read: Read | None = None,
+        read: HeadReadout | None = None,
         documents: Tensor | None = None,
     ) -> Any:
         """Logits [B K, L, V] of the noisy tokens x_t [B K, L], seen with the clean tokens x0 [B, L] of earlier blocks.
 
         Rows b K … b K + K - 1 of x_t are K views of text b, which share its clean pass. Causal networks take the clean
         tokens as x_t and no x0; a single block (block_size = L) needs no x0 either. sigma [B] is the noise level where
-        the network is conditioned on it, else None (zero). With `at` [N], places in the flattened x_t, the head runs
-        there alone and [N, V] comes back; with `read` too, what it makes of the head's input and projection
-        (`layers.Head`). `documents` [B, L] numbers each token's document: tokens then see their own alone.
+        the network is conditioned on it, else None (zero). With `at` [N], positions in the flattened x_t, the head runs
+        only there and [N, V] is returned; with `read` too, its result on the head's input and projection
+        (`layers.Head`). `documents` [B, L] numbers each token's document: tokens then attend to their own document
+        only.
         """
         clean = x0 if x0 is not None and block_size < x_t.shape[1] and not self.network.causal else None
         return self._run(x_t, clean, block_size=block_size, sigma=sigma, at=at, read=read, documents=documents)
@@ -74,7 +77,7 @@ class DiT(nn.Module):
     def encode(self, x0: Tensor, cache: KVCache, *, block_size: int, documents: Tensor | None = None) -> KVCache:
         """Append the clean tokens x0 [B, T], whole blocks, to `cache`; no logits.
 
-        `documents` [B, L] is about the whole text from position 0 on, cached tokens included.
+        `documents` [B, L] covers the whole text from position 0 on, cached tokens included.
         """
         self._run(None, x0, block_size=block_size, cache=cache, documents=documents)
         return cache
@@ -88,12 +91,12 @@ class DiT(nn.Module):
         block_size: int,
         sigma: Tensor | None = None,
         at: Tensor | None = None,
-        read: Read | None = None,
+        read: HeadReadout | None = None,
         documents: Tensor | None = None,
     ) -> Any:
         """Logits of `tokens` [B K, T] at text positions start, start + 1, …, seen with the cached clean texts [B, …].
 
-        Noisy tokens leave the cache as it is; a causal network's tokens are clean and join it. `at` and `read` as for
+        Noisy tokens do not enter the cache; a causal network's tokens are clean and do. `at` and `read` as for
         `forward`, `documents` as for `encode`.
         """
         return self._run(
@@ -116,7 +119,7 @@ class DiT(nn.Module):
         block_size: int,
         sigma: Tensor | None = None,
         at: Tensor | None = None,
-        read: Read | None = None,
+        read: HeadReadout | None = None,
         cache: KVCache | None = None,
         start: int | None = None,
         documents: Tensor | None = None,
@@ -132,38 +135,38 @@ class DiT(nn.Module):
             texts = len(clean) if clean is not None else cache.rows if cache is not None and past else len(first)
             views = len(first) // texts
             first = first.reshape(texts, views * noisy_count)  # [B, K T]
-            if documents is not None and len(documents) < texts:  # without a clean pass every view is a text of its own
+            if documents is not None and len(documents) < texts:  # without a clean pass every view is a separate text
                 documents = documents.repeat_interleave(texts // len(documents), dim=0)
         tokens = torch.cat([part for part in (first, clean) if part is not None], dim=1)  # [B, K T + T']
         begin = past if start is None else start
 
         def mask_of(noisy_queries_only: bool) -> AttentionMask:
-            rule = pass_mask(
+            mask = pass_mask(
                 noisy_count, clean_count, begin, past, block_size, noisy_queries_only, tokens.device, views
             )
-            return rule if documents is None else rule.restrict_to_documents(documents)
+            return mask if documents is None else mask.restrict_to_documents(documents)
 
         mask = mask_of(noisy_queries_only=False)
         final = mask_of(noisy_queries_only=True) if noisy_count and clean_count else mask
-        if self.cut is not None:  # streams are of one length in training, the only pass that is cut
-            tokens, mask, final = self.cut(tokens, noisy_count or clean_count, mask, final)
+        if self.slice_sequence is not None:  # streams have one length in training, the only pass that is sliced
+            tokens, mask, final = self.slice_sequence(tokens, noisy_count or clean_count, mask, final)
         position = mask.queries.position
-        # Learned positions are added to the tokens; angles of zero then turn nothing.
-        turned_by = position if self.positions is None else torch.zeros_like(position)
-        cos, sin = rotary_angles(turned_by, self.network.head_width, self.network.rope_base)
+        # Learned positions are added to the tokens; angles of zero then rotate nothing.
+        rotary_position = position if self.positions is None else torch.zeros_like(position)
+        cos, sin = rotary_angles(rotary_position, self.network.head_width, self.network.rope_base)
         cond = self._condition(sigma, tokens.device)
-        grow = cache is not None and noisy_count == 0
+        update_cache = cache is not None and noisy_count == 0
 
         x = self.embed(tokens)  # [B, K T + T', D]
         if self.positions is not None:
             x = x + self.positions(position)
         for layer in list(self.layers)[:-1]:
-            x = layer(x, cond, cos, sin, mask, cache, grow)
-        asked = _asked_rows(at, len(x), noisy_count) if views == 1 and final.is_full else None
-        asked = None if asked is None else send(asked, x.device)
+            x = layer(x, cond, cos, sin, mask, cache, update_cache)
+        query_index = _query_rows(at, len(x), noisy_count) if views == 1 and final.is_full else None
+        query_index = None if query_index is None else send(query_index, x.device)
         at = None if at is None else send(at, x.device)
-        x = self.layers[-1](x, cond, cos, sin, final, cache, grow, asked)  # [B, Q, D], noisy tokens only if any
-        if asked is not None:
+        x = self.layers[-1](x, cond, cos, sin, final, cache, update_cache, query_index)  # [B, Q, D], only noisy ones
+        if query_index is not None:
             at = torch.arange(len(x) * x.shape[1], device=x.device)
         if noisy_count == 0 and not self.network.causal:
             return x
@@ -178,11 +181,12 @@ class DiT(nn.Module):
         return torch.nn.functional.silu(self.time(sigma))  # [B or 1, C]
 
 
-def _asked_rows(at: Tensor | None, rows: int, length: int) -> Tensor | None:
-    """Places [N] of flattened noisy rows [B, T] by row, [B, N / B], for a last layer that computes only these.
+def _query_rows(at: Tensor | None, rows: int, length: int) -> Tensor | None:
+    """Positions [N] of flattened noisy rows [B, T] by row, [B, N / B], for a last layer that computes only these
+    queries.
 
-    None where all are to be computed: in training, without noisy tokens, and where not every row has as many places, in
-    order. Where they lie on a GPU, its host waits: who knows them on the host gives them there.
+    None where all are to be computed: in training, without noisy tokens, and where rows have different numbers of
+    positions, or unordered ones. Where they lie on a GPU, its host waits: pass them on the host where they are known.
     """
     if at is None or length == 0 or torch.is_grad_enabled() or len(at) == 0 or len(at) % rows:
         return None

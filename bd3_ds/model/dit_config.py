@@ -11,11 +11,12 @@ from bd3_ds.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """All that decides the network's parameters and their use; `causal` is AR: no conditioning, block size 1.
+    """The architecture: everything that decides the network's parameters and their use; `causal` is AR: no
+    conditioning, block size 1.
 
     Embedding and output matrix have `vocab_rows` rows, vocab_size rounded up to a multiple of vocab_multiple: GPUs
-    multiply such sizes faster. The rows beyond the vocabulary are of no token and never have a probability. The last
-    fields say in what a network differs from the paper's, as GPT-2 and Llama do.
+    multiply such sizes faster. The rows beyond the vocabulary belong to no token and never get a probability. The last
+    fields are variants beyond the paper's network, for GPT-2 and Llama.
     """
 
     vocab_size: int
@@ -61,7 +62,7 @@ class DiTConfig:
 
 
 def dit_config(model: ModelConfig, objective: str) -> DiTConfig:
-    """The network that a complete model section (vocabulary known) and an objective ask for."""
+    """The DiTConfig of a complete model section (vocabulary known) and an objective."""
     if model.vocab_size is None:
         raise UserError("model.vocab_size is not set; it comes from the data's tokenizer or from the export")
     return DiTConfig(

@@ -1,4 +1,4 @@
-"""Dropout whose masks cost little on CPUs, where torch draws one Bernoulli number at a time."""
+"""Dropout with cheap masks on CPUs, where torch draws one Bernoulli number at a time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _LEVELS = 2**16  # a mask's probability is a multiple of 1 / _LEVELS
 
 
 def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Each number of x becomes 0 with probability `rate` and is divided by 1 - rate otherwise, in training alone.
+    """Zero elements of x with probability `rate` and divide the others by 1 - rate, in training only.
 
-    On CPUs one random word of torch's generator serves four numbers, by its quarters; the rate is rounded to 1/65536,
-    and the scale to match.
+    On CPUs one random 64-bit word of torch's generator serves four elements, 16 bits each; the rate is rounded to
+    1/65536, and the scale to match.
     """
     if rate == 0 or not training:
         return x

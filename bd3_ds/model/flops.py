@@ -1,4 +1,4 @@
-"""Floating-point operations that a training step asks for, counted from shapes, without what the mask hides."""
+"""Model FLOPs of a training step, counted from shapes, without the pairs that the mask hides."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def forward_flops_per_sequence(
     """Forward pass of one sequence of `length` clean tokens; `views` noisy views share them.
 
     A product of [m, k] and [k, n] costs 2 m k n. The head runs where a loss is due: everywhere for AR, at the masked
-    tokens for masked diffusion (half of them under the log-linear schedule), or at `head_tokens` places of the sequence
-    and its views, where that is known. Pairs that only data.document_mask
+    tokens for masked diffusion (half of them under the log-linear schedule), or at `head_tokens` positions of the
+    sequence and its views, where that is known. Pairs that only data.document_mask
     hides depend on the text and are counted, and so are padding and the rows that model.vocab_multiple adds.
     """
     width, layers = network.hidden_size, network.layers

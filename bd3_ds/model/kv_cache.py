@@ -1,4 +1,4 @@
-"""Keys and values of clean tokens, kept from one pass to the next."""
+"""The KV cache: keys and values of clean tokens, kept across passes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ SPARE = 64  # tokens; what a full buffer grows by at least
 class KVCache:
     """Per layer, rotated keys and values [B, H, P, d] of the P clean tokens seen so far.
 
-    They lie in buffers with room behind them, where the keys of a pass are written: an evaluation then reads the cache
-    and copies nothing of it. No gradient flows through a cache.
+    They lie in buffers with spare room at the end, where the keys of a pass are written: an evaluation then reads the
+    cache without copying it. No gradient flows through a cache.
     """
 
     def __init__(self, layers: int):
@@ -30,13 +30,13 @@ class KVCache:
         return len(self._keys[0])
 
     def extended(self, layer: int, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-        """The layer's cached keys and values with fresh ones [B, H, T, d] behind them; with `keep`, they stay there.
+        """The layer's cached keys and values followed by fresh ones [B, H, T, d]; with `keep`, these stay in the cache.
 
-        What is returned holds until the next call for this layer.
+        The result is valid until the next call for this layer.
         """
         past, fresh = self._tokens[layer], k.shape[2]
         old_k, old_v = self._keys[layer], self._values[layer]
-        if not keep and past == 0:  # nothing to stand behind; the next pass may come with another number of rows
+        if not keep and past == 0:  # nothing to append to; the next pass may have another number of rows
             return k, v
         if not keep and fresh > max(past, SPARE):  # many noisy views: room for them would dwarf the cache
             assert old_k is not None and old_v is not None

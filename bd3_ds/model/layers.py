@@ -21,8 +21,9 @@ from bd3_ds.model.kv_cache import KVCache
 from bd3_ds.model.norm import Norm
 from bd3_ds.model.rope import rotate
 
-# What a head's caller makes of the hidden states [N, D], the output matrix [V or more, D] and its bias [V].
-Read = Callable[[Tensor, Tensor, Tensor], Any]
+# A function of the hidden states [N, D], the output matrix [V or more, D] and its bias [V], called in place of the
+# head.
+HeadReadout = Callable[[Tensor, Tensor, Tensor], Any]
 
 
 _ACTIVATION = {"gelu": "tanh", "gelu_erf": "none"}
@@ -56,7 +57,7 @@ class Layer(nn.Module):
         self.key_heads = network.key_heads
         self.dropout = network.dropout
         self.backend = network.attention
-        self.attend, self.drop = attend, dropout  # attributes, so that `parallel` may put others in their place
+        self.attend, self.drop = attend, dropout  # attributes, so that `parallel` may replace them
         self.mlp = network.mlp
         self.norm_attention = Norm(network)
         self.qkv = nn.Linear(width, (self.heads + 2 * self.key_heads) * network.head_width, bias="qkv" in biases)
@@ -75,22 +76,24 @@ class Layer(nn.Module):
         sin: Tensor,
         mask: AttentionMask,
         cache: KVCache | None = None,
-        grow: bool = False,
-        asked: Tensor | None = None,
+        update_cache: bool = False,
+        query_index: Tensor | None = None,
     ) -> Tensor:
         """x [B, T, D] -> [B, Q, D], where Q = queries of the mask, the first Q of the T tokens.
 
-        With a `cache`, the tokens also see what it holds; with `grow`, it then holds them too. `asked` [B, Q] are the
-        only places whose output is wanted, under a mask that hides nothing.
+        With a `cache`, the tokens also attend to what it holds; with `update_cache`, they are appended to it.
+        `query_index` [B, Q]: the only queries to compute, under a mask that hides nothing.
         """
         if self.modulation is None or cond is None:
-            attended = self._attention(self.norm_attention(x), cos, sin, mask, cache, grow, asked)
-            x = _queries(x, asked, attended.shape[1]) + self.drop(attended, self.dropout, self.training)
+            attended = self._attention(self.norm_attention(x), cos, sin, mask, cache, update_cache, query_index)
+            x = _queries(x, query_index, attended.shape[1]) + self.drop(attended, self.dropout, self.training)
             return x + self.drop(self.mix(self.norm_mlp(x)), self.dropout, self.training)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond).chunk(6, dim=-1)  # [1 or B, D]
-        attended = self._attention(self.norm_attention(x, scale_a, shift_a), cos, sin, mask, cache, grow, asked)
+        attended = self._attention(
+            self.norm_attention(x, scale_a, shift_a), cos, sin, mask, cache, update_cache, query_index
+        )
         attended = self.drop(attended, self.dropout, self.training)
-        x = torch.addcmul(_queries(x, asked, attended.shape[1]), attended, gate_a[:, None])
+        x = torch.addcmul(_queries(x, query_index, attended.shape[1]), attended, gate_a[:, None])
         mixed = self.drop(self.mix(self.norm_mlp(x, scale_m, shift_m)), self.dropout, self.training)
         return torch.addcmul(x, mixed, gate_m[:, None])
 
@@ -101,37 +104,37 @@ class Layer(nn.Module):
         sin: Tensor,
         mask: AttentionMask,
         cache: KVCache | None,
-        grow: bool,
-        asked: Tensor | None,
+        update_cache: bool,
+        query_index: Tensor | None,
     ) -> Tensor:
         batch, tokens, width = x.shape
-        queries = len(mask.queries) if asked is None else asked.shape[1]
+        queries = len(mask.queries) if query_index is None else query_index.shape[1]
         qkv = self.qkv(x).view(batch, tokens, -1, width // self.heads).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.key_heads, self.key_heads], dim=1)  # [B, H, T, d], k and v of fewer heads
         scale = (width // self.heads) ** -0.5
-        if asked is None:
+        if query_index is None:
             q = rotate(q[:, :, :queries], cos[:queries] * scale, sin[:queries] * scale)
         else:
-            q = q.gather(2, asked[:, None, :, None].expand(-1, self.heads, -1, q.shape[-1]))  # [B, H, Q, d]
-            q = rotate(q, cos[asked][:, None] * scale, sin[asked][:, None] * scale)
+            q = q.gather(2, query_index[:, None, :, None].expand(-1, self.heads, -1, q.shape[-1]))  # [B, H, Q, d]
+            q = rotate(q, cos[query_index][:, None] * scale, sin[query_index][:, None] * scale)
         k = rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.extended(self.index, k, v, keep=grow)
-        mixed = self.attend(q, k, v, mask if asked is None else None, self.backend)  # [B, H, Q, d]
+            k, v = cache.extended(self.index, k, v, keep=update_cache)
+        mixed = self.attend(q, k, v, mask if query_index is None else None, self.backend)  # [B, H, Q, d]
         return self.out(mixed.transpose(1, 2).reshape(batch, queries, width))
 
     def mix(self, x: Tensor) -> Tensor:
-        """The MLP alone: x [B, T, D] -> [B, T, D]."""
+        """The MLP: x [B, T, D] -> [B, T, D]."""
         if self.gate is not None:
             return self.down(F.silu(self.gate(x)) * self.up(x))
         return self.down(F.gelu(self.up(x), approximate=_ACTIVATION[self.mlp]))
 
 
-def _queries(x: Tensor, asked: Tensor | None, count: int) -> Tensor:
-    """The tokens of x [B, T, D] whose output is wanted: [B, Q, D]."""
-    if asked is None:
+def _queries(x: Tensor, query_index: Tensor | None, count: int) -> Tensor:
+    """The query tokens of x [B, T, D]: [B, Q, D]."""
+    if query_index is None:
         return x[:, :count]
-    return x.gather(1, asked[..., None].expand(-1, -1, x.shape[-1]))
+    return x.gather(1, query_index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class Head(nn.Module):
@@ -145,10 +148,10 @@ class Head(nn.Module):
         self.linear = nn.Linear(width, network.vocab_rows, bias="head" in network.biases)
         self.modulation = nn.Linear(cond_size, 2 * width) if cond_size else None
 
-    def forward(self, x: Tensor, cond: Tensor | None, at: Tensor | None, read: Read | None) -> Any:
-        """Logits at all tokens of x [B, T, D], or, with `at` [N], at these of the B x T alone: [N, V].
+    def forward(self, x: Tensor, cond: Tensor | None, at: Tensor | None, read: HeadReadout | None) -> Any:
+        """Logits at all tokens of x [B, T, D], or, with `at` [N], only at these of the B x T: [N, V].
 
-        With `read`, what it makes of their hidden states and of the projection, whose logits need not be kept.
+        With `read`, its result on their hidden states and the projection, so that logits need not be stored.
         """
         rows = None
         if at is not None:

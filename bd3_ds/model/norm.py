@@ -1,4 +1,4 @@
-"""The norms before attention, MLP and head, with the conditioning's scale and shift in the same sweep."""
+"""The norms before attention, MLP and head, fused with the conditioning's scale and shift (adaLN)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Norm(nn.Module):
         weight, bias = self.weight, self.bias
         if scale is None or shift is None:
             return self._normed(x, weight, bias)
-        if len(scale) == 1:  # the same for all rows, so that the kernel can do it in the same sweep
-            grown = 1 + scale[0].float()
-            moved = shift[0] if bias is None else bias.float() * grown + shift[0]
-            return self._normed(x, weight.float() * grown, moved)
+        if len(scale) == 1:  # the same for all rows: fused into the kernel
+            scaled = 1 + scale[0].float()
+            shifted = shift[0] if bias is None else bias.float() * scaled + shift[0]
+            return self._normed(x, weight.float() * scaled, shifted)
         return torch.addcmul(shift[:, None], self._normed(x, weight, bias), 1 + scale[:, None])
 
     def _normed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 def rotary_angles(position: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin, each [T, d/2] in fp32, for positions [T].
 
-    Scaled by a number, they scale what they rotate: so queries are divided by the square root of d at no cost.
+    Scaling them scales what they rotate: so queries are divided by the square root of d at no cost.
     """
     frequency = base ** (-torch.arange(0, head_width, 2, device=position.device, dtype=torch.float32) / head_width)
     angle = position.float()[:, None] * frequency  # [T, d/2]
@@ -27,7 +27,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """The derivative of a rotation is the rotation back, so nothing of x is kept."""
+    """The gradient of a rotation is the inverse rotation, so nothing of x is saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

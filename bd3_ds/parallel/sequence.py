@@ -2,8 +2,8 @@
 
 Rank r of S holds text positions r L/S … (r + 1) L/S - 1 of every stream of a pass: of each noisy view and of the clean
 tokens. So each rank has the same part of both halves of x_t (+) x_0, whatever the mask costs. All but attention works
-on tokens one by one. Around attention two exchanges turn "some tokens of all heads" into "all tokens of some heads" and
-back, and there the whole mask holds.
+on tokens one by one. Two all-to-alls around attention turn "some tokens of all heads" into "all tokens of some heads"
+and back, so that attention itself sees the whole mask.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ class Slice:
         """[..., n L] -> [..., n L/S]: this part of each of the n streams of L tokens."""
         return packed.unflatten(-1, (-1, self.count, length // self.count))[..., self.index, :].flatten(-2)
 
-    def places(self, at: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Which of `at` [N], places in flattened texts [b, L], lie in this part, and where in the flattened [b, L/S].
+    def local_positions(self, at: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Which of `at` [N], positions in flattened texts [b, L], lie in this part, and where in the flattened [b,
+        L/S].
 
-        The first are indices into `at`. How many there are depends on values: where `at` lies on a GPU, its host waits.
+        The first are indices into `at`. Their number depends on values: where `at` lies on a GPU, its host waits.
         """
         part = length // self.count
         row, position = at // length, at % length
@@ -54,20 +55,20 @@ def by_rank(packed: Tensor, count: int, part: int) -> Tensor:
 
 
 class SlicedMask(AttentionMask):
-    """The mask of a whole pass as a rank sees it: the places are those of its own tokens, `whole` is for attention."""
+    """A rank's slice of the mask of a pass: the layouts are those of its own tokens, `whole` is for attention."""
 
     def __init__(self, whole: AttentionMask, part: Slice, length: int):
-        super().__init__(_places(whole.queries, part, length), _places(whole.keys, part, length))
+        super().__init__(_sliced(whole.queries, part, length), _sliced(whole.keys, part, length))
         self.whole = whole
         self.part = length // part.count
 
 
-def _places(places: TokenLayout, part: Slice, length: int) -> TokenLayout:
-    return TokenLayout(*(part.of(values, length) for values in (places.view, places.position, places.block)))
+def _sliced(layout: TokenLayout, part: Slice, length: int) -> TokenLayout:
+    return TokenLayout(*(part.of(values, length) for values in (layout.view, layout.position, layout.block)))
 
 
-class _Exchange:
-    """Stands for `attend` in a layer: the same output for a rank's tokens as the whole pass gives them."""
+class _UlyssesAttention:
+    """Replaces `attend` in a layer: all-to-all, attention of some heads over all tokens, all-to-all back."""
 
     def __init__(self, group: Any, count: int):
         self._count = count
@@ -89,18 +90,18 @@ class _Exchange:
         return by_rank(mixed.transpose(1, 2), self._count, mask.part)
 
 
-class HeadLoss(Protocol):
-    """What an objective asks of the head (`diffusion/chunked_head.py`)."""
+class SliceableLoss(Protocol):
+    """A head loss that can be computed in parts (`HeadLoss` of `diffusion/chunked_head.py`)."""
 
-    def part(self, rows: Tensor) -> HeadLoss:
-        """The same of `rows` alone."""
+    def part(self, rows: Tensor) -> SliceableLoss:
+        """The same of `rows` only."""
 
     def reduce(self, nats: Tensor) -> Tensor:
         """The loss of nats [N]."""
 
 
-class Sequence:
-    """The ranks that share this rank's sequences, and what they exchange."""
+class SequenceParallel:
+    """The group of ranks that share this rank's sequences, and their communication."""
 
     def __init__(self, world: World, count: int):
         """Call on all ranks: each joins the group of its `count` neighbours."""
@@ -111,29 +112,29 @@ class Sequence:
         self.group = groups[world.rank // count]
 
     def apply(self, model: DiT) -> None:
-        """Have `model` hold this rank's tokens alone and exchange them around attention; training passes only."""
+        """Have `model` work on this rank's slice of the tokens, with Ulysses attention; training passes only."""
 
-        def cut(tokens: Tensor, length: int, *masks: AttentionMask) -> tuple[Any, ...]:
+        def slice_sequence(tokens: Tensor, length: int, *masks: AttentionMask) -> tuple[Any, ...]:
             return self.slice.of(tokens, length), *(SlicedMask(mask, self.slice, length) for mask in masks)
 
-        model.cut = cut
+        model.slice_sequence = slice_sequence
         for layer in model.layers:
-            layer.attend = _Exchange(self.group, self.slice.count)  # type: ignore[assignment]
+            layer.attend = _UlyssesAttention(self.group, self.slice.count)  # type: ignore[assignment]
 
     def denoiser(self, denoise: Any) -> Any:
-        """`model.dit.as_denoiser` of a network that was cut: the loss and nats of all N places, on every rank.
+        """`model.dit.as_denoiser` of a sliced network: the loss and nats of all N positions, on every rank.
 
-        Each rank scores its own places. The gradient is S times that of its own part of the loss: averaged over all
+        Each rank scores its own positions. The gradient is S times that of its own part of the loss: averaged over all
         ranks of a run, S of which work on one sequence, that is the gradient of the whole loss.
         """
         count, group = self.slice.count, self.group
 
-        def shared(x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor, read: HeadLoss) -> Any:
-            mine, local = (send(part, x_t.device) for part in self.slice.places(at, x_t.shape[1]))
+        def shared(x_t: Tensor, x0: Tensor | None, *, sigma: Tensor | None, at: Tensor, read: SliceableLoss) -> Any:
+            mine, local = (send(part, x_t.device) for part in self.slice.local_positions(at, x_t.shape[1]))
             loss, known = denoise(x_t, x0, sigma=sigma, at=local, read=read.part(mine))
             nats = torch.zeros(len(at), device=known.device, dtype=known.dtype).index_copy_(0, mine, known)
             torch.distributed.all_reduce(nats, group=group)
             return read.reduce(nats) + count * (loss - loss.detach()), nats
 
-        shared.places_on_host = True  # type: ignore[attr-defined]
+        shared.positions_on_host = True  # type: ignore[attr-defined]
         return shared

@@ -22,9 +22,9 @@ from bd3_ds.data.rank_errors import of_all_ranks
 from bd3_ds.data.same_packs import require_same_packs
 from bd3_ds.data.share import Share
 from bd3_ds.interop.init_from import find_start, starting_weights
-from bd3_ds.model.build import Initial, dit_config
+from bd3_ds.model.build import Initializer, dit_config
 from bd3_ds.model.dit import DiT
-from bd3_ds.parallel.apply import prepare_layers, share_sequences
+from bd3_ds.parallel.apply import apply_sequence_parallelism, prepare_layers
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import write_text
 from bd3_ds.runtime.log import RunLog
@@ -69,7 +69,7 @@ def build(run: RunConfig, facts: DataFacts, ds_json: dict[str, Any], world: Worl
     )
     if checkpoint is not None:
         _require_the_same_data(run, facts, checkpoint, share)
-    sequence = share_sequences(model, run.train, world)
+    sequence = apply_sequence_parallelism(model, run.train, world)
     engine = _engine(run, ds_json, world, model, checkpoint, said)
     ema = Ema(engine, run.optim.ema_decay)
     state = TrainState() if checkpoint is None else _go_on(checkpoint, engine, ema, world, said)
@@ -122,7 +122,7 @@ def _engine(
 ) -> Engine:
     """The engine with the run's first weights, or awaiting those of the checkpoint; run.yaml is written before it."""
     run_dir = Path(run.run_dir)
-    values: Values = Initial(model, run.seed) if checkpoint is None else Awaited()
+    values: Values = Initializer(model, run.seed) if checkpoint is None else Awaited()
     if checkpoint is not None:
         said += filter(None, [world.on_main(lambda: changes_in_words(earlier_runs(run_dir), run))])
     elif run.train.init_from is not None:

@@ -23,13 +23,13 @@ from bd3_ds.diffusion.noise import (
     choose_block_size,
     make_noise,
     mask_draws,
-    scored_places,
+    scored_positions,
     stratified_times,
 )
 from bd3_ds.diffusion.objective import Loss, training_loss
-from bd3_ds.diffusion.proposal import Draws, Exploring, Interval, base_schedule, make_proposal
+from bd3_ds.diffusion.proposal import ExploringProposal, Interval, RateProposal, base_schedule, make_proposal
 from bd3_ds.model.dit import as_denoiser
-from bd3_ds.parallel.sequence import Sequence
+from bd3_ds.parallel.sequence import SequenceParallel
 from bd3_ds.runtime.host_to_device import send
 from bd3_ds.runtime.rng import Purpose, integer_seed
 from bd3_ds.runtime.world import World
@@ -89,7 +89,7 @@ class Stepper:
         mask_id: int,
         token_counts: np.ndarray | None,
         scored_tokens: float | None = None,
-        sequence: Sequence | None = None,
+        sequence: SequenceParallel | None = None,
     ):
         self.run = run
         self.world = world
@@ -101,7 +101,7 @@ class Stepper:
         self.accumulation = accumulation_steps(run, world.size)
         self._rarity = None if token_counts is None else rarity(token_counts)
 
-    def proposal(self, state: TrainState, block_size: int) -> Draws:
+    def proposal(self, state: TrainState, block_size: int) -> RateProposal:
         """What the step after `state` draws masking rates from."""
         schedule, search = self.run.objective.schedule, self.run.objective.clip_search
         progress = state.step / self.run.train.total_steps
@@ -110,7 +110,7 @@ class Stepper:
         if found is None or found == (schedule.t_min, schedule.t_max):
             return whole
         clipped = make_proposal(schedule, progress, found)
-        return Exploring(clipped, whole, search.explore) if search.method == "moments" else clipped
+        return ExploringProposal(clipped, whole, search.explore) if search.method == "moments" else clipped
 
     def step(
         self, batches: Iterator[MicroBatch], state: TrainState, stop_asked: bool = False, still_saving: bool = False
@@ -131,7 +131,7 @@ class Stepper:
             batch = next(batches)
             waited += batch.waited
             ids += batch.ids
-            scored += int(scored_places(batch.tokens, batch.documents).sum())
+            scored += int(scored_positions(batch.tokens, batch.documents).sum())
             torch.manual_seed(integer_seed(run.seed, Purpose.DROPOUT, done, micro_step, self.world.rank))
             noise = self._noise(done, batch, size, proposal)
             loss = self._loss(batch, noise, size)
@@ -201,7 +201,7 @@ class Stepper:
         """Add up over all sequences, in place; ranks that share a sequence all bring what is known of it."""
         return self.world.all_reduce(tensor).div_(self.run.train.sequence_parallel)
 
-    def _noise(self, done: int, batch: MicroBatch, size: int, proposal: Draws | None) -> Noise | None:
+    def _noise(self, done: int, batch: MicroBatch, size: int, proposal: RateProposal | None) -> Noise | None:
         if proposal is None:
             return None
         seed, length, views = self.run.seed, self.run.data.length, self.run.objective.views

@@ -20,7 +20,7 @@ from bd3_ds.config.schema import RunConfig
 from bd3_ds.data.pack import open_pack
 from bd3_ds.diffusion.bounds import Answer, bound_under
 from bd3_ds.diffusion.likelihood import Bound, Estimator, Texts
-from bd3_ds.diffusion.noise import scored_places
+from bd3_ds.diffusion.noise import scored_positions
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.train.exporting import scored_block_size
 from bd3_ds.train.held_out import HeldOut
@@ -94,7 +94,7 @@ class Validation:
             return
         directory = run.eval.sets[self.set]
         self._held_out = HeldOut(open_pack(directory), run.train.validate_sequences, run.data.document_mask)
-        self._scored = int(scored_places(self._held_out.tokens, self._held_out.documents).sum())
+        self._scored = int(scored_positions(self._held_out.tokens, self._held_out.documents).sum())
         if self._scored == 0:
             raise UserError(
                 f"the first {len(self._held_out)} sequences of eval.sets.{self.set}={directory} have nothing to score: "

@@ -24,7 +24,7 @@ from bd3_ds.diffusion.noise import make_noise
 from bd3_ds.diffusion.objective import Loss, training_loss
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.model.dit import DiT, DiTConfig, as_denoiser
-from bd3_ds.parallel.sequence import Sequence
+from bd3_ds.parallel.sequence import SequenceParallel
 from bd3_ds.runtime.errors import leave
 from bd3_ds.runtime.world import World, join_world
 from tests.helpers.schedules import schedule_config
@@ -48,7 +48,7 @@ class Case:
 def compare(case: Case, world: World) -> dict[str, float]:
     """The differences of the docstring above."""
     alone, whole = _pass(case, None)
-    shared, parts = _pass(case, Sequence(world, world.size))
+    shared, parts = _pass(case, SequenceParallel(world, world.size))
     for gradient in parts.values():
         torch.distributed.all_reduce(gradient)
         gradient /= world.size  # as data parallelism averages
@@ -66,7 +66,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def _pass(case: Case, sequence: Sequence | None) -> tuple[Loss, dict[str, Tensor]]:
+def _pass(case: Case, sequence: SequenceParallel | None) -> tuple[Loss, dict[str, Tensor]]:
     """The loss and its gradients; with `sequence`, this rank's part of them."""
     rng = torch.Generator().manual_seed(1)
     network = DiTConfig(VOCABULARY, 16 * case.heads, 2, case.heads, 2, 8, causal=case.objective == AR)

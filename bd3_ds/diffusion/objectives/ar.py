@@ -15,14 +15,14 @@ def loss(denoiser: Denoiser, batch: Batch) -> Loss:
     import torch
 
     from bd3_ds.diffusion.noise import next_token_targets
-    from bd3_ds.diffusion.objective import Loss, by_rate, wants_host_places
+    from bd3_ds.diffusion.objective import Loss, by_rate, takes_host_positions
     from bd3_ds.diffusion.subs import SubsNats
     from bd3_ds.runtime.host_to_device import send
 
     x0, device = batch.x0, batch.device
     query_index, target_index = next_token_targets(x0, batch.documents)
     targets = send(x0.flatten()[target_index], device)
-    at = query_index if wants_host_places(denoiser) else send(query_index, device)
+    at = query_index if takes_host_positions(denoiser) else send(query_index, device)
     x0 = send(x0, device)
     weight = torch.full(at.shape, 1 / (len(x0) * batch.scored_per_sequence), device=device)
     total, nats = denoiser(x0, None, sigma=None, at=at, read=SubsNats(targets, batch.mask_id, weight))

@@ -1,4 +1,4 @@
-"""SEDD with the absorbing process (Lou et al. 2024): score entropy of a network that is told the noise level."""
+"""SEDD with the absorbing process (Lou et al. 2024): score entropy of a network conditioned on the noise level."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bd3_ds.config.registries import OBJECTIVES, Objective
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bd3_ds.diffusion.objective import Asked, Batch, Denoiser, Loss
+    from bd3_ds.diffusion.objective import Batch, Denoiser, Loss, MaskedTokens
 
 
 def loss(denoiser: Denoiser, batch: Batch) -> Loss:
@@ -19,20 +19,20 @@ def loss(denoiser: Denoiser, batch: Batch) -> Loss:
     return masked_loss(denoiser, batch, score_entropy)
 
 
-def score_entropy(denoiser: Denoiser, asked: Asked) -> tuple[Tensor, Tensor]:
+def score_entropy(denoiser: Denoiser, tokens: MaskedTokens) -> tuple[Tensor, Tensor]:
     """The loss and nats [N] of a network that is conditioned on each sequence's noise level."""
     from bd3_ds.diffusion.score_entropy import ScoreNats, sigma_of
     from bd3_ds.runtime.host_to_device import send
 
-    sigma = send(sigma_of(asked.rate[:, 0]).float(), asked.x_t.device)
-    of_token = sigma[asked.at // asked.x_t.shape[1]]
-    read = ScoreNats(targets=asked.targets, sigma=of_token, mask_id=asked.mask_id, weight=asked.weight)
-    return denoiser(asked.x_t, None, sigma=sigma, at=asked.places, read=read)
+    sigma = send(sigma_of(tokens.rate[:, 0]).float(), tokens.x_t.device)
+    of_token = sigma[tokens.at // tokens.x_t.shape[1]]
+    read = ScoreNats(targets=tokens.targets, sigma=of_token, mask_id=tokens.mask_id, weight=tokens.weight)
+    return denoiser(tokens.x_t, None, sigma=sigma, at=tokens.denoiser_at, read=read)
 
 
 OBJECTIVES.register(
     "sedd",
-    # Its bound is an integral over time, which nothing but drawing times estimates.
+    # Its bound is an integral over time, which only Monte Carlo estimates.
     Objective(
         "a diffusion language model by score entropy (SEDD)",
         loss,

@@ -150,8 +150,8 @@ def test_views_of_a_text_are_losses_of_their_own(name: str, size: int, backend: 
     x0 = torch.randint(0, MASK, (TEXTS, LENGTH), generator=generator)
     slots, rows = np.arange(TEXTS * VIEWS), TEXTS * VIEWS
     u, draws = stratified_times(1, 0, slots, rows, LENGTH // size), mask_draws(1, 0, slots, LENGTH)
-    wish = torch.rand(rows, LENGTH, generator=generator, dtype=torch.float64) if by_frequency else None
-    noise = make_noise(u, draws, make_proposal(schedule_config()), WeightConfig("elbo", 0.0), wish)
+    masking_score = torch.rand(rows, LENGTH, generator=generator, dtype=torch.float64) if by_frequency else None
+    noise = make_noise(u, draws, make_proposal(schedule_config()), WeightConfig("elbo", 0.0), masking_score)
 
     def run(given_noise: Noise):
         loss = training_loss(name, as_denoiser(model, size), x0, given_noise, MASK)

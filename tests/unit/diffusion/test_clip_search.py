@@ -30,8 +30,8 @@ from bd3_ds.diffusion.clip_search import (
     spread_sums,
     within_variance,
 )
-from bd3_ds.diffusion.noise import scored_places
-from bd3_ds.diffusion.proposal import Exploring, base_schedule, make_proposal
+from bd3_ds.diffusion.noise import scored_positions
+from bd3_ds.diffusion.proposal import ExploringProposal, base_schedule, make_proposal
 from bd3_ds.diffusion.schedule import Schedule
 from bd3_ds.train.state import Clip, TrainState
 from tests.helpers.schedules import schedule_config
@@ -198,7 +198,7 @@ def test_exploring_shows_all_rates_and_keeps_the_scale(low: float, share: float)
     """A share of the blocks comes from the whole interval; a constant cost is still estimated as itself."""
     clipped, whole = (make_proposal(schedule_config(), interval=each) for each in ((low, low + 0.3), (0.001, 1.0)))
     u = (torch.arange(40_000, dtype=torch.float64) + 0.5) / 40_000
-    p, weight = Exploring(clipped, whole, share).draw(u)
+    p, weight = ExploringProposal(clipped, whole, share).draw(u)
     outside = ((p < low) | (p > low + 0.3)).double().mean()
     assert float(outside) == pytest.approx(share * (1 - 0.3 / 0.999), abs=1e-3)
     assert float((weight * p).mean()) == pytest.approx(1.0, rel=1e-6)
@@ -216,13 +216,13 @@ def test_one_density_for_clip_and_rest_is_no_clip_at_all() -> None:
 
     whole, clipped = make_proposal(schedule_config()), make_proposal(schedule_config(), interval=(0.45, 0.95))
     defended = make_proposal(schedule_config(defensive=0.1), interval=(0.45, 0.95))
-    assert variance(clipped) < variance(Exploring(clipped, whole, 0.1)) < 0.6 * variance(whole)
+    assert variance(clipped) < variance(ExploringProposal(clipped, whole, 0.1)) < 0.6 * variance(whole)
     assert variance(defended) > 2 * variance(whole)
 
 
 def test_first_block_has_a_token_less() -> None:
     for size, expected in ((4, [3, 4, 4]), (1, [0, 1, 1])):
-        assert scored_places(torch.zeros(1, 3 * size)).view(3, size).sum(1).tolist() == expected
+        assert scored_positions(torch.zeros(1, 3 * size)).view(3, size).sum(1).tolist() == expected
 
 
 @given(

@@ -15,7 +15,7 @@ from bd3_ds.config.schema import BD3, FrequencyConfig, WeightConfig
 from bd3_ds.data.pack import open_pack
 from bd3_ds.data.token_counts import COUNTS, read_token_counts
 from bd3_ds.diffusion.frequency import power_at, rarity, token_rates
-from bd3_ds.diffusion.noise import make_noise, mask_draws, scored_places, stratified_times
+from bd3_ds.diffusion.noise import make_noise, mask_draws, scored_positions, stratified_times
 from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.runtime.errors import UserError, run_command
@@ -41,15 +41,15 @@ def test_rarity_orders_tokens(number: np.ndarray) -> None:
 def test_rates_of_a_block(number: np.ndarray, power: float, rate: float, size: int, seed: int) -> None:
     """In [0, 1], in the order of rarity, and their mean is the block's rate."""
     tokens = torch.randint(0, len(number), (2, 3, size), generator=torch.Generator().manual_seed(seed))
-    wish = rarity(number)[tokens] ** power
+    masking_score = rarity(number)[tokens] ** power
     block = torch.full((2, 3), rate, dtype=torch.float64)
-    rates = token_rates(wish, block, scored_places(tokens.flatten(1)).view(tokens.shape))
+    rates = token_rates(masking_score, block, scored_positions(tokens.flatten(1)).view(tokens.shape))
     counted = rates.flatten(1)[:, 1:]
     assert bool((counted >= -1e-12).all()) and bool((counted <= 1 + 1e-12).all())
     torch.testing.assert_close(rates[:, 1:].mean(-1), block[:, 1:], rtol=1e-9, atol=1e-12)
     if size > 1:  # the first block's first token is given
         torch.testing.assert_close(rates[:, 0, 1:].mean(-1), block[:, 0], rtol=1e-9, atol=1e-12)
-    ordered = torch.gather(rates, -1, wish.argsort(-1))
+    ordered = torch.gather(rates, -1, masking_score.argsort(-1))
     assert bool((ordered.diff() >= -1e-9).all())
     if power == 0:
         torch.testing.assert_close(rates[:, 1:], block[:, 1:, None].expand_as(rates[:, 1:]))
@@ -65,11 +65,11 @@ def test_rare_tokens_are_masked_more_often_at_the_same_mean() -> None:
     """Token 0 is everywhere, token 1 rare: masks follow, the share of masked tokens stays, ln V is still ln V."""
     batch, length, vocab = 4096, 16, 5
     x0 = (torch.rand(batch, length, generator=torch.Generator().manual_seed(0)) < 0.2).long()
-    wish = rarity(np.array([800, 200, 0, 0, 0]))[x0] ** 0.8
+    score = rarity(np.array([800, 200, 0, 0, 0]))[x0] ** 0.8
     slots = np.arange(batch)
     u, draws = stratified_times(1, 0, slots, batch, 4), mask_draws(1, 0, slots, length)
     plain, informed = (
-        make_noise(u, draws, make_proposal(schedule_config()), WeightConfig("elbo", 0.0), w) for w in (None, wish)
+        make_noise(u, draws, make_proposal(schedule_config()), WeightConfig("elbo", 0.0), w) for w in (None, score)
     )
     seen = []
 

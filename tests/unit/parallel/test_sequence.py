@@ -39,7 +39,7 @@ def test_each_place_is_one_rank_s(count: int, part: int, rows: int, data: st.Dat
     text = torch.arange(rows * length).view(rows, length)
     seen = []
     for rank in range(count):
-        mine, local = Slice(rank, count).places(at, length)
+        mine, local = Slice(rank, count).local_positions(at, length)
         assert torch.equal(Slice(rank, count).of(text, length).flatten()[local], at[mine])
         seen += mine.tolist()
     assert sorted(seen) == list(range(len(at)))

@@ -8,7 +8,7 @@ import hashlib
 import pytest
 import torch
 
-from bd3_ds.model.build import Initial, initialise
+from bd3_ds.model.build import Initializer, initialise
 from bd3_ds.model.dit import DiT, DiTConfig
 
 PAPER = DiTConfig(33, 32, 2, 4, 4, 16, False)
@@ -44,7 +44,7 @@ def test_weights_are_those_of_former_builds(network: DiTConfig, golden: str) -> 
 
 def test_a_part_is_the_part_of_the_whole() -> None:
     model = DiT(BIG)
-    initial = Initial(model, 7)
+    initial = Initializer(model, 7)
     initialise(model, 7)
     whole = model.embed.weight.detach().flatten()
     for start, count in ((0, 5), (2**20 - 3, 7), (2**20, 9), (len(whole) - 4, 4)):

@@ -18,7 +18,7 @@ from bd3_ds.data.micro_batch import MicroBatch
 from bd3_ds.data.pack import open_pack
 from bd3_ds.data.share import Share
 from bd3_ds.diffusion.likelihood import Estimator, Texts
-from bd3_ds.diffusion.noise import scored_places
+from bd3_ds.diffusion.noise import scored_positions
 from bd3_ds.evaluation.network import load_model
 from bd3_ds.evaluation.perplexity import bound_of, evaluate_pack
 from bd3_ds.evaluation.unigram import unigram_perplexity
@@ -193,7 +193,7 @@ def test_unigrams_count_text_alone(tmp_path: Path) -> None:
     for place in (train, valid):
         pack = open_pack(place)
         tokens, documents = (torch.from_numpy(x) for x in (pack.all_tokens(), pack.all_documents(apart=False)))
-        text = documents >= 0 if place == train else scored_places(tokens, documents)
+        text = documents >= 0 if place == train else scored_positions(tokens, documents)
         found.append(np.bincount(tokens[text].numpy(), minlength=vocabulary))
     seen = found[0] + 1.0
     seen[tiny_tokenizer().mask_id] = 0

@@ -16,7 +16,7 @@ from bd3_ds.diffusion import likelihood
 from bd3_ds.diffusion.bounds import bound_under
 from bd3_ds.diffusion.clip_search import spread_sums
 from bd3_ds.diffusion.likelihood import Bound, Estimator, Texts
-from bd3_ds.diffusion.noise import make_noise, mask_draws, next_token_targets, scored_places, stratified_times
+from bd3_ds.diffusion.noise import make_noise, mask_draws, next_token_targets, scored_positions, stratified_times
 from bd3_ds.diffusion.objective import Loss, training_loss
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.evaluation.denoisers import scored_network
@@ -141,7 +141,7 @@ def test_sampled_bounds_agree_with_exact(size: int, documents: Tensor) -> None:
         found = bound(BD3, model, x0, size, estimator, documents, views=300)
         error = found.stderr + 1e-6
         assert bool(((found.nelbo.sum(1) - truth).abs() < 4.5 * error + 2e-3 * truth).all())  # mc: no rates below 1e-3
-        assert found.tokens == int(scored_places(x0, documents).sum())
+        assert found.tokens == int(scored_positions(x0, documents).sum())
 
 
 @torch.no_grad()
@@ -171,7 +171,13 @@ def test_what_padding_holds_changes_no_bound(objective: str, size: int) -> None:
 
 
 def loss_of(
-    objective: str, model: DiT, x0: Tensor, size: int, documents: Tensor | None, views: int, wish: Tensor | None
+    objective: str,
+    model: DiT,
+    x0: Tensor,
+    size: int,
+    documents: Tensor | None,
+    views: int,
+    score: Tensor | None,
 ) -> tuple[Loss, list[Tensor]]:
     """A step's loss, divided by the text's own tokens, and its gradient; noise of each place is the same always."""
     count, rows = x0.shape[1], len(x0) * views
@@ -179,10 +185,10 @@ def loss_of(
     if objective != AR:
         u = stratified_times(5, 0, np.arange(rows), rows, LENGTH // size if count > size else 1)[:, : -(-count // size)]
         draws = mask_draws(5, 0, np.arange(rows), LENGTH)[:, :count]
-        wishes = None if wish is None else wish[:, :count].repeat_interleave(views, dim=0)
+        scores = None if score is None else score[:, :count].repeat_interleave(views, dim=0)
         beyond = None if documents is None else documents.repeat_interleave(views, dim=0)
-        noise = make_noise(u, draws, make_proposal(schedule_config()), WeightConfig("elbo", 0.0), wishes, beyond)
-    seen = float(scored_places(x0, documents).sum()) / len(x0)
+        noise = make_noise(u, draws, make_proposal(schedule_config()), WeightConfig("elbo", 0.0), scores, beyond)
+    seen = float(scored_positions(x0, documents).sum()) / len(x0)
     loss = training_loss(
         objective, as_denoiser(model, size, documents), x0, noise, MASK, documents=documents, scored_tokens=seen
     )
@@ -207,12 +213,12 @@ def test_a_padded_text_has_the_loss_of_the_shorter_one(
 ) -> None:
     """Loss, estimate, blocks' nats and gradient; a single block is as long as its text."""
     model, x0 = network(objective), texts(2)
-    wish = torch.rand(x0.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    wish = wish if by_frequency else None
+    score = torch.rand(x0.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    score = score if by_frequency else None
     documents = padded(count).expand(2, -1)
     # One rate a text for a single block; else the rates of the blocks that both have.
-    long, gradient = loss_of(objective, model, x0, size, documents, views, wish)
-    short, expected = loss_of(objective, model, x0[:, :count], min(size, count), None, views, wish)
+    long, gradient = loss_of(objective, model, x0, size, documents, views, score)
+    short, expected = loss_of(objective, model, x0[:, :count], min(size, count), None, views, score)
     close(gradient, expected)
     for name in ("loss", "nelbo", "bin_nats", "bin_masked"):
         torch.testing.assert_close(getattr(long, name), getattr(short, name), rtol=1e-5, atol=1e-6)
@@ -239,8 +245,11 @@ def test_what_padding_holds_changes_no_gradient(objective: str, size: int, backe
     views = 2 if objective == BD3 else 1
     for documents in (GAPS, GAPS.clamp(max=0), torch.cat([padded(16), padded(3), padded(1)])):
         results = [
-            loss_of(objective, model, x, size, documents, views, wish)
-            for x, wish in ((x0, torch.full(x0.shape, 0.5)), (garbage(x0, documents), 0.5 + 0.4 * (documents < 0)))
+            loss_of(objective, model, x, size, documents, views, score)
+            for x, score in (
+                (x0, torch.full(x0.shape, 0.5)),
+                (garbage(x0, documents), 0.5 + 0.4 * (documents < 0)),
+            )
         ]
         (one, gradient), (other, changed) = results
         assert float(one.loss.detach()) > 0

@@ -20,7 +20,7 @@ from bd3_ds.diffusion.objective import training_loss
 from bd3_ds.diffusion.proposal import make_proposal
 from bd3_ds.diffusion.weighting import WeightConfig
 from bd3_ds.model.dit import DiT, DiTConfig, as_denoiser
-from bd3_ds.parallel.sequence import Sequence, Slice
+from bd3_ds.parallel.sequence import SequenceParallel, Slice
 from tests.helpers.schedules import schedule_config
 
 VOCAB, LENGTH = 13, 16
@@ -87,7 +87,7 @@ def test_ranks_that_share_a_sequence_know_their_places_on_the_host(
 ) -> None:
     """How many places a rank scores depends on the masks, which the host has drawn."""
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
-    sequence = object.__new__(Sequence)  # without the groups, which take processes
+    sequence = object.__new__(SequenceParallel)  # without the groups, which take processes
     sequence.slice, sequence.group = Slice(1, 2), None
     head = nn.Linear(8, VOCAB).to(META)
 
