@@ -6,9 +6,9 @@ model = transformers.AutoModel.from_pretrained(FOLDER)
 
 from __future__ import annotations
 
-from bd3_ds.data.streaming_import import mend_torchvision
+from bd3_ds.data.streaming_import import stub_torchvision
 
-mend_torchvision()  # before transformers imports it
+stub_torchvision()  # before transformers imports it
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM  # noqa: E402
 

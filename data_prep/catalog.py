@@ -1,4 +1,4 @@
-"""The data sets known by name: where they come from and how their published numbers treat them.
+"""The catalog of named data sets: where they come from, and the processing that published results use.
 
 On the hub all are read as Parquet, at one commit: from the hub's own conversion of the set, because several sets were
 published as a script, which no library runs any more. That conversion ends after 5 GB of a split. OpenWebText is

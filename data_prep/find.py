@@ -1,4 +1,4 @@
-"""Which files of a path belong to a split."""
+"""Finding the files of a split under a path."""
 
 from __future__ import annotations
 

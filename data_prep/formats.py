@@ -1,4 +1,4 @@
-"""The formats of text files, by the endings of their names, and how a set's text lies in its files."""
+"""File formats by suffix, and the layout of a set's text in its files."""
 
 from __future__ import annotations
 

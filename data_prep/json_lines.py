@@ -1,4 +1,4 @@
-"""The texts of JSON lines, one object a line."""
+"""Reading texts from JSON lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a source to a pack: read, tokenize, cut into chunks, write; stopped at any time, it goes on where it was."""
+"""Makes a pack from a source: read, tokenize, chunk, write; a preparation that was stopped is resumed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _make(
     from data_prep.packing import Recipe, Tally, pack
     from data_prep.parts import encode_parts, shows_cuts, start_worker
     from data_prep.pieces import Position
-    from data_prep.progress import Progress
+    from data_prep.progress import PreparationProgress
     from data_prep.work_directory import keep_revision, put_in_place
     from data_prep.workers import Workers
 
@@ -66,7 +66,7 @@ def _make(
         pieces = _limited(source.pieces(position), settings["limit_documents"])
         with (
             Workers(workers, start_worker, saved, settings["detokenizer"]) as pool,
-            Progress(source.name, position) as progress,
+            PreparationProgress(source.name, position) as progress,
         ):
             parts = encode_parts(pieces, pool, parts_folder, made_by)
             chunks = pack(progress.watch(parts, tally), recipe, tally)

@@ -1,4 +1,4 @@
-"""Values of the data commands' options, checked before anything slow is loaded."""
+"""Parsing and checking of the data commands' options, before anything slow is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command prints of the pack that it made."""
+"""The summary that is printed of a new pack."""
 
 from __future__ import annotations
 

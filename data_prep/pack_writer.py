@@ -1,4 +1,4 @@
-"""Second half of a preparation: chunks in groups, each an MDS folder of its own, and one index over all.
+"""Second stage of a preparation: chunks are written in groups, each an MDS directory, and one index over all.
 
     00000/shard.00000.mds.zstd ...   a group of chunks
     index.json                       all shards in order

@@ -1,4 +1,4 @@
-"""Packing: documents of any length become chunks of one length.
+"""Packing: documents of any length into chunks of one length.
 
 wrap      documents end to end, cut every `length` tokens
 aligned   the same, but each document starts on a block boundary; the gap before it is padding

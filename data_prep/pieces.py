@@ -1,4 +1,4 @@
-"""What a source is: text that comes in pieces, how far its reading is, and which revision of it is read."""
+"""The interface of sources: text in pieces, the position in it, and its revision."""
 
 from __future__ import annotations
 

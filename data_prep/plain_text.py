@@ -1,4 +1,4 @@
-"""Plain text as one document, in pieces that fit into memory."""
+"""Plain text files as one document, read in pieces that fit into memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a preparation is: part of the source that was read, tokens, tokens per second, time left."""
+"""The progress bar of a preparation: part of the source read, tokens, tokens per second, time left."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 _BAR_WITHOUT_END = "{desc}: {elapsed}{postfix}"
 
 
-class Progress:
+class PreparationProgress:
     """A bar on a terminal, nothing in a file; `position` is moved by what reads the source."""
 
     def __init__(self, name: str, position: Position):
@@ -42,7 +42,7 @@ class Progress:
         else:
             self._bar.update(1)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> PreparationProgress:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:

@@ -1,4 +1,4 @@
-"""English prose that every installation already has: the documentation inside Python and its packages.
+"""English prose of every installation: the documentation of Python and its packages.
 
 `python-docs` is the text of docstrings of Python's own library and of the packages that this project needs, one
 document a module; about 3 % of the modules are held out, by name. `python-readmes` and `python-licences` are the

@@ -1,4 +1,4 @@
-"""Whether a pack that is there already is the one that is asked for."""
+"""Whether an existing pack is the one that would be made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The texts in one column of CSV and Parquet files."""
+"""Reading one text column of CSV and Parquet files."""
 
 from __future__ import annotations
 

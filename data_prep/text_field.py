@@ -1,4 +1,4 @@
-"""The field that holds the text (--text-field): there, once, and of strings."""
+"""Checks of the field that holds the text (--text-field): present, unique, of strings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file's text, unpacked as it is read."""
+"""Reading compressed text files as a stream."""
 
 from __future__ import annotations
 

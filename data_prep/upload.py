@@ -1,4 +1,4 @@
-"""Packs that go to object storage: sent file by file, the manifest last, so that a pack is there whole or not."""
+"""Uploading packs to object storage: file by file, the manifest last, as the commit."""
 
 from __future__ import annotations
 

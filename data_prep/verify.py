@@ -1,4 +1,4 @@
-"""Check a pack from its index to its last token, and show what is in it.
+"""Verifies a pack from its index to its last token, and shows samples of it.
 
 python -m data_prep.verify DIR
 """

@@ -1,4 +1,4 @@
-"""Where a pack is made before it appears: a hidden folder beside it that outlives a kill and serves one at a time."""
+"""The work directory of a preparation: a hidden directory beside the pack that survives a kill, used by one process."""
 
 from __future__ import annotations
 

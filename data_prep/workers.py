@@ -1,4 +1,4 @@
-"""Processes that work for one that reads: none of them outlives it, and one that dies is noticed."""
+"""Worker processes for a reading parent: they end with it, and one that dies is noticed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Freeze the zero-shot evaluation sets, all with one tokenizer and length, and print what each pack holds.
+"""Prepare the zero-shot evaluation sets, all with one tokenizer and length, and print what each pack holds.
 
     python -m data_prep.zero_shot --tokenizer gpt2 --length 1024 --out data/zero-shot [NAME=PATH ...]
 

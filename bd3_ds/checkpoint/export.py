@@ -1,4 +1,4 @@
-"""Exports: one directory with all that scoring and sampling need, whole or absent.
+"""Exports: atomically written directories with averaged weights, configuration and tokenizer.
 
 exports/step-00000300/   model.safetensors (EMA weights, fp32) · config.yaml · tokenizer/ · export.json
 

@@ -1,4 +1,4 @@
-"""Which checkpoints a directory holds, from names, manifests and file sizes; imports no torch.
+"""Checkpoint manifests: which checkpoints of a directory are complete, by names, manifests and file sizes; no torch.
 
     checkpoints/step-00000100/   rank-*.safetensors · index.json · manifest.json
 

@@ -1,4 +1,4 @@
-"""What is removed once something newer is on disk. A removal that fails ends nothing: it is tried again later.
+"""Retention: prunes old checkpoints and exports. A removal that fails ends nothing: it is tried again later.
 
 Network file systems refuse to remove what another machine has open (EBUSY, ENOTEMPTY). What is half removed is in no
 list: a checkpoint loses its manifest first, an export its name.

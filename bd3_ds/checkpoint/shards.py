@@ -1,4 +1,4 @@
-"""A rank's part of a run's tensors as a file, and any part of any tensor out of such files.
+"""Checkpoint shards: each rank's tensors in one file, and any part of any tensor read out of such files.
 
 A piece is named `kind/tensor:start`: elements start … start + n of the flat tensor. Readers request element ranges and
 not files, so that world size and ZeRO stage may change: the idea of universal checkpoints (Lian et al. 2024). The index

@@ -54,7 +54,7 @@ def _convert(options: argparse.Namespace) -> None:
             export = find_export(options.src)
         else:
             convert = convert_hugging_face if options.source == "hf" else convert_upstream
-            convert(find_source(options.src, options.source), made, options.tokenizer, options.words)
+            convert(find_source(options.src, options.source), made, options.tokenizer, options.overrides)
             export = find_export(str(made))
         if options.target == "hf":
             write_hugging_face(export, options.dst)
@@ -84,7 +84,7 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"{option} {value} is unknown; {did_you_mean(value, known)}")
     if options.source == options.target == "export":
         raise UserError("--from export --to export changes nothing; say --to hf or --to upstream")
-    if options.source == "export" and (options.tokenizer is not None or options.words):
+    if options.source == "export" and (options.tokenizer is not None or options.overrides):
         given = "--tokenizer" if options.tokenizer is not None else "--set"
         raise UserError(f"{given} is for models of other programs; an export has its own")
     if options.push is not None and options.target != "hf":
@@ -132,7 +132,7 @@ def _parser() -> Parser:
     add("--tokenizer", metavar="SPEC", help="directory, .model file or hub name; it goes into the export")
     add(
         "--set",
-        dest="words",
+        dest="overrides",
         action="append",
         default=[],
         metavar="KEY=VALUE",

@@ -1,4 +1,4 @@
-"""From files and key=value words to one frozen RunConfig and back; all problems are reported together."""
+"""Loads files and key=value overrides into one frozen RunConfig, and back; all problems are reported together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from bd3_ds.config.keys import flat, schema_keys
-from bd3_ds.config.merge import CONFIGS, empty_tree, merge_file, merge_tree, merge_words, put
+from bd3_ds.config.merge import CONFIGS, empty_tree, merge_file, merge_overrides, merge_tree, put
 from bd3_ds.config.plugins import load_plugins
 from bd3_ds.config.rules import Range
 from bd3_ds.config.schema import RunConfig
@@ -25,7 +25,7 @@ def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
     """
     path = find_shipped(recipe, "configs/recipes", ".yaml")
     tree = empty_tree(RunConfig)
-    problems = [*merge_file(tree, CONFIGS / "base.yaml"), *merge_file(tree, path), *merge_words(tree, overrides)]
+    problems = [*merge_file(tree, CONFIGS / "base.yaml"), *merge_file(tree, path), *merge_overrides(tree, overrides)]
     missing = [] if problems else sorted(OmegaConf.missing_keys(tree))
     problems += [f"{key} has no value; give it in {path} or as {key}=…" for key in missing]
     if problems:
@@ -63,7 +63,7 @@ def load_defaults(values: dict[str, Any], origin: str) -> RunConfig:
 def from_values(values: dict[str, Any], origin: str) -> RunConfig:
     """The configuration of nested plain values (from `origin`), as `dataclasses.asdict` and then JSON make of one.
 
-    JSON's keys are words; where the schema has numbers they are turned back. Keys that are missing have their
+    JSON's keys are strings; where the schema has numbers they are turned back. Keys that are missing have their
     defaults; raises UserError for all else that is wrong.
     """
     if "${" in str(values):
@@ -76,16 +76,16 @@ def from_values(values: dict[str, Any], origin: str) -> RunConfig:
     return _freeze(tree)
 
 
-def override(run: RunConfig, words: list[str], allowed: tuple[str, ...]) -> RunConfig:
-    """`run` with key=value words over it, of keys that begin with one of `allowed`; raises UserError."""
+def override(run: RunConfig, overrides: list[str], allowed: tuple[str, ...]) -> RunConfig:
+    """`run` with key=value overrides over it, of keys that begin with one of `allowed`; raises UserError."""
     merged = empty_tree(RunConfig)
     problems = merge_tree(merged, dataclasses.asdict(run), "the export")
     problems += [
         f"{word.partition('=')[0]} cannot be changed here; keys that can begin with {', '.join(allowed)}"
-        for word in words
+        for word in overrides
         if not word.startswith(allowed)
     ]
-    problems = problems or merge_words(merged, words)
+    problems = problems or merge_overrides(merged, overrides)
     if problems:
         raise UserError(*problems)
     return _freeze(merged)

@@ -1,4 +1,4 @@
-"""Files and key=value words merged into a tree of the schema, key by key; problems are sentences in a list."""
+"""Merges files and key=value overrides into a tree of the schema, key by key; problems are sentences in a list."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from bd3_ds.config.keys import Key, leaves, schema_keys
+from bd3_ds.config.overrides import override_value, reject_spaced
 from bd3_ds.config.rules import PathText, Range
 from bd3_ds.config.values import Unfit, at_home, convert, describe, is_optional
-from bd3_ds.config.words import without_spaced, word_value
 from bd3_ds.config.yaml_file import read_file, resolved
 from bd3_ds.runtime.errors import did_you_mean
 from bd3_ds.runtime.resources import shipped
@@ -61,23 +61,23 @@ def put(content: dict[str, Any], names: list[str], value: Any) -> None:
     content[names[-1]] = value
 
 
-def merge_words(tree: DictConfig, words: list[str]) -> list[str]:
-    """Merge the key=value words of a command line; each key once."""
-    words, problems = without_spaced(words)
+def merge_overrides(tree: DictConfig, overrides: list[str]) -> list[str]:
+    """Merge the key=value overrides of a command line; each key once."""
+    overrides, problems = reject_spaced(overrides)
     seen: set[str] = set()
-    for word in words:
+    for word in overrides:
         key, equals, _ = word.partition("=")
         if not equals or not key.strip():
             problems.append(f"'{word}' is not an override; write key=value, such as optim.lr=1e-4")
         elif key in seen:
             problems.append(f"{key} is given twice on the command line; keep one")
         else:
-            problems += _merge_word(tree, word)
+            problems += _merge_override(tree, word)
         seen.add(key)
     return problems
 
 
-def _merge_word(tree: DictConfig, word: str) -> list[str]:
+def _merge_override(tree: DictConfig, word: str) -> list[str]:
     known = schema_keys()
     key, _, text = word.partition("=")
     # eval.sets.NAME=DIR adds one set; eval.sets={…} gives them all.
@@ -90,7 +90,7 @@ def _merge_word(tree: DictConfig, word: str) -> list[str]:
         return [f"{key}= has no value" + ("; write null for none" if is_optional(kind) else "")]
     hint = "; YAML needs a space after each ':' in braces" if re.search(r"\{.*:\S", word) else ""
     try:
-        value = resolved(word_value(text, kind))
+        value = resolved(override_value(text, kind))
     except (YAMLError, OmegaConfBaseException, RecursionError) as error:
         return [f"'{word}' cannot be read: {' '.join(str(error).split())}{hint}"]
     content: dict[str, Any] = {}

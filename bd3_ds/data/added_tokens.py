@@ -1,4 +1,4 @@
-"""Tokens that were added to a tokenizer after its training, as the files beside its vocabulary list them.
+"""Tokens added to a tokenizer after its training, read from the files beside its vocabulary.
 
 added_tokens.json            token -> id
 tokenizer_config.json        "added_tokens_decoder": id -> token with its flags

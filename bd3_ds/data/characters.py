@@ -1,4 +1,4 @@
-"""A token for each character of a small alphabet, as text8 is modelled."""
+"""A character tokenizer for a small alphabet, as for text8."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""streaming's Stream and StreamingDataset with every shard checked, patient downloads, and failures in one sentence.
+"""streaming's Stream and StreamingDataset with verified shards, retried downloads and one-sentence errors.
 
 Imported after `import_streaming()` alone. streaming checks a shard when it is unpacked, but not one that an earlier run
 unpacked; an exception in its threads ends as a silent end of data, and one in a loader process as text.

@@ -1,4 +1,4 @@
-"""Which document each place of a chunk belongs to."""
+"""Document numbers of the tokens of a chunk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""http:// and https:// for streaming, which has no downloader of its own for them. Importing this registers it."""
+"""An http(s) downloader for streaming, which has none. Importing this registers it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes that load samples: how they start, and whose signals they obey."""
+"""Loader worker processes: their start method, and which signals they ignore."""
 
 from __future__ import annotations
 

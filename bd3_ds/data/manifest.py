@@ -1,4 +1,4 @@
-"""The manifest of a pack: what it holds, who made it, and by which hashes it is known."""
+"""The manifest of a pack: contents, provenance, hashes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A micro-batch, and how samples become one."""
+"""MicroBatch, and the collation of samples into one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many samples of each pack an epoch of a run has."""
+"""Mixing packs: the samples of each pack per epoch."""
 
 from __future__ import annotations
 

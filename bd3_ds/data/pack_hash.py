@@ -1,4 +1,4 @@
-"""The hashes of a pack: of its tokens alone, and of the protocol that they make with length, frame and padding."""
+"""The hashes of a pack: of its tokens only, and of tokens with length, frame and padding."""
 
 from __future__ import annotations
 

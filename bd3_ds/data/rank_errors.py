@@ -1,4 +1,4 @@
-"""A failure of reading that several ranks meet is told once."""
+"""Reading errors that several ranks meet are reported once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Local packs that this process may not write to, such as those on a data set mounted read-only: unpacked elsewhere.
+"""Local packs in directories without write permission: their shards are unpacked in the cache.
 
 CACHE/NAME-HASH/ then looks like the pack's own directory: its index, and a link to each of its shards' files, beside
 which streaming unpacks them. Nothing is written where the pack is.

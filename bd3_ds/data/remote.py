@@ -1,4 +1,4 @@
-"""Packs that live elsewhere: where a node keeps what it has of them, and how patiently it fetches.
+"""Remote packs: the cache directory of a node, and downloads with retries.
 
 CACHE/NAME-HASH/ is a pack in the making: `fetch_facts` puts manifest, index, token counts and tokenizer there,
 streaming the shards that are read. Whoever needs the facts of a pack reads them in `pack_directory`, local or not.

@@ -1,4 +1,4 @@
-"""Whether a run that continues reads the packs it was started with."""
+"""Whether a resumed run reads the packs it was started with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shards of a pack: its index, and the files that it lists, checked by size and by hash."""
+"""The shards of a pack: its index, and its files, verified by size and hash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a killed run leaves behind on its host, and what only looks left behind.
+"""Stale shared memory: what a killed run left on its host, told from what a running one holds.
 
 streaming keeps its state in /dev/shm under NNNNNN_name and its locks in the temporary directory under the same number.
 After a kill -9 both stay: the next run then takes the directory of a remote pack for used by another, and its numbers

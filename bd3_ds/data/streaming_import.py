@@ -1,4 +1,4 @@
-"""The one door to mosaicml-streaming, which needs help on machines without a GPU and under DeepSpeed's launcher."""
+"""Imports mosaicml-streaming with workarounds for machines without a GPU and for DeepSpeed's launcher."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def import_streaming() -> ModuleType:
     """
     if "LOCAL_SIZE" in os.environ:
         os.environ["LOCAL_WORLD_SIZE"] = str(ranks_of_host(os.environ))
-    mend_torchvision()
+    stub_torchvision()
     import streaming
 
     return streaming
 
 
-def mend_torchvision() -> None:
+def stub_torchvision() -> None:
     """Make torchvision importable beside a CPU-only torch; transformers' models need this too."""
     # streaming imports torchvision, which beside a CPU-only torch stops at the first operator of its missing library.
     # Nothing of ours calls these operators, so declaring them is enough.

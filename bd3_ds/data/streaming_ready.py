@@ -1,4 +1,4 @@
-"""Imported before streaming itself by what needs it, so that a loader process that starts anew has the help too."""
+"""Imported before streaming by every module that uses it, so that spawned loader processes have the workarounds too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A source whose entropy is known: a seeded stationary first-order Markov chain.
+"""A synthetic source of known entropy: a seeded stationary first-order Markov chain.
 
 No model can code its text in fewer nats than the entropy rate on average, so a bound below it is a wrong bound.
 """

@@ -1,4 +1,4 @@
-"""How often each token occurs in a pack."""
+"""Token frequencies of a pack."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back, the same for characters, sentencepiece models and Hugging Face tokenizers.
+"""Tokenizers behind one interface: characters, sentencepiece models and Hugging Face tokenizers.
 
 Hugging Face files are read with the library `tokenizers` alone: it loads in a tenth of a second and runs no remote
 code. Special tokens written out in a text ("[MASK]", "<|endoftext|>") are encoded as ordinary text, so that no document

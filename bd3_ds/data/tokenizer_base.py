@@ -1,4 +1,4 @@
-"""What every tokenizer is to the rest of the code."""
+"""The interface of all tokenizers."""
 
 from __future__ import annotations
 

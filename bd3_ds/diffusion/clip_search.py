@@ -1,4 +1,4 @@
-"""Which interval of times to train on: the one whose estimate of the bound varies least (paper, section 5.3).
+"""Clip search: the interval of times whose estimate of the bound has the least variance (paper, section 5.3).
 
 Two ways to know an interval's variance:
   grid     a forward pass of every candidate on held-out batches, as in the paper (`candidates`, `binned`,
@@ -35,7 +35,7 @@ SINGLE: Interval = (1.0, 1.0)
 def candidates(objective: ObjectiveConfig, block_size: int, progress: float = 0.0) -> list[Interval]:
     """The configured interval, then those on a 0.05 grid inside it, of each width, where sampling's start is covered.
 
-    Sampling starts from a block of masks alone. An interval counts if the proposal shows such a block at least
+    Sampling starts from a fully masked block. An interval counts if the proposal shows such a block at least
     `min_coverage` times as often as log-linear time on (0, 1] does, which is 1 / (L' + 1). With block size 1 the one
     other candidate is the time 1, at which the bound is the likelihood; weights that vanish or explode there forbid it.
     """
@@ -46,10 +46,10 @@ def candidates(objective: ObjectiveConfig, block_size: int, progress: float = 0.
         return [whole, SINGLE] if single else [whole]
     found = [whole]
     for width in search.widths:
-        for place in range(round((1 - width) / GRID) + 1):
+        for index in range(round((1 - width) / GRID) + 1):
             interval = (
-                max(round(place * GRID, 6), schedule.t_min),
-                min(round(place * GRID + width, 6), schedule.t_max),
+                max(round(index * GRID, 6), schedule.t_min),
+                min(round(index * GRID + width, 6), schedule.t_max),
             )
             if interval[1] - interval[0] < width - GRID / 2 or interval in found:
                 continue

@@ -1,4 +1,4 @@
-"""The one bound of which every reported perplexity is made: exact, stratified or Monte-Carlo.
+"""The likelihood bound behind every reported perplexity: exact, stratified or Monte-Carlo estimators of the NELBO.
 
 For one block of n maskable tokens, with c_i(M) = -log p(x_i | block with M masked, earlier blocks) for i in M,
 
@@ -7,13 +7,13 @@ For one block of n maskable tokens, with c_i(M) = -log p(x_i | block with M mask
 
 Position 0 is given and padding is not scored: a block has so many maskable tokens less. All values are nats.
 
-A part of a text, given the rest: `Texts.scored` marks the places that are masked and scored. Any other place is given,
-that is shown as it is, or hidden: x0 itself holds the mask id there, and so do all views. With n counting scored places
-only, the value bounds -log p(scored | given) of the process that writes block after block and in a block, beside its
-given tokens, the scored ones one at a time in an order drawn uniformly: the sum above is the expectation over that
-order of the nats paid, and -log of an expectation is at most the expectation of -log. Hidden places are written after
-the scored ones of their block, if ever. They are for the rest of a block after the end of a text: later blocks would
-read them in the clean text, so that none of those may be scored.
+A part of a text, given the rest: `Texts.scored` marks the positions that are masked and scored. Any other position is
+given, that is shown as it is, or hidden: x0 itself holds the mask id there, and so do all views. With n counting scored
+positions only, the value bounds -log p(scored | given) of the process that writes block after block and in a block,
+beside its given tokens, the scored ones one at a time in an order drawn uniformly: the sum above is the expectation
+over that order of the nats paid, and -log of an expectation is at most the expectation of -log. Hidden positions are
+written after the scored ones of their block, if ever. They are for the rest of a block after the end of a text: later
+blocks would read them in the clean text, so that none of those may be scored.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ T_MIN = 1e-3  # the Monte-Carlo protocol of the paper draws t from [1e-3, 1]
 
 # Uniform numbers u in (0, 1) to masking rates and the weights of the masked losses, fp64 of the same shape.
 RateDraw = Callable[[Tensor], tuple[Tensor, Tensor]]
-# What `read` makes of the head at N places `at` of the flattened noisy views x_t [b, K, L].
+# `read` applied to the head at N positions `at` of the flattened noisy views x_t [b, K, L].
 ViewDenoiser = Callable[[Tensor, Tensor, SubsNats], tuple[Tensor, Tensor]]
-# What `read` makes of a causal network's head at N places `at` of the flattened text [b, L].
+# `read` applied to a causal network's head at N positions `at` of the flattened text [b, L].
 CausalNetwork = Callable[[Tensor, Tensor, SubsNats], tuple[Tensor, Tensor]]
 # Clean text [b, L] to its ViewDenoiser: work that the views share (the clean pass) is done here, once.
 Condition = Callable[[Tensor], ViewDenoiser]
@@ -47,8 +47,8 @@ class Texts:
     """Clean texts to score.
 
     x0: [b, L] token ids. documents: [b, L] each token's document, below 0 at padding; None where there is none of it
-    and tokens see the whole text. scored: [b, L] bool, the places to score; None for all. first_row: the number of the
-    first row in its set; sampled estimators draw by it, so that results do not depend on batching.
+    and tokens see the whole text. scored: [b, L] bool, the positions to score; None for all. first_row: the number of
+    the first row in its set; sampled estimators draw by it, so that results do not depend on batching.
     """
 
     x0: Tensor
@@ -60,7 +60,7 @@ class Texts:
         return len(self.x0)
 
     def scored_positions(self) -> Tensor:
-        """The places that are scored, bool [b, L]: position 0 and padding never are."""
+        """The positions that are scored, bool [b, L]: position 0 and padding never are."""
         return scored_positions(self.x0, self.documents, self.scored)
 
     def rows(self, first: int, count: int) -> Texts:
@@ -97,7 +97,7 @@ class Bound:
     nelbo: [b, L] nats by token; a block's bound is spread over its tokens, so only sums over whole blocks have meaning.
     variance: [b] variance of a sequence's summed NELBO that the estimator itself adds (0 when exact).
     forwards: passes of the network over a sequence, noisy views and clean passes together.
-    tokens: scored ones; where nothing else is said, all but each sequence's first and padding. The value and its
+    tokens: scored ones; by default all but each sequence's first and padding. The value and its
     standard error follow: `total`, `stderr`.
     """
 
@@ -140,7 +140,7 @@ def exact(condition: Condition, texts: Texts, block_size: int, mask_id: int, at_
     subsets = torch.arange(1, 2**most)  # bit j: the block's j-th scored token is masked
     pattern = ((subsets[:, None] >> torch.arange(most)) & 1).bool()  # [M, n]
     size = pattern.sum(1)
-    rank = (by_block.cumsum(-1) - 1).clamp(min=0)  # [b, B, L'], j of a scored place
+    rank = (by_block.cumsum(-1) - 1).clamp(min=0)  # [b, B, L'], j of a scored position
     # n over m; 1 where it would be 0, of masks that do not fit.
     choose = torch.tensor([[max(1, comb(n, m)) for m in range(most + 1)] for n in range(most + 1)]).double()
     denoise = condition(x0)
@@ -232,8 +232,8 @@ def _sampled(
 def _variance_of_mean(values: Tensor) -> Tensor:
     """Variance [b, B] of the mean over views of values [b, K, B], from successive differences.
 
-    Exact for independent views and, on average, not too small for stratified ones. One view says nothing of its own
-    error: the spread over blocks, which holds the text's own variation too, stands in for it.
+    Exact for independent views and, on average, not too small for stratified ones. One view gives no estimate of its
+    own error: the spread over blocks, which holds the text's own variation too, stands in for it.
     """
     views, blocks = values.shape[1:]
     if views == 1:
@@ -243,7 +243,7 @@ def _variance_of_mean(values: Tensor) -> Tensor:
 
 
 def _view_nats(denoise: ViewDenoiser, x0: Tensor, masked: Tensor, mask_id: int) -> Tensor:
-    """-log p(x0) in nats at masked places of [b, K, L], 0 elsewhere, fp64."""
+    """-log p(x0) in nats at masked positions of [b, K, L], 0 elsewhere, fp64."""
     clean = x0[:, None].expand_as(masked)
     at = masked.flatten().nonzero()[:, 0]  # [N]
     _, known = denoise(torch.where(masked, mask_id, clean), at, SubsNats(clean.flatten()[at], mask_id))

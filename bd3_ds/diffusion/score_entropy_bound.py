@@ -12,7 +12,7 @@ from bd3_ds.diffusion.likelihood import T_MIN, Bound, Texts
 from bd3_ds.diffusion.score_entropy import ScoreNats, sigma_of
 from bd3_ds.runtime.rng import Purpose, generator
 
-# What `read` makes of the head at N places `at` of the flattened x_t [n, L] at noise levels sigma [n].
+# `read` applied to the head at N positions `at` of the flattened x_t [n, L] at noise levels sigma [n].
 ScoreNetwork = Callable[[Tensor, Tensor, Tensor, ScoreNats], tuple[Tensor, Tensor]]
 
 

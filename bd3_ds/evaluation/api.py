@@ -1,4 +1,4 @@
-"""A trained model in a few lines of Python: logits, scores, texts."""
+"""The Python API: load a trained model, its logits, scores and samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What callers hand to the Python API, as tensors, or a UserError that says what would do."""
+"""Argument parsing of the Python API: tensors, or a UserError that says what to pass instead."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bd3_ds.sampling.options import Options
 Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
 Prompt = str | Sequence[str] | Ids | None
 
-TEXTS = 4  # that are drawn where nothing is said
+TEXTS = 4  # sampled by default
 
 
 def token_ids(
@@ -43,41 +43,41 @@ def token_ids(
     return ids.long()
 
 
-def places_to_score(scored: Any, x0: Tensor, mask_id: int, block_size: int) -> Tensor:
+def positions_to_score(scored: Any, x0: Tensor, mask_id: int, block_size: int) -> Tensor:
     """Which of the ids x0 [B, L] are scored, boolean [B, L] on their device; None stands for all but position 0.
 
     Raises UserError where nothing is, where position 0 or a mask id is, and where a mask id stands in a block before
     one that is.
     """
     if scored is None:
-        places = torch.ones_like(x0, dtype=torch.bool)
-        places[:, 0] = False
+        positions = torch.ones_like(x0, dtype=torch.bool)
+        positions[:, 0] = False
     else:
         try:
-            places = torch.as_tensor(scored, device=x0.device)
+            positions = torch.as_tensor(scored, device=x0.device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"scored cannot be read as a tensor of booleans ({error})") from None
-        if places.dtype != torch.bool or places.shape != x0.shape:
+        if positions.dtype != torch.bool or positions.shape != x0.shape:
             raise UserError(
-                f"scored is {places.dtype} of shape {list(places.shape)}; it must be boolean, one for each of tokens "
-                f"{list(x0.shape)}"
+                f"scored is {positions.dtype} of shape {list(positions.shape)}; it must be boolean, one for each of "
+                f"tokens {list(x0.shape)}"
             )
-    if bool(places[:, 0].any()):
+    if bool(positions[:, 0].any()):
         raise UserError("scored is true at position 0, which is given, usually BOS; make scored[:, 0] false")
-    if not bool(places.any()):
+    if not bool(positions.any()):
         why = "position 0 is given" if scored is None else "scored is false everywhere"
         raise UserError(f"tokens of length {x0.shape[1]} have nothing to score: {why}")
     masked = x0 == mask_id
-    if bool((masked & places).any()):
+    if bool((masked & positions).any()):
         raise UserError(f"tokens hold the mask id {mask_id} where they are to be scored; only clean text has a score")
     block = torch.arange(x0.shape[1], device=x0.device) // block_size
-    last_scored = torch.where(places, block, -1).max(1, keepdim=True).values  # [B, 1]
+    last_scored = torch.where(positions, block, -1).max(1, keepdim=True).values  # [B, 1]
     if bool((masked & (block < last_scored)).any()):
         raise UserError(
             f"tokens hold the mask id {mask_id} in a block of {block_size} before one that is scored, which reads it "
             "as text; it may stand in a row's last scored block and behind"
         )
-    return places
+    return positions
 
 
 def noise_levels(sigma: Tensor | Sequence[float] | None, rows: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""A network in the form that the likelihood estimators call: the clean pass once, then any number of noisy views."""
+"""Adapters from a network to the callables of the likelihood estimators: one clean pass, then any number of views."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user may name as a model: an export, a run, a folder of ours for Hugging Face; found without torch."""
+"""Opening models by path: an export, a run, or a bd3-ds folder for Hugging Face; no torch here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation records in words: a figure comes with its error, its estimator and how much of the set it is of."""
+"""Evaluation records as text: a perplexity with its error, estimator and share of the set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From an export on disk to its network, ready to score and to sample."""
+"""Loading the network of an export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frozen evaluation sets: finding the pack that a name stands for, and making sure that an export can score it."""
+"""Frozen evaluation sets: resolving names to packs, and checking that an export can score them."""
 
 from __future__ import annotations
 

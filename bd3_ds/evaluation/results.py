@@ -1,4 +1,4 @@
-"""What workers, and `evaluate --record`, have found out about a run: one line per result, never two for the same thing.
+"""Result records of a run, by workers and `evaluate --record`: one line per result, never two of the same key.
 
 A worker's result does not replace one that is on record. What a user asks for by `evaluate --record` does: the newest
 evaluation of an (export, set) stands in records/eval.jsonl, and the line that it took the place of is kept in

@@ -1,4 +1,4 @@
-"""What `LanguageModel.score` gives back: the one bound of texts, by token, by text and in all."""
+"""The result of `LanguageModel.score`: the NELBO of texts, by token, by text and in total."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bound of texts of any length: encoded after BOS, in windows of what the model reads at once."""
+"""Scoring texts of any length: encoded after BOS, in windows of the context length."""
 
 from __future__ import annotations
 

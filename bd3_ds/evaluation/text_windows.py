@@ -1,4 +1,4 @@
-"""How texts of any length are cut into what a model reads at once, so that each token is scored once."""
+"""Windows over texts longer than the context, in which each token is scored once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bound of token ids: what `LanguageModel.score` computes once its arguments are tensors."""
+"""Scoring token ids: what `LanguageModel.score` computes once its arguments are tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bd3_ds.config.check import EXACT_ALWAYS, estimator_used
 from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import RunConfig, block_size
 from bd3_ds.diffusion.likelihood import Estimator, Texts
-from bd3_ds.evaluation.arguments import check_seed, places_to_score
+from bd3_ds.evaluation.arguments import check_seed, positions_to_score
 from bd3_ds.evaluation.perplexity import bound_of
 from bd3_ds.evaluation.score import Score
 from bd3_ds.runtime.errors import UserError
@@ -32,20 +32,20 @@ def score_tokens(
     length = x0.shape[1]
     run = _run_at(model.run, length)
     size = block_size(run)
-    places = places_to_score(scored, x0, model.mask_id, size)
+    positions = positions_to_score(scored, x0, model.mask_id, size)
     if views < 1:
         raise UserError(f"views={views} must be at least 1")
     check_seed(seed)
     missing = -length % size
     texts = Texts(
         pad(x0, (0, missing), value=model.mask_id),
-        scored=pad(places, (0, missing), value=False),
+        scored=pad(positions, (0, missing), value=False),
         first_row=first_row,
     )
     assert texts.scored is not None
     together = int(texts.scored.view(len(texts), -1, size).sum(-1).max())
     asked = estimator or _default_estimator(run.objective.name, together)
-    used = estimator_used(run, asked, "estimator", int(places.sum()), together)
+    used = estimator_used(run, asked, "estimator", int(positions.sum()), together)
     if used == "report":
         raise UserError("estimator=report is no bound; `run.py evaluate --estimator report` prints it beside one")
     at_once = max(1, min(VIEWS_AT_ONCE, TOKENS_AT_ONCE // texts.x0.shape[1]))
@@ -58,7 +58,7 @@ def score_tokens(
         stderr if used == "exact" or views > 1 else torch.full_like(stderr, torch.nan),
         sum(bound.forwards for bound in bounds),
         sum(bound.tokens for bound in bounds),
-        places.sum(1),
+        positions.sum(1),
         used,
     )
 

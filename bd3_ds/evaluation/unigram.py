@@ -1,4 +1,4 @@
-"""The simplest model there is, for the last line of a results table: how often each token occurred in training."""
+"""The unigram baseline: the perplexity of token frequencies in the training pack."""
 
 from __future__ import annotations
 

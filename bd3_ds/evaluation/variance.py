@@ -1,4 +1,4 @@
-"""How noisy training is: the variance of a batch's estimate of the bound, and of its gradient, over batches.
+"""The variance of the training estimate and of its gradient, over batches.
 
 Var. NELBO is that of the batch estimate over M batches, sequences and noise both drawn anew, as in the paper's tables.
 The variance of the gradient is the paper's eq. (10):

@@ -18,7 +18,7 @@ from bd3_ds.config.load import from_values
 from bd3_ds.config.plugins import require_plugins
 from bd3_ds.config.registries import OBJECTIVES
 from bd3_ds.config.schema import RunConfig, block_size
-from bd3_ds.data.streaming_import import mend_torchvision
+from bd3_ds.data.streaming_import import stub_torchvision
 from bd3_ds.data.tokenizer import load_tokenizer
 from bd3_ds.interop.card import model_card
 from bd3_ds.interop.safetensors import read_tensors
@@ -27,7 +27,7 @@ from bd3_ds.model.dit_config import dit_config
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.files import apply_umask, new_directory, read_json, write_text
 
-mend_torchvision()  # before transformers imports it
+stub_torchvision()  # before transformers imports it
 
 from bd3_ds.interop.modeling_bd3_ds import BD3Config, BD3ForCausalLM, BD3ForMaskedLM  # noqa: E402
 

@@ -51,18 +51,18 @@ def find_source(src: str, kind: str) -> Path:
     return fetch(src)
 
 
-def convert_upstream(src: Path, dst: Path, tokenizer: str | None, words: list[str]) -> None:
+def convert_upstream(src: Path, dst: Path, tokenizer: str | None, overrides: list[str]) -> None:
     """Make the export `dst` from upstream's config.json and safetensors, or from a Lightning file of upstream.
 
-    `tokenizer` is what `load_tokenizer` takes; `words`, key=value, tell of a Lightning file what it does not say.
+    `tokenizer` is what `load_tokenizer` takes; `overrides`, key=value, are settings that a Lightning file lacks.
     Raises UserError for files or keys that are missing or damaged and for weights that do not fit the configuration;
     then nothing is written.
     """
     source = _open(src)
     if isinstance(source, LightningFile):
-        _convert_lightning(source, dst, tokenizer, words)
+        _convert_lightning(source, dst, tokenizer, overrides)
         return
-    _refuse_words(words, src)
+    _refuse_overrides(overrides, src)
     if not isinstance(source, UpstreamFolder):
         kind = source.model_type
         raise UserError(
@@ -71,12 +71,12 @@ def convert_upstream(src: Path, dst: Path, tokenizer: str | None, words: list[st
     _write(dst, upstream_run(source, dst), source.weights(), str(src), tokenizer)
 
 
-def convert_hugging_face(src: Path, dst: Path, tokenizer: str | None, words: list[str]) -> None:
+def convert_hugging_face(src: Path, dst: Path, tokenizer: str | None, overrides: list[str]) -> None:
     """Make the export `dst` from a folder of ours for Hugging Face, equal to the one that the folder was made of, or
     from a causal model (`hf_causal.py`). Errors as above.
     """
     source = _open(src)
-    _refuse_words(words, src)
+    _refuse_overrides(overrides, src)
     if isinstance(source, OurFolder):
         _convert_folder(src, dst, tokenizer)
     elif isinstance(source, CausalFolder):
@@ -101,9 +101,9 @@ def _open(src: Path) -> LightningFile | UpstreamFolder | CausalFolder | OurFolde
     return source
 
 
-def _convert_lightning(source: LightningFile, dst: Path, tokenizer: str | None, words: list[str]) -> None:
+def _convert_lightning(source: LightningFile, dst: Path, tokenizer: str | None, overrides: list[str]) -> None:
     src, values, causal = source.path, source.values, source.causal
-    given = dict(word.partition("=")[::2] for word in words)
+    given = dict(word.partition("=")[::2] for word in overrides)
     objective = given.get("objective.name", AR if causal else BD3)
     if OBJECTIVES[objective].causal != causal:
         raise UserError(
@@ -120,7 +120,7 @@ def _convert_lightning(source: LightningFile, dst: Path, tokenizer: str | None, 
     estimator = OBJECTIVES[objective].sampled_estimator
     of_model = {f"model.{key}": value for key, value in values.items() if value is not None}
     fixed = {"run_dir": str(dst), "data.train": "unknown", "objective.name": objective, "eval.estimator": estimator}
-    run = override(load_defaults(fixed | of_model, str(src)), words, _SETTABLE)
+    run = override(load_defaults(fixed | of_model, str(src)), overrides, _SETTABLE)
     check_run(run, world_size=1)
     _write(dst, _with_mask_id(run, "--set model.mask_id={}"), source.weights(), str(src), tokenizer)
 
@@ -198,9 +198,9 @@ def _with_mask_id(run: RunConfig, said: str) -> RunConfig:
     return run
 
 
-def _refuse_words(words: list[str], src: Path) -> None:
-    if words:
-        raise UserError(f"--set {words[0]} is for Lightning files; {src} has a config.json that says it")
+def _refuse_overrides(overrides: list[str], src: Path) -> None:
+    if overrides:
+        raise UserError(f"--set {overrides[0]} is for Lightning files; {src} has a config.json that says it")
 
 
 def _write(

@@ -18,7 +18,7 @@ from bd3_ds.config.load import load_recipe
 from bd3_ds.config.schema import AUTO, RunConfig
 from bd3_ds.launch.plan import Host, Plan, explain, make_plan, read_hostfile
 from bd3_ds.launch.processes import LOCAL, answering, ranks_on
-from bd3_ds.launch.supervisor import Progress, Supervisor
+from bd3_ds.launch.supervisor import RunProgress, Supervisor
 from bd3_ds.runtime.cli import Parser, at_least_one
 from bd3_ds.runtime.errors import UserError
 from bd3_ds.runtime.resources import ROOT
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> int:
     def start() -> DeepSpeedLaunch | None:
         return start_once(run, hosts, words, remote=options.hostfile is not None)
 
-    progress = Progress(Path(run.run_dir), run.train.total_steps)
+    progress = RunProgress(Path(run.run_dir), run.train.total_steps)
     return Supervisor(start, progress, options.restarts, options.backoff).run()
 
 

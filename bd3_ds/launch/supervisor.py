@@ -35,7 +35,7 @@ class Verdict(Enum):
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """What a run directory shows from outside, without reading tensors."""
 
     run_dir: Path
@@ -86,7 +86,7 @@ class Supervisor:
     SIGTERM and SIGINT ask the ranks to save and leave, the second one ends them at once.
     """
 
-    def __init__(self, start: Callable[[], Launch | None], progress: Progress, restarts: int, pause: float):
+    def __init__(self, start: Callable[[], Launch | None], progress: RunProgress, restarts: int, pause: float):
         self._start = start
         self._progress = progress
         self._restarts = restarts

@@ -1,4 +1,4 @@
-"""How the C library hands memory to tensors on the host."""
+"""Tuning of the C library's allocator for tensors on the host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command lines whose mistakes are the user's: one sentence, exit code 2, no usage dump."""
+"""Argument parsing for all commands: a mistake ends with one sentence and exit code 2, without a usage dump."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog.replace("run.py", program()), description=description, allow_abbrev=False)
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
-        """The options of `argv`; they may stand before, between and behind the other words."""
+        """The options of `argv`; they may come before, between and after positional arguments."""
         # Looked for first: argparse would rather complain of the option that the misspelt one was meant to be.
         known = [name for action in self._actions for name in action.option_strings]
         for word in argv[: argv.index("--")] if "--" in argv else argv:

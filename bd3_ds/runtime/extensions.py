@@ -1,4 +1,4 @@
-"""DeepSpeed's operators, compiled on first use: what the user is told of it, and locks that a killed compiler left.
+"""DeepSpeed's operators, compiled at first use: announcements, and stale build locks of killed compilers.
 
 On such a lock the next start would wait for ever.
 """

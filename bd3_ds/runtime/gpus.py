@@ -1,4 +1,4 @@
-"""GPUs by name: the memory that a program finds there and the dense bf16 matrix rate that the maker states."""
+"""A table of GPUs: usable memory, the maker's dense bf16 rate, bandwidth of links."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bd3_ds.runtime.errors import UserError, did_you_mean
 
 GIB = 2**30
-PER_NODE = 8  # GPUs of a usual node, where nobody says otherwise
+PER_NODE = 8  # GPUs of a node by default
 
 
 @dataclass(frozen=True)

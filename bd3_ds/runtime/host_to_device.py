@@ -1,4 +1,4 @@
-"""From the host to a device, without waiting for it."""
+"""Asynchronous copies from the host to a device."""
 
 from __future__ import annotations
 

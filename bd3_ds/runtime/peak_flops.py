@@ -1,4 +1,4 @@
-"""The matrix rate of a device: the maker's figure for known GPUs, else measured."""
+"""The peak matrix-multiply rate of a device: the maker's figure for known GPUs, else measured."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Registries: named things of which a recipe chooses one, ours and those of a user's module alike.
+"""Registries: entries that a recipe selects by name, built in or registered by a plugin.
 
-A registry knows where our own entries are registered and imports these modules when it is first asked, so that a room
-can hold a registry whose entries live in rooms that it does not know. Modules that register entries keep heavy imports
-(torch) inside functions: names and facts are looked at before any network is built.
+A registry imports the modules of the built-in entries at its first use, so that a package can hold a registry whose
+entries live in packages that it does not import. Modules that register entries keep heavy imports
+(torch) inside functions: names and facts are read before any network is built.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Random numbers as a function of their place in the run, never of what was drawn before.
+"""Counter-based random numbers: a function of their position in the run, never of what was drawn before.
 
-A Philox generator (Salmon et al. 2011) is keyed by the run's seed and the purpose, and its counter by the place
-(step, sample, ...). The same place gives the same numbers on any rank, at any world size, after any restart.
+A Philox generator (Salmon et al. 2011) is keyed by the run's seed and the purpose, and its counter by the position
+(step, sample, ...). The same position gives the same numbers on any rank, at any world size, after any restart.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run directory holds, and where: the one place that knows the names (docs/map.md lists them for readers).
+"""The layout of a run directory; docs/map.md lists it for readers.
 
 Paths are relative to the run directory; other programs rely on them.
 """

@@ -1,4 +1,4 @@
-"""What `run.py sample --json FILE` has written, read back and checked: programs that judge or draw texts begin here.
+"""Reads and checks the file that `run.py sample --json FILE` writes, for commands that judge or draw texts.
 
 One JSON object a file. Lists have one entry a text; those by token have, in each entry, one for each token of the text.
 """

@@ -1,4 +1,4 @@
-"""What a process that a launcher started needs to know of its peers, in the words that torch and DeepSpeed read."""
+"""Rank variables from srun's and mpirun's, under the names that torch and DeepSpeed read."""
 
 from __future__ import annotations
 

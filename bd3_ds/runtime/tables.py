@@ -1,4 +1,4 @@
-"""Tables for people, all made by `tabulate`: aligned columns for the console, Markdown, and labelled paragraphs."""
+"""Tables by `tabulate`: aligned columns for the console, Markdown, and labelled paragraphs."""
 
 from __future__ import annotations
 

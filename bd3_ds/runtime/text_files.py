@@ -1,4 +1,4 @@
-"""Text files as all commands read them."""
+"""Reading lines of text files."""
 
 from __future__ import annotations
 

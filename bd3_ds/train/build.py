@@ -1,4 +1,4 @@
-"""From a checked configuration to a run ready to step: fresh, or exactly where the last one stopped."""
+"""Builds the Trainer of a checked configuration: fresh, or resumed from the newest complete checkpoint."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ from bd3_ds.train.trainer import Trainer
 from bd3_ds.train.validation import Validation
 
 
-def _weights_to_start_from(run: RunConfig, model: DiT, world: World) -> tuple[dict[str, torch.Tensor], str]:
-    """What train.init_from holds, and a sentence on it. The main rank says which export of a run is the newest one."""
+def _initial_weights(run: RunConfig, model: DiT, world: World) -> tuple[dict[str, torch.Tensor], str]:
+    """The weights of train.init_from, and a sentence on them. The main rank decides which export of a run is the
+    newest.
+    """
     place = world.on_main(lambda: str(find_start(run).path))
     chosen = dataclasses.replace(run, train=dataclasses.replace(run.train, init_from=place))
 
@@ -57,25 +59,25 @@ def _weights_to_start_from(run: RunConfig, model: DiT, world: World) -> tuple[di
 
 
 def build(run: RunConfig, facts: DataFacts, ds_json: dict[str, Any], world: World) -> Trainer:
-    """Network, engine, data and log of a run, and its last checkpoint where there is one; as `preflight` gave it."""
+    """The Trainer of a run as `preflight` gave it, with its last checkpoint loaded where there is one."""
     started, run_dir = time.perf_counter(), Path(run.run_dir)
     with torch.device("meta"):  # the engine gives each tensor its memory, where it stays
         model = DiT(dit_config(run.model, run.objective.name))
-    said: list[str] = []
-    checkpoint = newest_checkpoint(run_dir / CHECKPOINTS, world, said.append)
+    messages: list[str] = []
+    checkpoint = newest_checkpoint(run_dir / CHECKPOINTS, world, messages.append)
     train = run.train
     share = Share(
         world.rank, world.size, world.local_size, train.micro_batch, train.global_batch, train.sequence_parallel
     )
     if checkpoint is not None:
-        _require_the_same_data(run, facts, checkpoint, share)
+        _require_same_data(run, facts, checkpoint, share)
     sequence = apply_sequence_parallelism(model, run.train, world)
-    engine = _engine(run, ds_json, world, model, checkpoint, said)
+    engine = _engine(run, ds_json, world, model, checkpoint, messages)
     ema = Ema(engine, run.optim.ema_decay)
-    state = TrainState() if checkpoint is None else _go_on(checkpoint, engine, ema, world, said)
+    state = TrainState() if checkpoint is None else _resume(checkpoint, engine, ema, world, messages)
 
     log = RunLog(run_dir, world.is_main, state.step)
-    for line in said:
+    for line in messages:
         log.say(line)
     if state.step:
         log.say(f"continuing {run.run_dir} after step {state.step}")
@@ -110,7 +112,7 @@ def build(run: RunConfig, facts: DataFacts, ds_json: dict[str, Any], world: Worl
     )
 
 
-def _require_the_same_data(run: RunConfig, facts: DataFacts, checkpoint: Checkpoint, share: Share) -> None:
+def _require_same_data(run: RunConfig, facts: DataFacts, checkpoint: Checkpoint, share: Share) -> None:
     try:
         require_same_packs(facts, checkpoint.state.get("loader", {}), run.run_dir)
     except UserError as error:
@@ -118,31 +120,38 @@ def _require_the_same_data(run: RunConfig, facts: DataFacts, checkpoint: Checkpo
 
 
 def _engine(
-    run: RunConfig, ds_json: dict[str, Any], world: World, model: DiT, checkpoint: Checkpoint | None, said: list[str]
+    run: RunConfig,
+    ds_json: dict[str, Any],
+    world: World,
+    model: DiT,
+    checkpoint: Checkpoint | None,
+    messages: list[str],
 ) -> Engine:
-    """The engine with the run's first weights, or awaiting those of the checkpoint; run.yaml is written before it."""
+    """The engine with the run's initial weights, or zeros until the checkpoint is loaded; run.yaml is written
+    before.
+    """
     run_dir = Path(run.run_dir)
     values: Values = Initializer(model, run.seed) if checkpoint is None else Awaited()
     if checkpoint is not None:
-        said += filter(None, [world.on_main(lambda: changes_in_words(earlier_runs(run_dir), run))])
+        messages += filter(None, [world.on_main(lambda: changes_in_words(earlier_runs(run_dir), run))])
     elif run.train.init_from is not None:
-        weights, sentence = _weights_to_start_from(run, model, world)
+        weights, sentence = _initial_weights(run, model, world)
         values = Given(weights)
-        said.append(sentence)
+        messages.append(sentence)
     if world.is_main:
         write_text(run_dir / RUN_YAML, to_yaml(run))
     prepare_layers(model, run.train)
     return Engine(model, run, ds_json, world, values)
 
 
-def _go_on(checkpoint: Checkpoint, engine: Engine, ema: Ema, world: World, said: list[str]) -> TrainState:
-    """Where the checkpoint stands, once engine and average have what it holds."""
+def _resume(checkpoint: Checkpoint, engine: Engine, ema: Ema, world: World, messages: list[str]) -> TrainState:
+    """Load the checkpoint into engine and moving average; returns its TrainState."""
     shards, saved = Shards(checkpoint.path), checkpoint.state
     engine.read(shards, saved["updates"])
     ema.read(shards, saved["ema_updates"])
     before, now = (checkpoint.manifest["world_size"], saved["zero_stage"]), (world.size, engine.stage)
     if before != now:
-        said.append(
+        messages.append(
             f"{checkpoint.path.name} was saved on {before[0]} ranks at ZeRO stage {before[1]}; going on with "
             f"{now[0]} at stage {now[1]}"
         )

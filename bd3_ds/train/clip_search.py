@@ -1,4 +1,4 @@
-"""The search for the clip interval inside a run: what every rank computes, and the choice that all of them come to."""
+"""The clip search of a run: candidates' variances, computed on all ranks, and the interval that all of them adopt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says when it ends, and when it is started again after its end."""
+"""Closing messages: when a run ends, and when a finished run is started again."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from bd3_ds.train.validation import Validated
 def finished_before(run: RunConfig, world: World) -> int | None:
     """The step at which an earlier start finished the run, where this one has nothing to add; the same on all ranks.
 
-    The main rank looks and tells the others: what a file system shows may differ for a while. A run whose last
-    checkpoint was taken away or lost part of a file is not finished.
+    The main rank decides: what a file system shows may differ between hosts for a while. A run whose last checkpoint
+    was removed or damaged is not finished.
     """
     step = world.on_main(lambda: _finished_step(Path(run.run_dir)))
     return step if step >= run.train.total_steps else None
@@ -35,7 +35,7 @@ def _finished_step(run_dir: Path) -> int:
 
 
 def nothing_to_do(run: RunConfig, step: int) -> list[str]:
-    """What is said where a finished run is started again."""
+    """The message when a finished run is started again."""
     asked = f"train.total_steps={run.train.total_steps}"
     return [
         f"{run.run_dir} finished at step {step}, and {asked} asks for no more: nothing to do, nothing changed. "
@@ -44,7 +44,7 @@ def nothing_to_do(run: RunConfig, step: int) -> list[str]:
     ]
 
 
-def closing_words(
+def closing_lines(
     run: RunConfig,
     state: TrainState,
     begun: int,
@@ -52,7 +52,7 @@ def closing_words(
     is_bound: bool,
     validated: Validated | None,
 ) -> list[str]:
-    """What is said after the last step of a start that began after `begun` steps and took so many seconds."""
+    """The message after the last step of a start that began after `begun` steps and took so many seconds."""
     steps = state.step - begun
     tokens = steps * run.train.global_batch * run.data.length
     here = "" if begun == 0 else f", {steps:,} of them since this start,"

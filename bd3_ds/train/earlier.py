@@ -1,4 +1,4 @@
-"""What a run was configured as before: by its newest checkpoint, and by RUN_DIR/run.yaml of its last start."""
+"""Earlier configurations of a run: its newest checkpoint's, and that of RUN_DIR/run.yaml."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def earlier_runs(run_dir: Path) -> list[RunConfig]:
 
 
 def refused_changes(earlier: list[RunConfig], run: RunConfig) -> list[str]:
-    """What may not change from one start of a run to the next and did, a sentence each."""
+    """Changes between starts of a run that are not allowed, a sentence each."""
     problems: dict[str, str] = {}
     for before in earlier:
         for key, (old, new) in _changes(before, run).items():
@@ -48,10 +48,10 @@ def refused_changes(earlier: list[RunConfig], run: RunConfig) -> list[str]:
 
 
 def changes_in_words(earlier: list[RunConfig], run: RunConfig) -> str | None:
-    """One line about what is not as it was when the newest checkpoint was saved; None where all is."""
+    """One line about what has changed since the newest checkpoint was saved; None where nothing has."""
     changes = _changes(earlier[0], run) if earlier else {}
-    said = [f"{key} {old} -> {new}" for key, (old, new) in changes.items() if key not in _UNSAID]
-    return f"going on with {', '.join(said)}" if said else None
+    listed = [f"{key} {old} -> {new}" for key, (old, new) in changes.items() if key not in _UNSAID]
+    return f"going on with {', '.join(listed)}" if listed else None
 
 
 def _changes(earlier: RunConfig, run: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -1,4 +1,4 @@
-"""Exports of a run: what it is scored and sampled with at this moment, and which of them stay."""
+"""Exports written during training: the block size and clip interval that they are scored with, and their pruning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bd3_ds.train.state import TrainState
 
 
 def scored_block_size(run: RunConfig, step: int) -> int:
-    """The block size that an export after `step` steps is scored with: that of the stage, where it has but one."""
+    """The block size that an export after `step` steps is scored with: that of the stage, where it has only one."""
     sizes = block_sizes(run, max(0, step - 1))
     return sizes[0] if OBJECTIVES[run.objective.name].has_blocks and len(sizes) == 1 else block_size(run)
 

@@ -1,7 +1,7 @@
-"""What may skip a step or end a run early: signals, losses that are not finite or that spike, steps that never end.
+"""Guards: stop signals, non-finite losses and loss spikes, a watchdog for stalled steps.
 
-All ranks come to the same decision, since it rests on numbers that are the same on every rank; a stall alone is each
-rank's own affair.
+All ranks take the same decision, since it depends on numbers that are the same on every rank; only the watchdog acts on
+its own rank.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import threading
 from collections.abc import Sequence
 from types import FrameType
 
-FEWEST = 64  # losses before which nothing is a spike
+MIN_LOSSES = 64  # before which nothing is a spike
 BACKUP = 5  # seconds
 
 
 def is_spike(recent: Sequence[float], nelbo: float, sigmas: float) -> bool:
     """Whether a loss lies more than `sigmas` standard deviations above the mean of those before it."""
-    if len(recent) < FEWEST:
+    if len(recent) < MIN_LOSSES:
         return False
     return nelbo > statistics.fmean(recent) + sigmas * statistics.pstdev(recent)
 
@@ -47,10 +47,10 @@ class StopRequest:
 
 
 class Watchdog:
-    """Ends this process, with all its stacks on stderr, when `beat` has not been heard for `seconds`; 0: never.
+    """Ends this process, with all its stacks on stderr, when `beat` was not called for `seconds`; 0: never.
 
-    The launcher then ends the other ranks of the host, and those of other hosts meet a closed connection. Where the
-    interpreter's own lock is held for ever, Python's fault handler does the same a little later.
+    The launcher then ends the other ranks of the host, and those of other hosts meet a closed connection. Where the GIL
+    is never released, Python's fault handler does the same a little later.
     """
 
     def __init__(self, seconds: int, rank: int):

@@ -1,4 +1,4 @@
-"""Settings that this machine cannot serve are refused with a sentence before the run starts."""
+"""Hardware checks: settings that this machine cannot serve are refused before the run starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first sequences of a held-out pack, in memory, as validation and the clip search read them."""
+"""The first sequences of a held-out pack, in memory: for validation and the clip search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Giving a network without memory (device meta) its weights, one tensor at a time.
+"""Materialises a network from the meta device, one tensor at a time.
 
 No rank ever holds the whole network in fp32: each tensor is made in the precision and on the device that it stays in,
 and at ZeRO-3 divided among the ranks before the next is made. The fp32 masters take their part from the same source
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 
 class Values(Protocol):
-    """Where weights come from: any part of any tensor, as often as it is asked for."""
+    """A source of weights: any part of any tensor, any number of times."""
 
     def fill(self, name: str, start: int, into: Tensor) -> None:
         """Set the flat `into` [n], of any dtype and device, to elements start … start + n of the parameter `name`."""
 
 
 class Given:
-    """Weights that are there, such as those of an export; files that are mapped into memory are read part by part."""
+    """Weights in memory, such as those of an export; memory-mapped files are read part by part."""
 
     def __init__(self, weights: Mapping[str, Tensor]):
         self._weights = weights
@@ -36,7 +36,7 @@ class Given:
 
 
 class Awaited:
-    """Zeros, for weights that a checkpoint fills."""
+    """Zeros, in place of weights that a checkpoint fills later."""
 
     def fill(self, name: str, start: int, into: Tensor) -> None:
         """See `Values`."""
@@ -51,7 +51,7 @@ def materialise(
     device: torch.device,
     divide: Callable[[nn.Parameter], None] | None = None,
 ) -> None:
-    """Put parameters of `dtype` on `device` in the place of the model's own; `divide` then frees all but a share."""
+    """Replace the model's parameters by ones of `dtype` on `device`; `divide` then frees all but this rank's part."""
     places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -68,6 +68,6 @@ def materialise(
 
 
 def return_freed() -> None:
-    """Give memory that was freed back to the system: glibc keeps what is smaller than 32 MiB, as most tensors are."""
+    """Return freed memory to the system: glibc keeps blocks below 32 MiB, as most tensors are."""
     with suppress(OSError, AttributeError):  # another C library keeps less, or has no such function
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""How fast the run goes: tokens per second, model FLOPs utilisation, memory, waiting for data; how noisy it is."""
+"""Throughput metrics: tokens per second, model FLOPs utilisation, memory, data wait, variance of the estimate."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def memory_in_use_gb(device: torch.device) -> float:
 class Meter:
     """Rates over the steps since the last `read`.
 
-    Two clocks: that of the steps alone (perf/tokens_per_s, perf/mfu, perf/data_wait), which says how fast the training
-    itself is, and that of the wall (perf/tokens_per_s_wall, perf/mfu_wall), in which saves, exports, searches,
-    validation and logging count, and from which the end of the run follows.
+    Two clocks: step time only (perf/tokens_per_s, perf/mfu, perf/data_wait), the speed of training itself, and wall
+    time (perf/tokens_per_s_wall, perf/mfu_wall), with saves, exports, searches, validation and logging, from which the
+    end of the run can be predicted.
     """
 
     def __init__(self, network: DiTConfig, run: RunConfig, peak: float):
@@ -52,7 +52,7 @@ class Meter:
     def _reset(self) -> None:
         self._steps = 0
         self._flops = 0.0
-        self._nelbo: list[tuple[float, object]] = []  # and what its noise was
+        self._nelbo: list[tuple[float, object]] = []  # and its block size and interval
         self._waited = 0.0
         self._seconds = 0.0
         self._since = time.perf_counter()
@@ -77,7 +77,7 @@ class Meter:
         """TensorBoard scalars since the last call, and a fresh start.
 
         train/var_nelbo is the variance over batches of the training estimate, from the differences of neighbours of one
-        block size and interval: the fall of the loss itself, slow beside it, is not in it.
+        block size and interval: the slow decrease of the loss itself is not in it.
         """
         seconds, wall = max(self._seconds, 1e-9), max(time.perf_counter() - self._since, 1e-9)
         values = {

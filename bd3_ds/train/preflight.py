@@ -1,4 +1,4 @@
-"""Everything that can be found wrong with a run before torch is imported: configuration, shards, sets, directories."""
+"""Preflight checks, before torch is imported: configuration, shards, evaluation sets, directories."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each step leaves behind: a record, now and then a point in TensorBoard, and the numbers on the progress bar."""
+"""Per-step reports: a record, TensorBoard scalars every log_every steps, the progress bar."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def progress_bar(trainer: Trainer) -> Any:
-    """Steps done, time left; silent on other ranks and calm where the console is a file."""
+    """Steps done, time left; disabled on other ranks, rarely redrawn where the console is a file."""
     return tqdm(
         total=trainer.run.train.total_steps,
         initial=trainer.state.step,
@@ -84,7 +84,7 @@ def report(trainer: Trainer, result: StepResult, bar: Any) -> None:
 
 
 def console_line(trainer: Trainer, nelbo: float, rates: dict[str, float]) -> str:
-    """What stands behind the steps done and the time left; memory is the main rank's."""
+    """The postfix of the progress bar; memory is the main rank's."""
     validated = "" if trainer.validated is None else f"val {trainer.validated.nelbo:.3f}, "
     return (
         f"nelbo {nelbo:.3f}, {validated}{rates['perf/tokens_per_s']:,.0f} tokens/s, "

@@ -1,7 +1,7 @@
-"""One start of a run at a time: the main rank holds the run directory for as long as it lives.
+"""The run lock: one start of a run at a time, held by the main rank while it lives.
 
-    RUN_DIR/run.lock   who holds it: host, process, since when; the kernel lets go of its lock when that dies
-    RUN_DIR/run.held   the same words where the file system has no locks; the holder removes it
+    RUN_DIR/run.lock   its holder: host, process, since when; the kernel releases the lock when that dies
+    RUN_DIR/run.held   the same where the file system has no locks; the holder removes it
 
 The lock is fcntl's: it spans machines where the file system's locks do, and children of the holder do not keep it.
 """
@@ -36,7 +36,7 @@ _TAKEN = (errno.EACCES, errno.EAGAIN)
 def run_lock(run_dir: Path, world: World, patience: float = PATIENCE) -> Iterator[None]:
     """Hold `run_dir` against other starts of the same run; nothing in it is touched where another holds it.
 
-    Raises UserError on all ranks that says who does, once it has been so for `patience` seconds.
+    Raises UserError on all ranks, naming the holder, once it has been held for `patience` seconds.
     """
     held: list[_Lock] = []
     world.on_main(lambda: held.append(_take(run_dir, patience)))
@@ -54,7 +54,7 @@ class _Lock:
         self._handle, self._file = handle, file
 
     def release(self) -> None:
-        """Let others in."""
+        """Release the lock."""
         if self._handle is not None:
             with suppress(OSError):  # who reads it later need not think that it is held
                 os.ftruncate(self._handle, 0)
@@ -91,7 +91,7 @@ def _by_kernel(path: Path) -> _Lock:
     """Raises OSError where another process holds it, or the file system has no locks."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask: a group may share its runs
-    except PermissionError as error:  # which lockf says of a lock that is held
+    except PermissionError as error:  # lockf's error for a lock that is held
         raise OSError(errno.EPERM, error.strerror) from None
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,7 +139,7 @@ def _ourselves() -> dict[str, Any]:
 
 
 def _holder(text: str) -> dict[str, Any]:
-    """Empty while the holder has not written its words."""
+    """Empty until the holder has written its entry."""
     try:
         found = json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Where a run stands: everything a resumed run must know beyond the engine's own tensors, counted in samples."""
+"""TrainState: what a resumed run needs beyond the engine's tensors, counted in samples."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from bd3_ds.diffusion.clip_search import Moments
 from bd3_ds.diffusion.proposal import Interval
 
-RECENT = 256  # losses that a spike is told from
+RECENT = 256  # losses that a spike is compared with
 SKIPPED_OF = 1000  # steps
 
 
 @dataclass(frozen=True)
 class Clip:
-    """What a run knows of one block size: the interval that the last search chose, and the moments seen in training."""
+    """The clip search's state for one block size: the interval last chosen, and the moments seen in training."""
 
     interval: Interval | None = None
     moments: Moments = field(default_factory=Moments)
@@ -24,7 +24,7 @@ class Clip:
 class TrainState:
     """`step` optimizer steps are done; `samples` sequences and `tokens` clean tokens went into them.
 
-    `clips` holds what is known of the clip interval of each block size that was trained; `recent` the estimates of the
+    `clips` holds the clip search's state of each block size that was trained; `recent` the estimates of the
     bound of the last steps with an update, `skipped` those of the last SKIPPED_OF steps that had none.
     """
 
@@ -36,7 +36,7 @@ class TrainState:
     skipped: tuple[int, ...] = ()
 
     def clip(self, block_size: int) -> Clip:
-        """What is known of a block size; nothing at first."""
+        """The clip search's state of a block size; empty at first."""
         return self.clips.get(block_size, Clip())
 
     def advance(self, sequences: int, length: int) -> TrainState:
@@ -46,11 +46,11 @@ class TrainState:
         )
 
     def with_clip(self, block_size: int, clip: Clip) -> TrainState:
-        """The state with new knowledge of a block size."""
+        """The state with a new clip state of a block size."""
         return replace(self, clips={**self.clips, block_size: clip})
 
     def with_loss(self, nelbo: float | None) -> TrainState:
-        """The state with what the step just done had; None where it was skipped."""
+        """The state with the loss of the step just done; None where it was skipped."""
         skipped = tuple(step for step in self.skipped if step > self.step - SKIPPED_OF)
         if nelbo is None:
             return replace(self, skipped=(*skipped, self.step))
@@ -73,7 +73,7 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> TrainState:
-        """What `to_dict` gave."""
+        """The inverse of `to_dict`."""
         clips = {
             int(size): Clip(
                 tuple(clip["interval"]) if clip["interval"] is not None else None, Moments.from_json(clip["moments"])

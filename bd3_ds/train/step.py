@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches, noise by place, loss, backward, update, average."""
+"""One optimizer step: micro-batches, noise, loss, backward, update, moving average."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class StepResult:
     """Means over the global batch, the same on every rank; loss and nelbo in nats per scored token of the batch.
 
     nats_by_rate: mean -log p(x0) of a masked token by its block's masking rate, in BINS equal bins; nan where a bin saw
-    none. masked_share: of the scored tokens, the share that is masked; head_tokens: places at which the head ran, those
+    none. masked_share: of the scored tokens, the share that is masked; head_tokens: positions at which the head ran,
     of all views. block_variance: variance over the batch's blocks of their estimates of the bound. moments: the batch's
     sums where the clip search goes by moments, else None. interval: that of the times drawn. AR has none of the three.
     skipped: there was no update, and numbers may not be finite. ids: this rank's samples.
@@ -74,10 +74,10 @@ class StepResult:
 
 
 class Stepper:
-    """All that is fixed from step to step; `token_counts` [V] are needed where masking looks at frequencies.
+    """Runs optimizer steps; `token_counts` [V] are needed for frequency-informed masking.
 
     `scored_tokens` are those of a mean sequence, L - 1 by default, fewer where the packs are padded. The loss of a step
-    is divided by this constant, not by what its own batch happens to hold, so that every token of the run counts alike.
+    is divided by this constant, not by the tokens of its own batch, so that every token of the run has the same weight.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class Stepper:
         return denoise if self.sequence is None else self.sequence.denoiser(denoise)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Add up over all sequences, in place; ranks that share a sequence all bring what is known of it."""
+        """Sum over all sequences, in place; ranks that share a sequence all contribute its values."""
         return self.world.all_reduce(tensor).div_(self.run.train.sequence_parallel)
 
     def _noise(self, done: int, batch: MicroBatch, size: int, proposal: RateProposal | None) -> Noise | None:

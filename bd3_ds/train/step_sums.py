@@ -1,4 +1,4 @@
-"""What the ranks add up over one optimizer step, in one all-reduce of fp64 numbers."""
+"""The sums of one optimizer step over ranks, packed into one fp64 all-reduce."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop and what it moves. Start reading here; each line's detail is one file away."""
+"""The Trainer and its loop. Start reading here; each line's detail is one file away."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bd3_ds.runtime.log import RunLog
 from bd3_ds.runtime.run_dir import FINISHED, INCIDENTS
 from bd3_ds.runtime.world import World
 from bd3_ds.train.clip_search import ClipSearch
-from bd3_ds.train.closing import closing_words
+from bd3_ds.train.closing import closing_lines
 from bd3_ds.train.earlier import CONFIGURATION
 from bd3_ds.train.ema import Ema
 from bd3_ds.train.engine import Engine
@@ -172,7 +172,7 @@ class Trainer:
         finished = step >= self.run.train.total_steps
         if finished:
             seconds = time.perf_counter() - self.started
-            for line in closing_words(self.run, self.state, begun, seconds, is_bound, self.validated):
+            for line in closing_lines(self.run, self.state, begun, seconds, is_bound, self.validated):
                 log.say(line)
         else:
             log.say(f"asked to stop: saved after step {step}; the same command continues")

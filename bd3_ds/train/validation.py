@@ -1,9 +1,9 @@
-"""The validation bound of a run: the one bound, on held-out text, with the weights as they stand (not their average).
+"""Validation: the NELBO on held-out text during training, with the current weights (not their average).
 
-What a masked loss says of training text moves with the noise of each step, and is no bound where rates are clipped or
-the loss is weighted. This is the NELBO that `run.py evaluate` gives for the same weights: the same sequences, views and
-draws, so that two points of a run, or of two runs, differ by their weights alone. It draws nothing from the streams of
-training, so that the run is the same with it and without it.
+The training loss varies with the noise of each step, and is no bound where rates are clipped or the loss is weighted.
+This is the NELBO that `run.py evaluate` gives for the same weights: the same sequences, views and
+draws, so that two points of a run, or of two runs, differ only by their weights. It uses no random numbers of training,
+so that the run is the same with it and without it.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Validation:
 
     @torch.no_grad()
     def run(self, step: int) -> Validated:
-        """The bound after `step` steps, each rank scoring its share; the noise depends on the sequence alone."""
+        """The bound after `step` steps, each rank scoring its part; the noise depends on the sequence only."""
         run, stepper, world = self._run, self._stepper, self._stepper.world
         assert self.set is not None
         size = scored_block_size(run, step)
@@ -127,7 +127,7 @@ class Validation:
         stepper.engine.module.eval()
         for turn in range(-(-batches // readers)):
             number = turn * readers + reader
-            # Under ZeRO-3 every rank makes every pass: one without a batch of its own repeats the last, for nothing.
+            # Under ZeRO-3 every rank makes every pass: one without a batch of its own repeats the last and drops it.
             first = min(number, batches - 1) * together
             bound = self._bound(slice(first, first + together), first, size, how)
             if number < batches:
@@ -137,7 +137,7 @@ class Validation:
         nats, variance, squares = stepper.all_reduce(sums).tolist()
         sequences = len(self._held_out)
         if estimator != "exact" and views == 1 and sequences > 1:
-            # One view knows nothing of its own error; the spread over sequences, text included, is an upper estimate.
+            # One view gives no estimate of its own error; the variance over sequences, text included, is an upper one.
             variance = sequences * max(0.0, squares - nats**2 / sequences) / (sequences - 1)
         return Validated(
             step=step,

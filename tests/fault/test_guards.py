@@ -18,7 +18,7 @@ from bd3_ds.runtime import records
 from bd3_ds.runtime.errors import EXIT_STOPPED
 from bd3_ds.runtime.extensions import drop_stale_locks
 from bd3_ds.runtime.run_dir import INCIDENTS
-from bd3_ds.train.guards import FEWEST, is_spike
+from bd3_ds.train.guards import MIN_LOSSES, is_spike
 from bd3_ds.train.state import RECENT, SKIPPED_OF, TrainState
 from tests.helpers.launch import (
     ROOT,
@@ -40,7 +40,7 @@ WORDS = ("train.global_batch=8", "train.export_every=1000", "train.checkpoint_ev
 
 
 def test_a_spike_lies_above_what_came_before():
-    losses = [5.0 + 0.1 * (i % 2) for i in range(FEWEST)]  # mean 5.05, standard deviation 0.05
+    losses = [5.0 + 0.1 * (i % 2) for i in range(MIN_LOSSES)]  # mean 5.05, standard deviation 0.05
     assert is_spike(losses, 5.46, 8) and not is_spike(losses, 5.44, 8)
     assert not is_spike(losses, 1.0, 8) and not is_spike(losses[1:], 100.0, 8)
 
@@ -144,7 +144,7 @@ def test_too_many_skipped_steps_end_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("policy", ["warn", "skip", "stop"])
 def test_spikes_are_told_skipped_or_stop_the_run(tmp_path, monkeypatch, policy):
     run = tiny_run(tmp_path)
-    at = FEWEST + 3
+    at = MIN_LOSSES + 3
     script = faulty(monkeypatch, **{f"at{at}": 50.0})
     words = (*WORDS, f"run_dir={run.run_dir}", f"train.total_steps={at + 3}", f"guards.spike={policy}")
     done = launch_training(tmp_path / "recipe.yaml", *words, ds_config="zero1", script=script)

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, and continuations of prompts: what benchmarks ask of a language model.
+"""Log-likelihoods of continuations, and generation from prompts: the requests of lm-evaluation-harness.
 
 A text is BOS and its tokens. A diffusion model's log-likelihood is minus its bound (`diffusion/likelihood.py`); AR's,
 and that of block size 1, is the likelihood itself.
@@ -30,7 +30,7 @@ VIEWS = 128  # more than the masks of 7 tokens: shorter continuations are exact
 # The names that benchmarks give to the sampler's options.
 NAMES = {"top_p": "nucleus", "max_new_tokens": "max_gen_toks", "max_tokens": "max_gen_toks"}
 
-TextsDone = Callable[[int], None]  # told how many texts have just been answered
+TextsDone = Callable[[int], None]  # called with the number of texts just answered
 
 
 class Continuations:
@@ -38,7 +38,7 @@ class Continuations:
 
     estimator, views: as for `LanguageModel.score`; None: exact where no block has more masks than `views` (a few
     tokens to score), else stratified, for SEDD mc. `how` are options of the sampler (`sampling/options.py`) for
-    continuing prompts, where the request says nothing. Raises UserError for values that cannot be.
+    continuing prompts, where the request sets none. Raises UserError for values that cannot be.
     """
 
     def __init__(

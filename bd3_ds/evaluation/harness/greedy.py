@@ -1,4 +1,4 @@
-"""Whether greedy decoding reproduces the continuation, found without decoding: the first other token decides."""
+"""Whether greedy decoding reproduces a continuation, found without decoding: rows leave at their first mismatch."""
 
 from __future__ import annotations
 

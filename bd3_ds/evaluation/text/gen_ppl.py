@@ -1,4 +1,4 @@
-"""Generative perplexity: how likely a judge finds texts that another model wrote.
+"""Generative perplexity: the perplexity of generated texts under a judge model.
 
 The protocol, which is that of Arriola et al. 2025 but for what is said at 3 and 5:
 
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bd3_ds.checkpoint.export import find_export, list_exports
-from bd3_ds.data.streaming_import import mend_torchvision
+from bd3_ds.data.streaming_import import stub_torchvision
 from bd3_ds.evaluation.exports import open_export
 from bd3_ds.evaluation.text.judge import ExportJudge, Judge
 from bd3_ds.evaluation.text.statistics import mean_and_stderr, ratio_and_stderr
@@ -147,7 +147,7 @@ class TransformersJudge(Judge):
     """
 
     def __init__(self, name: str, folder: Path, device: torch.device):
-        mend_torchvision()  # which transformers imports
+        stub_torchvision()  # which transformers imports
         import transformers
 
         transformers.logging.set_verbosity_error()

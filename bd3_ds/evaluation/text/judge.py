@@ -1,4 +1,4 @@
-"""A judge: a causal model with its tokenizer that reads texts and says how likely each token was."""
+"""Judges: causal models with their tokenizers that score texts."""
 
 from __future__ import annotations
 

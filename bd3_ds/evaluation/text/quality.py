@@ -1,4 +1,4 @@
-"""How good generated texts are, in figures: the record of one samples file, and that of real text beside it.
+"""Quality metrics of generated texts: the record of one samples file, and that of reference text.
 
 docs/quality.md says what each figure is and is not.
 """

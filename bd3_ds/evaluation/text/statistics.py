@@ -1,4 +1,4 @@
-"""What can be counted in texts without a judge: entropy, repetition, lengths."""
+"""Text statistics without a judge: entropy, repetition, lengths."""
 
 from __future__ import annotations
 

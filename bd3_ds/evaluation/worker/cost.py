@@ -1,4 +1,4 @@
-"""What evaluating an export costs: in operations before it starts, in hours from its first batch on."""
+"""The cost of evaluating an export: FLOPs beforehand, hours from its first batch on."""
 
 from __future__ import annotations
 

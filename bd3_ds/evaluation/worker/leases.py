@@ -1,4 +1,4 @@
-"""Claims on exports among workers that share nothing but a file system.
+"""Leases: claims on exports among workers that share only a file system.
 
 A claim on NAME is a file NAME.1, the next claim NAME.2, and so on; the highest number rules. Claiming is creating the
 next number exclusively, which exactly one process can do, and numbers are never deleted, so that a slow process cannot

@@ -1,4 +1,4 @@
-"""Where a worker computes when nobody says: on what the machine has idle."""
+"""Default placement of a worker: the most idle GPU, else idle CPU cores."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def idle_device() -> torch.device:
 
 def idle_threads() -> int:
     """Threads that do not disturb what runs here: OMP_NUM_THREADS where it is set, else the cores that nothing uses."""
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    if said.isdigit() and int(said) > 0:
-        return int(said)
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdigit() and int(threads) > 0:
+        return int(threads)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores - round(os.getloadavg()[0]))
 

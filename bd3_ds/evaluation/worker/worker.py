@@ -1,4 +1,4 @@
-"""Follow a run and evaluate its exports beside it.
+"""The evaluation worker: follows a run and evaluates its exports.
 
 The worker and the trainer meet on disk only: a committed export in, lines of records/eval.jsonl and points in
 TensorBoard out. A slow or dead worker cannot stall the run; any number of workers may follow the same one.

@@ -19,7 +19,7 @@ from bd3_ds.commands import quality as quality_command
 from bd3_ds.commands import sample as sample_command
 from bd3_ds.config.load import load_defaults
 from bd3_ds.config.schema import AR, BD3
-from bd3_ds.data.streaming_import import mend_torchvision
+from bd3_ds.data.streaming_import import stub_torchvision
 from bd3_ds.data.tokenizer import number_tokenizer
 from bd3_ds.diffusion.subs import subs_log_probs
 from bd3_ds.evaluation.text import quality
@@ -34,7 +34,7 @@ from benchmarks import generation_tables
 from data_prep.pack_writer import write_pack
 from tests.helpers.tiny import tiny_tokenizer
 
-mend_torchvision()
+stub_torchvision()
 import transformers  # noqa: E402
 
 WORDS = [f"w{i}" for i in range(30)]

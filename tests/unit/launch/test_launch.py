@@ -16,7 +16,7 @@ from bd3_ds.config.load import load_recipe
 from bd3_ds.config.schema import RunConfig
 from bd3_ds.launch.command import free_port, planned
 from bd3_ds.launch.plan import Host, Plan, make_plan, read_hostfile
-from bd3_ds.launch.supervisor import Progress, Verdict, code_in_words, judge
+from bd3_ds.launch.supervisor import RunProgress, Verdict, code_in_words, judge
 from bd3_ds.runtime.errors import UserError
 from tests.helpers.launch import ROOT, wait_until
 
@@ -24,7 +24,7 @@ from tests.helpers.launch import ROOT, wait_until
 SUPERVISE = """
     import signal, subprocess, sys
     from pathlib import Path
-    from bd3_ds.launch.supervisor import Progress, Supervisor
+    from bd3_ds.launch.supervisor import RunProgress, Supervisor
 
     run_dir = Path(sys.argv[1])
     starts = iter(sys.argv[3:])
@@ -43,7 +43,7 @@ SUPERVISE = """
         script = next(starts)
         return None if script == "no hosts" else Child(script)
 
-    sys.exit(Supervisor(start, Progress(run_dir, 10), int(sys.argv[2]), pause=0.01).run())
+    sys.exit(Supervisor(start, RunProgress(run_dir, 10), int(sys.argv[2]), pause=0.01).run())
 """
 
 FAIL = "sys.exit(1)"
@@ -166,7 +166,7 @@ def test_hostfile(tmp_path):
 
 
 def test_what_a_user_keeps_beside_checkpoints_is_no_progress(tmp_path):
-    progress = Progress(tmp_path, 10)
+    progress = RunProgress(tmp_path, 10)
     assert progress.checkpoint() == ""
     for name in ("step-00000900", "step-123456789", "step-best", "step-999999999-backup"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)

@@ -12,7 +12,7 @@ from bd3_ds.checkpoint.manifest import FORMAT
 from bd3_ds.runtime.files import write_json
 from bd3_ds.runtime.run_dir import FINISHED
 from bd3_ds.runtime.world import World
-from bd3_ds.train.closing import closing_words, duration, finished_before, nothing_to_do
+from bd3_ds.train.closing import closing_lines, duration, finished_before, nothing_to_do
 from bd3_ds.train.state import TrainState
 from bd3_ds.train.validation import Validated
 from tests.helpers.tiny import tiny_run
@@ -24,7 +24,7 @@ BOUND = Validated(4, "valid", "stratified", 4, 4, 2.5, 0.125, 120, 8)
 
 def test_the_end_says_what_was_done_and_what_to_type(tmp_path: Path) -> None:
     run = dataclasses.replace(tiny_run(tmp_path), run_dir="runs/my run")
-    lines = closing_words(run, STATE, 0, 64.0, True, BOUND)
+    lines = closing_lines(run, STATE, 0, 64.0, True, BOUND)
     assert lines[0] == (
         "finished: 4 steps and 256 tokens; 1 min 4 s since the start, 4 tokens/s with saves, exports and validation"
     )
@@ -39,12 +39,12 @@ def test_the_end_says_what_was_done_and_what_to_type(tmp_path: Path) -> None:
 
 
 def test_a_continued_run_counts_its_own_tokens_for_its_speed(tmp_path: Path) -> None:
-    line = closing_words(tiny_run(tmp_path), STATE, 3, 32.0, True, None)[0]
+    line = closing_lines(tiny_run(tmp_path), STATE, 3, 32.0, True, None)[0]
     assert line.startswith("finished: 4 steps, 1 of them since this start, and 256 tokens; 32 s since the start, 2 tok")
 
 
 def test_a_loss_that_is_no_bound_is_not_called_one(tmp_path: Path) -> None:
-    lines = closing_words(tiny_run(tmp_path), STATE, 0, 64.0, False, None)
+    lines = closing_lines(tiny_run(tmp_path), STATE, 0, 64.0, False, None)
     assert lines[1].startswith("training loss (of clipped or uneven masking: no bound) 3.0000")
     assert "nelbo" not in " ".join(lines)
 

@@ -1,4 +1,4 @@
-"""The words of a command line: `key=value`, and what stands behind the `=`."""
+"""Command-line overrides, `key=value`: splitting, and the value after the `=`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from bd3_ds.config.yaml_text import read_yaml
 NULL = ("null", "Null", "NULL", "~")
 
 
-def without_spaced(words: list[str]) -> tuple[list[str], list[str]]:
-    """The words, and sentences for those of `key = value`, which the shell hands over in parts."""
-    rest, problems = list(words), []
-    for place, word in enumerate(words):
-        before = words[place - 1] if place else "="
-        after = words[place + 1] if place + 1 < len(words) else "="
+def reject_spaced(overrides: list[str]) -> tuple[list[str], list[str]]:
+    """The overrides without those written `key = value`, which the shell splits, and a sentence about each of these."""
+    rest, problems = list(overrides), []
+    for index, word in enumerate(overrides):
+        before = overrides[index - 1] if index else "="
+        after = overrides[index + 1] if index + 1 < len(overrides) else "="
         key, equals, value = (part.strip() for part in word.partition("="))
         parts = [word]
         if not key and equals and "=" not in before:
@@ -32,15 +32,15 @@ def without_spaced(words: list[str]) -> tuple[list[str], list[str]]:
     return rest, problems
 
 
-def word_value(text: str, annotation: Any) -> Any:
-    """What stands behind `=`: text as it is but for one pair of quotes around it, all else as YAML."""
+def override_value(text: str, annotation: Any) -> Any:
+    """The value after the `=`: text as it is but for one pair of quotes around it, all else as YAML."""
     if not is_text(annotation):
         return read_yaml(text)
     return None if is_optional(annotation) and text in NULL else unquoted(text)
 
 
 def unquoted(text: str) -> str:
-    """The word of the command line without one pair of quotes around all of it, which a shell has left."""
+    """The text without one pair of quotes around all of it, which a shell has left."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" and text[0] not in text[1:-1]:
         return text[1:-1]
     return text
