@@ -83,10 +83,10 @@ def _require_one_split(path: Path, found: list[Path]) -> None:
     for file in found:
         name = file.relative_to(path)
         splits.setdefault(_split_word(name) or "", []).append(str(name))
-    told = {split: names for split, names in splits.items() if split}
-    if "train" not in told or len(told) == 1:
+    named = {split: names for split, names in splits.items() if split}
+    if "train" not in named or len(named) == 1:
         return
-    listed = ", ".join(f"{split} ({len(names)}, such as {names[0]})" for split, names in sorted(told.items()))
+    listed = ", ".join(f"{split} ({len(names)}, such as {names[0]})" for split, names in sorted(named.items()))
     raise UserError(
         f"--source: {path} holds files of several splits by their names: {listed}; name one with --split, such as "
         f"--split train, or the files themselves, such as --source '{path}/*'"
@@ -94,12 +94,12 @@ def _require_one_split(path: Path, found: list[Path]) -> None:
 
 
 def _of_split(path: Path, split: str, found: list[Path]) -> list[Path]:
-    """Files whose name (or else folder) tells this split, or tells none and begins with its word."""
+    """Files whose name (or else folder) names this split, or names none and begins with its word."""
     wanted, chosen = SPLIT_WORDS.get(split), []
     for file in found:
         name = file.relative_to(path)
-        told = _split_word(name) if wanted else None
-        if told == wanted if told else any(part.startswith(split) for part in name.parts):
+        split_name = _split_word(name) if wanted else None
+        if split_name == wanted if split_name else any(part.startswith(split) for part in name.parts):
             chosen.append(file)
     if not chosen:
         raise UserError(f"--split {split}: no name under {path} begins with '{split}'; leave --split out")
@@ -136,7 +136,7 @@ def find_set(path: Path, split: str | None, known: NamedSet, layout: Layout) -> 
 
 
 def split_of(file: Path, known: NamedSet) -> str | None:
-    """The split that a file's name tells, or else its nearest folder's: `wiki.valid.raw`, `test/part-0.jsonl`."""
+    """The split that a file's name says, or else its nearest folder's: `wiki.valid.raw`, `test/part-0.jsonl`."""
     for split, start in known.files.items():
         if file.name.startswith(start):
             return split or None

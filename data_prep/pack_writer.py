@@ -3,7 +3,7 @@
     00000/shard.00000.mds.zstd ...   a group of chunks
     index.json                       all shards in order
 
-Which chunks make a group is decided by their number alone, so packs are the same to the byte at any number of workers.
+Which chunks make a group is decided only by their number, so packs are the same to the byte at any number of workers.
 """
 
 from __future__ import annotations

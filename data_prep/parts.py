@@ -1,6 +1,6 @@
 """First stage of a preparation: the source in parts of some million characters, each tokenized into a file.
 
-Where a part ends is decided by the text alone, so the number of workers changes nothing. A part's file appears whole
+Where a part ends is decided only by the text, so the number of workers changes nothing. A part's file appears whole
 or not at all and names the text that it holds, so that a preparation which is started again keeps what fits.
 """
 

@@ -2,7 +2,7 @@
 
 `python-docs` is the text of docstrings of Python's own library and of the packages that this project needs, one
 document a module; about 3 % of the modules are held out, by name. `python-readmes` and `python-licences` are the
-descriptions and licence texts of the installed packages. All follow from the installed versions alone.
+descriptions and licence texts of the installed packages. All depend only on the installed versions.
 
 python -m data_prep.python_docs DIR       writes all of them, so that several packs need one look through the packages
 """

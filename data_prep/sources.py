@@ -77,8 +77,10 @@ def open_sources(
     for what in ("detokenizer", "frame"):
         values = {getattr(source, what): source.spec for source in opened}
         if len(values) > 1 and what not in given:
-            told = ", ".join(f"{value} for {spec}" for value, spec in values.items())
-            raise UserError(f"--source: these have another {what} by default ({told}); give one for all with --{what}")
+            listed = ", ".join(f"{value} for {spec}" for value, spec in values.items())
+            raise UserError(
+                f"--source: these have another {what} by default ({listed}); give one for all with --{what}"
+            )
     hub_sets = [source.spec for source in opened if not source.files and source.spec not in EMBEDDED_SETS]
     if len(hub_sets) > 1:
         raise UserError(

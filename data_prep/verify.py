@@ -50,19 +50,19 @@ def verify(directory: Path) -> None:
     from bd3_ds.data.pack_hash import PackHash
     from bd3_ds.data.token_counts import COUNTS, read_token_counts
 
-    mend = f"to mend it, copy it anew from where it is whole, or make it again:\n{command(directory)}"
+    fix = f"to mend it, copy it anew from where it is whole, or make it again:\n{command(directory)}"
     manifest = read_manifest(directory)
     if broken := broken_shards(directory):
-        raise UserError(*broken, f"{directory}: {len(broken)} shards are broken; {mend}")
+        raise UserError(*broken, f"{directory}: {len(broken)} shards are broken; {fix}")
     pack = open_pack(directory)
     tokenizer = pack.tokenizer
     if TokenizerInfo.of(tokenizer) != manifest.tokenizer:
-        raise UserError(f"{directory}: its tokenizer/ is not the tokenizer of its manifest; {mend}")
+        raise UserError(f"{directory}: its tokenizer/ is not the tokenizer of its manifest; {fix}")
     digest, counts, starts, padding = PackHash(), np.zeros(tokenizer.vocab_size, np.int64), 0, 0
     for i in tqdm(range(len(pack)), desc=f"verifying {directory}", unit="chunk", disable=None, leave=False):
         tokens = pack.tokens(i)
         if tokens.max() >= tokenizer.vocab_size:
-            raise UserError(f"{directory}: chunk {i} holds token {tokens.max()}, outside the vocabulary; {mend}")
+            raise UserError(f"{directory}: chunk {i} holds token {tokens.max()}, outside the vocabulary; {fix}")
         numbers = document_numbers([pack.doc_starts(i)], [pack.pad_starts(i)], manifest.length)[0]
         digest.add(tokens[None], numbers[None] < 0)
         counts += np.bincount(tokens[numbers >= 0], minlength=tokenizer.vocab_size)
@@ -71,17 +71,17 @@ def verify(directory: Path) -> None:
     whole = digest.pack(manifest.length, manifest.frame)
     # An old pack with padding has the hash of its content under both names.
     if digest.content() != manifest.content_hash or manifest.pack_hash not in (whole, digest.content()):
-        raise UserError(f"{directory}: its chunks do not have the manifest's hash; {mend}")
+        raise UserError(f"{directory}: its chunks do not have the manifest's hash; {fix}")
     framed = 2 * len(pack) if manifest.frame == BOS_EOS else 0
     kept = len(pack) * manifest.length - padding - framed
     if padding != manifest.padding or starts > manifest.documents or kept != manifest.tokens - manifest.dropped_tokens:
         raise UserError(
             f"{directory}: holds {kept} tokens of text, {padding} places of padding and {starts} document starts, "
             f"which does not fit the {manifest.tokens} tokens ({manifest.dropped_tokens} dropped), {manifest.padding} "
-            f"places and {manifest.documents} documents of its manifest; {mend}"
+            f"places and {manifest.documents} documents of its manifest; {fix}"
         )
     if (directory / COUNTS).is_file() and (read_token_counts(directory, manifest) != counts).any():
-        raise UserError(f"{directory}: its {COUNTS} does not count its tokens; {mend}")
+        raise UserError(f"{directory}: its {COUNTS} does not count its tokens; {fix}")
     _show(directory, manifest, pack, counts, starts, padding)
 
 

@@ -50,7 +50,7 @@ def estimator_used(
 ) -> str:
     """What scores `tokens` tokens of this run when `option` asks for `asked`; raises UserError.
 
-    AR is exact whatever is asked. Exact values of larger blocks are given for few tokens alone; None: any number. No
+    AR is exact whatever is asked. Exact values of larger blocks are given for few tokens only; None: any number. No
     block holds more than `together` of them; None: its size.
     """
     problems = _estimator(run, asked, option, tokens, together)

@@ -22,7 +22,7 @@ _TRUTH = {"true": True, "True": True, "TRUE": True, "false": False, "False": Fal
 
 
 class Unfit(Exception):
-    """A value that its key does not take; the message goes behind `key=value in origin`."""
+    """A value that its key does not take; the message follows `key=value in origin`."""
 
 
 def is_optional(annotation: Any) -> bool:

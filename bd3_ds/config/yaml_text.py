@@ -56,14 +56,14 @@ for _kind in _KINDS:
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_as_written)
 for _kind in ("map", "seq"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_whole)
-# "=" alone is a word here.
+# A lone "=" is text here.
 _Loader.add_constructor("tag:yaml.org,2002:value", lambda loader, node: str(loader.construct_scalar(node)))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
 def read_yaml(text: str) -> Any:
     """The value of a YAML document; raises yaml.YAMLError. Mappings, lists and None are Python's own."""
-    # PyYAML's SafeLoader alone is derived from, and what is made of foreign tags is an error.
+    # Only PyYAML's SafeLoader is derived from, and what is made of foreign tags is an error.
     return yaml.load(text, Loader=_Loader)
 
 

@@ -1,6 +1,6 @@
 """streaming's Stream and StreamingDataset with verified shards, retried downloads and one-sentence errors.
 
-Imported after `import_streaming()` alone. streaming checks a shard when it is unpacked, but not one that an earlier run
+Import it only after `import_streaming()`. streaming checks a shard when it is unpacked, but not one that an earlier run
 unpacked; an exception in its threads ends as a silent end of data, and one in a loader process as text.
 """
 
@@ -180,7 +180,7 @@ def _put(aside: Path, path: Path) -> None:
 
 
 class CheckedDataset(StreamingDataset):
-    """Yields samples; after a failure that a user can mend it yields that UserError, again and again.
+    """Yields samples; after a failure that a user can fix it yields that UserError, again and again.
 
     As a sample, because an exception would come out of a loader process as a text with a traceback.
     """

@@ -49,7 +49,7 @@ class Manifest:
 
     `content_hash` is the SHA-256 of all chunks in order as little-endian uint32, whatever the shards; `pack_hash` is
     that of the protocol: of the content's, the length, the frame and where padding lies (`hash_of_pack`). The manifest
-    of an older pack has the content's alone, as `pack_hash`. `read_manifest` gives both; but where an older pack has
+    of an older pack has only the content's, as `pack_hash`. `read_manifest` gives both; but where an older pack has
     padding, of whose places the manifest does not tell, `pack_hash` stays the content's too.
     """
 
@@ -101,7 +101,7 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 def _with_both_hashes(manifest: Manifest) -> Manifest:
-    """Of a pack made when there was the hash of the content alone."""
+    """Of a pack made when there was only the hash of the content."""
     content = manifest.pack_hash
     now = content if manifest.padding else hash_of_pack(content, manifest.length, manifest.frame, NO_PADDING)
     return replace(manifest, pack_hash=now, content_hash=content)
@@ -121,7 +121,7 @@ def _near(path: Path, folder: Path) -> str:
 def is_same_pack(pack_hash: str, content_hash: str | None, manifest: Manifest) -> bool:
     """Whether the hashes that were kept of a pack are those of `manifest`.
 
-    What was kept before there were two hashes is the content's alone, and `content_hash` None; an older pack with
+    What was kept before there were two hashes is only the content's, and `content_hash` None; an older pack with
     padding has the content's under both names.
     """
     if pack_hash == manifest.pack_hash:

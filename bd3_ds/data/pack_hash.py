@@ -13,7 +13,7 @@ NO_PADDING = "none"
 
 
 def hash_of_pack(content: str, length: int, frame: str, padding: str) -> str:
-    """What tells a protocol from others: the hash of the tokens, how they are cut and framed, and a hash of padding."""
+    """The identity of a protocol: the hash of the tokens, how they are cut and framed, and a hash of padding."""
     facts = {"content": content, "length": length, "frame": frame, "padding": padding}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

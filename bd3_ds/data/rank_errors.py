@@ -13,7 +13,7 @@ from bd3_ds.runtime.errors import EXIT_USER_ERROR, UserError
 def of_all_ranks(error: UserError, share: Share) -> BaseException:
     """What this rank raises for `error`: `run_command` prints what global rank 0 raises, and no other rank's.
 
-    A broken shard is met by some ranks or by all, so the first to meet it speaks.
+    A broken shard is met by some ranks or by all, so the first to meet it reports it.
     """
     if not torch.distributed.is_initialized():
         return error

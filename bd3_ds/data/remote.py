@@ -71,7 +71,7 @@ def cache_root(cache: str) -> Path:
 
 
 def make_cache_root(cache: str) -> Path:
-    """`cache_root`, made where it is not there, for this user alone where its name is the user's.
+    """`cache_root`, made where it is not there, only for this user where its name is the user's.
 
     Raises UserError for one of the latter kind that another user has made.
     """
@@ -100,7 +100,7 @@ def fetch_facts(pack: str, cache: str) -> Path:
     with turn(directory), tempfile.TemporaryDirectory(dir=directory, prefix=".facts-") as folder:
         aside = Path(folder)
         if (directory / MANIFEST).is_file():
-            # Of a job's ranks one a node asks; a process alone asks whatever its environment says of ranks.
+            # One rank a node of a job fetches; a single process fetches whatever its environment says of ranks.
             if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("LOCAL_RANK", "0") == "0":
                 _require_unchanged(pack, directory, get, aside)
             return directory
@@ -181,10 +181,8 @@ def patiently(fetch: Callable[[], None], what: str, place: str) -> None:
 
 def cannot_write(error: OSError, place: str, what: str) -> UserError:
     """The sentence for a disk that takes no more."""
-    mend = "free some space, lower data.cache_limit" if error.errno in _DISK_FULL else "make it writable"
-    return UserError(
-        f"cannot write {what} to {place}: {error.strerror}; {mend}, or name another directory (data.cache)"
-    )
+    fix = "free some space, lower data.cache_limit" if error.errno in _DISK_FULL else "make it writable"
+    return UserError(f"cannot write {what} to {place}: {error.strerror}; {fix}, or name another directory (data.cache)")
 
 
 def say(text: str) -> None:
@@ -200,15 +198,15 @@ def _require_unchanged(pack: str, directory: Path, get: Callable[[str, Path], No
         say(f"{pack} cannot be asked whether it has changed ({' '.join(str(error).split())}); using {directory}")
         return
     there, here = read_manifest(aside), read_manifest(directory)
-    mend = "remove that directory, or name another data.cache"
+    fix = "remove that directory, or name another data.cache"
     if not is_same_pack(there.pack_hash, there.content_hash, here):
         raise UserError(
             f"'{pack}' has the pack hash {there.pack_hash[:12]} and {directory} keeps parts of another, "
-            f"{here.pack_hash[:12]}; {mend}"
+            f"{here.pack_hash[:12]}; {fix}"
         )
     # The pack hash does not know how the tokens are cut into shards, and shards of both would be read as damaged.
     if (aside / INDEX).read_bytes() != (directory / INDEX).read_bytes():
-        raise UserError(f"'{pack}' was replaced: {directory} keeps the same tokens in other shards; {mend}")
+        raise UserError(f"'{pack}' was replaced: {directory} keeps the same tokens in other shards; {fix}")
 
 
 def _status(error: Exception) -> int | None:

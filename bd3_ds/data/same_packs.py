@@ -14,10 +14,10 @@ def require_same_packs(facts: DataFacts, saved: dict[str, Any], saved_by: str) -
 
     What `saved` does not say, as that of earlier versions, is not compared. `saved_by` is the run's directory.
     """
-    mend = f"name the pack it was started with, or start a new run_dir with train.init_from={saved_by}"
+    fix = f"name the pack it was started with, or start a new run_dir with train.init_from={saved_by}"
     now = facts.identity
     if len(saved.get("pack_hashes", now["pack_hashes"])) != len(now["pack_hashes"]):
-        raise UserError(f"data.mix has another number of packs than {saved_by} was started with; {mend}")
+        raise UserError(f"data.mix has another number of packs than {saved_by} was started with; {fix}")
     for i, pack in enumerate(facts.packs):
         key = "data.mix" if i else "data.train"
         before, cut_before = (
@@ -32,5 +32,5 @@ def require_same_packs(facts: DataFacts, saved: dict[str, Any], saved_by: str) -
                 continue
         raise UserError(
             f"{key}: '{pack.pack}' is {differ} (hash {after[:12]}) than {saved_by} was started with (hash "
-            f"{before[:12]}), so its samples have another order; {mend}"
+            f"{before[:12]}), so its samples have another order; {fix}"
         )

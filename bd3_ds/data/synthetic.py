@@ -21,7 +21,7 @@ class MarkovSource:
     """Symbols 0 … S-1, each drawn given the one before.
 
     transition [S, S]: row i holds p(next | i). stationary [S]: the distribution of every position. entropy_rate: nats
-    per symbol given all before it. All are fp64 and depend on (symbols, seed) alone.
+    per symbol given all before it. All are fp64 and depend on (symbols, seed) only.
     """
 
     def __init__(self, symbols: int, seed: int):

@@ -1,6 +1,6 @@
 """Tokenizers behind one interface: characters, sentencepiece models and Hugging Face tokenizers.
 
-Hugging Face files are read with the library `tokenizers` alone: it loads in a tenth of a second and runs no remote
+Hugging Face files are read with only the library `tokenizers`: it loads in a tenth of a second and runs no remote
 code. Special tokens written out in a text ("[MASK]", "<|endoftext|>") are encoded as ordinary text, so that no document
 can forge a mask or an end.
 """

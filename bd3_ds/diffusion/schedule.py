@@ -87,7 +87,7 @@ def moved_mu2(start: float, end: float, progress: float) -> float:
 
 
 def restricted(schedule: Schedule, t_min: float, t_max: float) -> Schedule:
-    """The schedule for t ~ U[t_min, t_max] alone, t_min < t_max."""
+    """The schedule restricted to t ~ U[t_min, t_max], t_min < t_max."""
     width = t_max - t_min
     lowest, highest = (float(schedule.rate(torch.tensor(t, dtype=torch.float64))) for t in (t_min, t_max))
 

@@ -14,7 +14,7 @@ class Score:
 
     nelbo [B, L] fp64 by token, 0 where it is not scored (position 0 is given); a block's bound is spread over its
     scored tokens, so only sums over whole blocks have meaning. stderr [B]: what the estimator adds to each row's sum, 0
-    when exact, nan for a single noisy view, which tells nothing of its own error. forwards: passes of the network over
+    when exact, nan for a single noisy view, which gives no estimate of its error. forwards: passes of the network over
     a sequence. tokens: scored ones, by_row [B]: those of each row. estimator: exact, stratified or mc, or several where
     texts were scored by several.
     """

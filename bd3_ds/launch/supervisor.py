@@ -64,7 +64,7 @@ class Launch(Protocol):
 
 
 def judge(finished: bool, asked: bool, code: int) -> Verdict:
-    """`asked`: this supervisor was told to stop; `code`: the launcher's."""
+    """`asked`: this supervisor was asked to stop; `code`: the launcher's."""
     if finished:
         return Verdict.FINISHED
     if asked or code == EXIT_STOPPED:
@@ -94,7 +94,9 @@ class Supervisor:
         self._asked = 0
 
     def run(self) -> int:
-        """Launch until the run is finished, stopped, the user's to mend, or has failed too often; the exit code."""
+        """Launch until the run is finished, stopped, failed by a user's mistake, or has failed too often; the exit
+        code.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         failures = 0

@@ -1,7 +1,7 @@
 """What one micro-batch holds on a rank, in bytes: kept from the forward to the backward pass, and in passing.
 
 The layers are asked themselves (`trace.py`): they run on tensors that have no memory. The head is counted by hand: its
-loss goes chunk by chunk, and which tensors a chunk has is decided in `diffusion/chunked_head.py` alone.
+loss goes chunk by chunk, and which tensors a chunk has is decided only in `diffusion/chunked_head.py`.
 `tests/unit/planning/test_plan.py` holds both against autograd's own list.
 """
 
@@ -48,7 +48,7 @@ class Pass:
 
     @property
     def queries(self) -> int:
-        """Of a text in the last layer: its clean tokens give keys and values alone."""
+        """Of a text in the last layer: its clean tokens give only keys and values."""
         return self.noisy or self.clean
 
 

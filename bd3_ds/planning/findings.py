@@ -66,7 +66,7 @@ def find(run: RunConfig, world_size: int, here: bool) -> Findings:
 
 
 def _batch(found: Findings, world_size: int) -> None:
-    """Where the micro-batch alone stands in the way of the batch, another one is planned with."""
+    """Where only the micro-batch does not divide the batch, another one is planned with."""
     train = found.run.train
     if min(train.global_batch, train.sequence_parallel) < 1 or (train.micro_batch < 1 and train.micro_batch != AUTO):
         return
@@ -154,7 +154,7 @@ def _sets(found: Findings, facts: dict[str, PackFacts], sound: bool) -> None:
 
 
 def _run_dir(found: Findings, here: bool) -> None:
-    """A directory of another run is for training to refuse; one that cannot be written to is a problem here alone."""
+    """A directory of another run is for training to refuse; one that cannot be written to is a problem only here."""
     run = found.run
     if not run.run_dir.strip():
         return

@@ -63,7 +63,7 @@ def zero_of(ds_json: dict[str, Any], stage: int | None = None) -> Zero:
     zero = ds_json.get("zero_optimization", {})
     own = int(zero.get("stage", 0))
     stage = own if stage is None else stage
-    if stage != own:  # what is for one stage alone, as offloading of what it shards, means nothing at another
+    if stage != own:  # what is for one stage only, as offloading of what it shards, means nothing at another
         zero = {key: value for key, value in zero.items() if not key.startswith(("offload", "zero_")) or stage == 3}
     contiguous = bool(zero.get("contiguous_gradients", True))
     overlap = bool(zero.get("overlap_comm", False)) and stage in (1, 2)
@@ -108,7 +108,7 @@ class Memory:
     held_gradients: int  # while a forward pass runs: those of earlier micro-batches
     first_gradients: int  # while the last layer's backward pass runs
     held_buckets: int  # outside the backward pass too
-    reducing: int  # gradients laid side by side behind the backward pass (stage 0)
+    reducing: int  # gradients laid side by side after the backward pass (stage 0)
 
     @property
     def always(self) -> int:

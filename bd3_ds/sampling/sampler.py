@@ -4,7 +4,7 @@ Block diffusion writes blocks of L' tokens after clean ones, AR blocks of one, M
 window. Past the window, all continue from its last tokens (semi-autoregressive).
 
 SEDD: its network gives log p_t(y) / p_t([MASK]). With the absorbing process this ratio is the posterior p(x0 = y | x_t)
-times a factor that depends on time alone, so the scores over all tokens but [MASK], normalised, are that posterior, and
+times a factor that depends only on time, so the scores over all tokens but [MASK], normalised, are that posterior, and
 the same unmasking policies apply.
 
 Every random number is a function of (seed, row, position): a text does not depend on the others of its batch.

@@ -12,7 +12,7 @@ from bd3_ds.data.pack import Pack
 class HeldOut:
     """Tokens of the first `sequences` chunks of a pack, and their documents where there is padding or a document mask.
 
-    `apart`: documents are told from one another (data.document_mask).
+    `apart`: document numbers are kept, for data.document_mask.
     """
 
     def __init__(self, pack: Pack, sequences: int, apart: bool):

@@ -112,10 +112,10 @@ def _named_twice(facts: DataFacts) -> list[str]:
         if place not in seen:
             seen[place] = of.pack
             continue
-        mend = "leave it out of data.mix, data.train has what the other shares leave"
+        fix = "leave it out of data.mix, data.train has what the other shares leave"
         if seen[place] != facts.train.pack:
-            mend = "name it once, with the sum of both shares"
-        problems.append(f"data.mix: '{of.pack}' and '{seen[place]}' are the same pack; {mend}")
+            fix = "name it once, with the sum of both shares"
+        problems.append(f"data.mix: '{of.pack}' and '{seen[place]}' are the same pack; {fix}")
     return problems
 
 
