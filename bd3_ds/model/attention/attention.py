@@ -13,7 +13,7 @@ from bd3_ds.model.attention.masks import AttentionMask
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, backend: str) -> Tensor:
     """Attention output [B, H, Q, d] for queries [B, H, Q, d] and keys and values [B, G, K, d], where G divides H.
 
-    Without a mask nothing is hidden. Queries come scaled: divided by the square root of d. Keys and values of a head
+    Without a mask all is visible. Queries come scaled: divided by the square root of d. Keys and values of a head
     are those of H / G heads of queries.
     """
     if mask is None:

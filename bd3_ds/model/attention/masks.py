@@ -1,13 +1,14 @@
-"""Who may look at whom. One rule serves every model of the project.
+"""Attention masks: which keys each query may attend to. One rule serves every model of the project.
 
-A packed sequence holds noisy tokens (of one or more views) and clean tokens; each token stands in a block. A token sees
+A packed sequence holds noisy tokens (of one or more views) and clean tokens, each in a block. A token attends to
   - the clean tokens of earlier blocks,
   - if it is noisy, the noisy tokens of its own view and block, in both directions,
   - if it is clean, the clean tokens of its own block.
-With block size 1 and clean tokens alone this is a causal mask (AR); with one block and noisy tokens alone it hides
+With block size 1 and only clean tokens this is a causal mask (AR); with one block and only noisy tokens it masks
 nothing (MDLM, SEDD); noisy and clean together it is the block-diffusion mask of Arriola et al. 2025, figure 2.
-Where the text is packed from several documents, the rule may be narrowed to each (`restrict_to_documents`).
-Padding is then a document like any other, -1: text does not see it, and it sees itself, so that no softmax is empty.
+Where the text is packed from several documents, the rule can be restricted to each (`restrict_to_documents`).
+Padding is then a document like any other, -1: text does not attend to it, and it attends to itself, so that no softmax
+is empty.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ CLEAN = -1
 
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
-    """Where each of T packed tokens stands: its view (CLEAN, or 0 … K-1), position in the text and block, each [T]."""
+    """The layout of T packed tokens: view (CLEAN, or 0 … K-1), position in the text and block, each [T]."""
 
     view: Tensor
     position: Tensor
@@ -44,13 +45,13 @@ class TokenLayout:
 
 
 def places(view: int, start: int, count: int, block_size: int, device: torch.device) -> TokenLayout:
-    """`count` tokens of one view (or CLEAN) from text position `start` on."""
+    """The layout of `count` tokens of one view (or CLEAN) from text position `start` on."""
     position = torch.arange(start, start + count, device=device)
     return TokenLayout(torch.full_like(position, view), position, position // block_size)
 
 
 def may_attend(queries: TokenLayout, keys: TokenLayout) -> Tensor:
-    """The rule above as a boolean matrix [Q, K]: True where the query sees the key."""
+    """The rule above as a boolean matrix [Q, K]: True where the query may attend to the key."""
     q_view, k_view = queries.view[:, None], keys.view[None, :]
     q_block, k_block = queries.block[:, None], keys.block[None, :]
     own_block = (q_view == k_view) & (q_block == k_block)
@@ -59,10 +60,10 @@ def may_attend(queries: TokenLayout, keys: TokenLayout) -> Tensor:
 
 
 class AttentionMask:
-    """The rule for fixed places, in the forms that the attention backends want; each is made once.
+    """The rule for given token layouts, in the forms that the attention backends take; each is computed once.
 
-    `documents` [B, L], the document's number at each text position of B rows, hides all other documents as well.
-    `layout` says the same as the places do, cut into rectangles; None where that cannot be done.
+    `documents` [B, L], the document's number at each text position of B rows, masks all other documents as well.
+    `layout` is the same mask as rectangles; None where it cannot be cut so.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class AttentionMask:
         self._whole = self  # the rule without documents
 
     def restrict_to_documents(self, documents: Tensor) -> AttentionMask:
-        """The same rule for B rows of documents [B, L]: a token sees none but its own document."""
+        """The same rule for B rows of documents [B, L]: a token attends only to its own document."""
         narrowed = AttentionMask(self.queries, self.keys, documents, self.layout)
         narrowed._whole = self._whole
         return narrowed
@@ -91,14 +92,14 @@ class AttentionMask:
 
     @cached_property
     def is_full(self) -> bool:
-        """Nothing is hidden, whatever the row."""
+        """Whether nothing is masked, in any row."""
         if self.documents is None and self.layout is not None:
             return self.layout.full
         return self.documents is None and bool(self.dense.all())
 
     @cached_property
     def is_causal(self) -> bool:
-        """The lower triangle, exactly, whatever the row."""
+        """Whether it is exactly the lower triangle, in every row."""
         if self.documents is not None or len(self.queries) != len(self.keys):
             return False
         if self.layout is not None:
@@ -107,7 +108,7 @@ class AttentionMask:
 
     @cached_property
     def flex(self) -> object:
-        """A BlockMask for flex_attention, whose tables come from block arithmetic (`tiles.py`)."""
+        """A BlockMask for flex_attention; its tables are computed from block ranges (`tiles.py`)."""
         from torch.nn.attention.flex_attention import BlockMask
 
         q, k = self.queries, self.keys
@@ -128,11 +129,11 @@ class AttentionMask:
 
     @cached_property
     def tiles(self) -> Tiles:
-        """What its tiles hold; those of the rule are found once, those of documents for each micro-batch."""
+        """The tiles of the mask; those of the rule are computed once, those of documents for each micro-batch."""
         if self.documents is not None:
             return self._whole.tiles.within(tiles_of_documents(*self._documents_of(self.documents)))
         q, k = self.queries, self.keys
-        views = int(torch.cat([q.view, k.view]).max()) + 1  # CLEAN alone: 0
+        views = int(torch.cat([q.view, k.view]).max()) + 1  # only CLEAN: 0
         return tiles_of_rule(q.view, q.block, k.view, k.block, views, CLEAN)
 
     def _documents_of(self, documents: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,9 +152,9 @@ def pass_mask(
     device: torch.device,
     views: int = 1,
 ) -> AttentionMask:
-    """The mask of one pass behind `past` cached clean tokens, all from text position `start` on.
+    """The mask of one pass after `past` cached clean tokens, all from text position `start` on.
 
-    First `views` times `noisy` tokens, then `clean` ones; with `noisy_queries_only` the clean ones ask nothing.
+    First `views` times `noisy` tokens, then `clean` ones; with `noisy_queries_only` the clean ones are keys only.
     """
     keys = places(CLEAN, 0, past, block_size, device)
     queries = places(0, start, noisy, block_size, device)

@@ -1,8 +1,8 @@
-"""Attention that computes what a block-structured mask allows and little else, out of matrix products: for CPUs.
+"""Block-sparse attention by dense matrix products on stripes of the mask, recomputed in the backward pass: for CPUs.
 
-The queries of a stream (noisy or clean) go in stripes of neighbouring blocks. A stripe sees the clean tokens before it
-and its own blocks: a rectangle of scores, of which the mask hides something in the last columns alone. One rectangle at
-a time is worked on, for a few heads, and it is computed again in the backward pass (Dao et al. 2022), so that memory
+The queries of a stream (noisy or clean) go in stripes of neighbouring blocks. A stripe attends to the clean tokens
+before it and its own blocks: a rectangle of scores, of which only the last columns are partly masked. One rectangle at
+a time is computed, for a few heads, and recomputed in the backward pass (Dao et al. 2022), so that memory
 grows with the length and not with its square.
 
 In bf16, scores and attention weights are rounded to bf16, as in any attention written out in that precision.
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from bd3_ds.model.attention.masks import AttentionMask
 from bd3_ds.model.attention.stripes import Stream, Stripe
 
-SCORE_BYTES = 16 * 2**20  # scores worked on together; they should stay in the CPU's cache
+SCORE_BYTES = 16 * 2**20  # scores computed together; they should stay in the CPU's cache
 
 
 def attend_in_stripes(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
@@ -47,7 +47,7 @@ class _StripeAttention(torch.autograd.Function):
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v = ctx.saved_tensors
         d_output, d_q = d_output.contiguous(), torch.empty_like(q)
-        # Parts from many rectangles are added up: in fp32. Transposed, because the products are faster that way round.
+        # Parts from many rectangles are accumulated in fp32. Transposed, because the products are faster so.
         wide = torch.promote_types(q.dtype, torch.float32)
         d_k, d_v = (torch.zeros(*x.shape[:2], x.shape[3], x.shape[2], dtype=wide) for x in (k, v))  # [B, H, d, K]
         for work in _rectangles(q, k, v, ctx.mask):
@@ -62,7 +62,9 @@ class _StripeAttention(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Rectangle:
-    """A stripe of n heads and K views: queries [n K, rows, d], the keys and values that it sees [n K, columns, d]."""
+    """A stripe of n heads and K views: queries [n K, rows, d], the keys and values that it attends to [n K, columns,
+    d].
+    """
 
     heads: slice  # of all B x H
     stream: Stream
@@ -132,8 +134,7 @@ def _rectangles(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Iterato
 class _Columns:
     """Keys (or values) of some heads, from which each stripe's are cut, last stripe first.
 
-    A noisy stripe's own keys are written behind the clean ones that it sees, over clean ones that only the stripes
-    before it saw.
+    A noisy stripe's own keys are written after its clean ones, over clean ones that only the stripes before it used.
     """
 
     def __init__(self, packed: Tensor, heads: slice, stream: Stream, clean: slice):
@@ -149,7 +150,7 @@ class _Columns:
             self._clean = self._clean.flatten(0, 1)
 
     def of(self, stripe: Stripe) -> Tensor:
-        """[n K, columns, d]; good until the next call."""
+        """[n K, columns, d]; valid until the next call."""
         if self._own is not None:
             target = self._clean[:, stripe.clean : stripe.columns]
             target.copy_(self._own[:, :, stripe.own].reshape(target.shape))

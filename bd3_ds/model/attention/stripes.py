@@ -1,7 +1,7 @@
 """A block-structured mask cut into rectangles, for attention that works on one rectangle at a time.
 
 Queries come in streams: the noisy tokens of all views, and the clean tokens. A stripe is a run of neighbouring blocks
-of a stream; its queries see the clean tokens before them and tokens of their own blocks.
+of a stream; its queries attend to the clean tokens before them and tokens of their own blocks.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ FEWEST_ROWS, ROWS = 64, 128
 
 @dataclass(frozen=True, eq=False)
 class Stripe:
-    """Queries `rows` of each view of a stream; they see the first `clean` clean tokens and tokens `own` of their view.
+    """Queries `rows` of each view of a stream; keys: the first `clean` clean tokens and tokens `own` of their view.
 
     `bias` [rows, columns] holds 0 and -inf for the last columns, where clean tokens come before own ones; None where
-    nothing is hidden.
+    nothing is masked.
     """
 
     rows: slice
@@ -33,7 +33,7 @@ class Stripe:
 
     @property
     def columns(self) -> int:
-        """Keys that the stripe sees or, in the last columns, hides."""
+        """Keys of the rectangle, those masked in the last columns included."""
         return self.clean + self.own.stop - self.own.start
 
     def foreign(self, documents: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Stream:
 class Layout:
     """The streams of a pass; `clean` are the clean tokens among the packed keys, in the order of the text.
 
-    `full`: nothing is hidden. `causal`: the lower triangle, exactly.
+    `full`: nothing is masked. `causal`: exactly the lower triangle.
     """
 
     streams: list[Stream]

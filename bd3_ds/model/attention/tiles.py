@@ -1,6 +1,6 @@
-"""Which tiles of an attention mask are empty, full or partly hidden: from ranges of blocks, never from pairs of tokens.
+"""Tiles of an attention mask: empty, full or partly masked, from ranges of blocks, never from pairs of tokens.
 
-flex_attention passes over empty tiles and asks the rule inside partly hidden ones alone. A tile is TILE x TILE pairs.
+flex_attention skips empty tiles and evaluates the rule only inside partly masked ones. A tile is TILE x TILE pairs.
 For each tile of queries and of keys, and each stream in it (a view, or the clean tokens), the first and the last block
 say what its pairs can be; so memory goes with the number of tiles, (T / 128)^2, and not with that of pairs.
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TILE = 128  # what flex_attention takes where nothing else is said
+TILE = 128  # the default of flex_attention
 FAR = 2**40  # beyond every block and document
 
 
@@ -91,7 +91,7 @@ def tiles_of_documents(queries: Tensor, keys: Tensor) -> Tiles:
     k_first, k_last = by_tile(keys)
     one = (q_first == q_last)[:, :, None] & (k_first == k_last)[:, None, :]
     every = one & (q_first[:, :, None] == k_first[:, None, :])
-    # Padding counts by itself: as the document -1 it would make wide ranges of narrow ones.
+    # Padding is handled apart: as the document -1 it would widen the ranges.
     q_text, k_text = (by_tile(part, part >= 0) for part in (queries, keys))
     some = (q_text[0][:, :, None] <= k_text[1][:, None, :]) & (k_text[0][:, None, :] <= q_text[1][:, :, None])
     both_padded = (q_first < 0)[:, :, None] & (k_first < 0)[:, None, :]
