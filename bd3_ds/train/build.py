@@ -35,7 +35,7 @@ from bd3_ds.train.clip_search import ClipSearch
 from bd3_ds.train.earlier import changes_in_words, earlier_runs
 from bd3_ds.train.ema import Ema
 from bd3_ds.train.engine import Engine
-from bd3_ds.train.materialise import Awaited, Given, Values
+from bd3_ds.train.materialise import LoadedWeights, PlaceholderZeros, WeightSource
 from bd3_ds.train.meter import Meter
 from bd3_ds.train.state import TrainState
 from bd3_ds.train.step import Stepper
@@ -131,12 +131,12 @@ def _engine(
     before.
     """
     run_dir = Path(run.run_dir)
-    values: Values = Initializer(model, run.seed) if checkpoint is None else Awaited()
+    values: WeightSource = Initializer(model, run.seed) if checkpoint is None else PlaceholderZeros()
     if checkpoint is not None:
         messages += filter(None, [world.on_main(lambda: changes_in_words(earlier_runs(run_dir), run))])
     elif run.train.init_from is not None:
         weights, sentence = _initial_weights(run, model, world)
-        values = Given(weights)
+        values = LoadedWeights(weights)
         messages.append(sentence)
     if world.is_main:
         write_text(run_dir / RUN_YAML, to_yaml(run))

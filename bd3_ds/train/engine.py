@@ -1,4 +1,4 @@
-"""The DeepSpeed seam: the only file of the trainer that calls deepspeed's engine."""
+"""Wraps DeepSpeed's engine: the only file of the trainer that calls it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,23 @@ from bd3_ds.config.schema import RunConfig
 from bd3_ds.model.build import without_decay
 from bd3_ds.runtime.world import World
 from bd3_ds.train.masters import Masters, first_state
-from bd3_ds.train.materialise import Given, Values, materialise, return_freed
+from bd3_ds.train.materialise import LoadedWeights, WeightSource, materialise, return_freed
 
 
 class Engine:
     """A network under ZeRO: forward, backward, step, and this rank's share of weights and of the optimizer's state."""
 
     def __init__(
-        self, model: nn.Module, run: RunConfig, ds_json: dict[str, Any], world: World, values: Values | None = None
+        self,
+        model: nn.Module,
+        run: RunConfig,
+        ds_json: dict[str, Any],
+        world: World,
+        values: WeightSource | None = None,
     ):
-        """Of a model without memory (device meta) that takes its weights from `values`, or of one that has its own."""
+        """For a model on the meta device, with weights from `values`, or for one that has its own."""
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # DeepSpeed calls collectives by names that newer torch wants to rename; nothing of ours to mend.
+        # DeepSpeed calls collectives by names that newer torch deprecates; nothing here can change that.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
         # Recomputed layers warn in passes without gradients, which the clip search makes.
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
@@ -47,7 +52,7 @@ class Engine:
             divide = _Division(config, dtype) if self.stage == 3 and copies == 1 else None
             materialise(model, values, dtype, world.device, divide)
         elif self.stage > 0:
-            values = Given({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+            values = LoadedWeights({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
         make = _maker(run, offloads(ds_json))
         first = first_state(make, run.optim.name, torch.device("cpu") if offloads(ds_json) else world.device)
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
@@ -136,7 +141,7 @@ class Engine:
             update = self._optimizer.step
             self._optimizer.step = lambda: None if self._refused else update()
             return
-        # ZeRO skips an update whose gradient overflows; just before it looks, it is told what else to skip.
+        # ZeRO skips an update whose gradient overflows; just before that check, what else to skip is set.
         zero = self._deepspeed.optimizer
         update_scale = zero._update_scale
 

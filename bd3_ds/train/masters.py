@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps this rank's fp32 master weights and the optimizer's state, as parts of named parameters.
+"""This rank's fp32 master weights and optimizer state in DeepSpeed, as fragments of named parameters.
 
 Without ZeRO they are the parameters and the optimizer's state. At stages 1 and 2 a rank has one flat partition for each
 parameter group, at stage 3 one for each sub-group, which may lie in host memory, or on NVMe between steps.

@@ -17,36 +17,36 @@ import torch
 from torch import Tensor, nn
 
 
-class Values(Protocol):
+class WeightSource(Protocol):
     """A source of weights: any part of any tensor, any number of times."""
 
     def fill(self, name: str, start: int, into: Tensor) -> None:
         """Set the flat `into` [n], of any dtype and device, to elements start … start + n of the parameter `name`."""
 
 
-class Given:
+class LoadedWeights:
     """Weights in memory, such as those of an export; memory-mapped files are read part by part."""
 
     def __init__(self, weights: Mapping[str, Tensor]):
         self._weights = weights
 
     def fill(self, name: str, start: int, into: Tensor) -> None:
-        """See `Values`."""
+        """See `WeightSource`."""
         into.copy_(self._weights[name].flatten()[start : start + len(into)])
 
 
-class Awaited:
+class PlaceholderZeros:
     """Zeros, in place of weights that a checkpoint fills later."""
 
     def fill(self, name: str, start: int, into: Tensor) -> None:
-        """See `Values`."""
+        """See `WeightSource`."""
         into.zero_()
 
 
 @torch.no_grad()
 def materialise(
     model: nn.Module,
-    values: Values,
+    values: WeightSource,
     dtype: torch.dtype,
     device: torch.device,
     divide: Callable[[nn.Parameter], None] | None = None,

@@ -20,7 +20,7 @@ _OWN_CODE: set[Any] = set()
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """See `AttentionBackend`.
 
-    Each shape has code of its own; without gradients lengths may be many, and those behind the first few share.
+    Each shape has compiled code of its own; without gradients lengths may be many: only the first few have it.
     """
     import torch
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> Tensor:
-    """See `AttentionBackend`; without a mask nothing is hidden."""
+    """See `AttentionBackend`; without a mask all is visible."""
     from torch.nn.functional import scaled_dot_product_attention as fused
 
     shares = k.shape[1] != q.shape[1]
