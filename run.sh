@@ -117,7 +117,7 @@ case "${1:-}" in
     $venv/bin/mypy
     say "tests"
     # A file at a time in one process a core, the files that launch runs first: they take longest.
-    exec "$python" -m pytest --numprocesses "$(nproc)" --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+    exec "$python" -m pytest --numprocesses "$(env -u OMP_NUM_THREADS nproc)" --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
       "${selection[@]}" "$@"
     ;;
   train)
