@@ -11,7 +11,6 @@ from bd3_ds.config.ds_json import DEFAULT, check_optimizer, check_place, load_ds
 from bd3_ds.config.load import load_recipe
 from bd3_ds.runtime.cli import Parser
 from bd3_ds.runtime.errors import EXIT_STOPPED, report_errors_once
-from bd3_ds.runtime.extensions import drop_stale_locks
 from bd3_ds.runtime.slurm import adopt_launcher, ranks_of_host
 from bd3_ds.train.preflight import preflight
 
@@ -28,9 +27,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration on top of the recipe")
     arguments = parser.parse(argv)
 
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        for lock in drop_stale_locks():
-            print(f"removed {lock}, which a killed process left behind", file=sys.stderr)
     ds_json = load_ds_json(arguments.deepspeed_config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     run, facts = preflight(load_recipe(arguments.recipe, arguments.overrides), world_size)

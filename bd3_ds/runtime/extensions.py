@@ -20,7 +20,7 @@ def drop_stale_locks() -> list[Path]:
     A lock must be the same file, held by nobody, at two looks. Where other hosts may share the directory, or the lock
     is another user's, the processes are not all seen: there a lock must be old as well.
     """
-    root = _root()
+    root = extensions_folder()
     before = _unheld(root)
     if not before:
         return []
@@ -40,7 +40,7 @@ def build_announcement(operator: str, packages: Path) -> str | None:
 
     packages: where the torch is installed against which it must have been compiled, else it is compiled anew.
     """
-    for place in (_root() / operator, *_root().glob(f"*/{operator}")):
+    for place in (extensions_folder() / operator, *extensions_folder().glob(f"*/{operator}")):
         script = place / "build.ninja"
         if (place / f"{operator}.so").is_file() and script.is_file() and str(packages) in script.read_text():
             return None
@@ -49,7 +49,7 @@ def build_announcement(operator: str, packages: Path) -> str | None:
     return f"compiling DeepSpeed's operator {operator}, once, about a minute"
 
 
-def _root() -> Path:
+def extensions_folder() -> Path:
     """Where torch keeps what it compiles."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions").resolve()

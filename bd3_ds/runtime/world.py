@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from bd3_ds.runtime.errors import UserError, raised_on_all_ranks
-from bd3_ds.runtime.extensions import build_announcement
+from bd3_ds.runtime.extensions import build_announcement, drop_stale_locks
 from bd3_ds.runtime.slurm import ranks_of_host
 
 Result = TypeVar("Result")
@@ -132,6 +132,9 @@ def join_world(timeout: timedelta | None = None) -> World:
     else:
         device = torch.device("cpu")
         backend = "gloo"
+    if local_rank == 0:
+        for lock in drop_stale_locks():
+            print(f"removed {lock}, which a killed process left behind", file=sys.stderr, flush=True)
     if device.type == "cpu":
         _announce_build()
     with redirect_stdout(StringIO()):  # it prints that it built its collectives; a failure is an exception

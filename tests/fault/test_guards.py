@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,12 @@ import pytest
 from bd3_ds.checkpoint.store import complete_checkpoints
 from bd3_ds.runtime import records
 from bd3_ds.runtime.errors import EXIT_STOPPED
-from bd3_ds.runtime.extensions import drop_stale_locks
+from bd3_ds.runtime.extensions import drop_stale_locks, extensions_folder
 from bd3_ds.runtime.run_dir import INCIDENTS
 from bd3_ds.train.guards import MIN_LOSSES, is_spike
 from bd3_ds.train.state import RECENT, SKIPPED_OF, TrainState
 from tests.helpers.launch import (
+    PATIENCE,
     ROOT,
     curve,
     environment,
@@ -97,6 +99,28 @@ def test_only_locks_that_nobody_holds_are_dropped(tmp_path, monkeypatch):
     assert not locks[0].exists() and locks[1].exists()
     os.close(held)
     assert drop_stale_locks() == [locks[1]] and drop_stale_locks() == []
+
+
+def test_whatever_joins_other_ranks_drops_stale_locks_first():
+    """Not only training: a benchmark or a probe would wait for a killed compiler for ever."""
+    lock = extensions_folder() / f"killed_in_test_{os.getpid()}/lock"
+    lock.parent.mkdir(parents=True)
+    try:
+        lock.touch()
+        os.utime(lock, (0, 0))
+        script = "from bd3_ds.runtime.world import join_world; join_world()"
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"removed {lock}, which a killed process left behind" in done.stderr and not lock.exists()
+    finally:
+        shutil.rmtree(lock.parent)
 
 
 def faulty(monkeypatch: pytest.MonkeyPatch, **faults: object) -> str:
