@@ -66,7 +66,11 @@ def test_zip_of_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "sentence"),
     [
-        ("a.txt", gzip.compress(b"text"), r"is a \.gz file, which its name does not say; let its name end in \.gz"),
+        (
+            "a.txt",
+            gzip.compress(b"text", mtime=0),
+            r"is a \.gz file, which its name does not say; let its name end in \.gz",
+        ),
         ("a.jsonl.gz", zstd(b"text"), r"is a \.zst file"),
         ("a.csv", b"PAR1...PAR1", r"is a \.parquet file"),
         ("a.txt", b"\xfd7zXZ\0\0\0", "unpack it first"),
