@@ -239,4 +239,8 @@ def _optim(run: RunConfig) -> list[str]:
     problems = parameter_problems("this optimizer", known, "optim.parameters", run.optim.parameters)
     if run.optim.min_lr > run.optim.lr:
         problems.append(f"optim.min_lr={run.optim.min_lr} must not exceed optim.lr={run.optim.lr}")
+    if run.optim.decay == "constant" and run.optim.decay_share != 1:
+        problems.append(
+            f"optim.decay_share={run.optim.decay_share:g} needs optim.decay=linear or cosine; constant has no fall"
+        )
     return problems

@@ -148,7 +148,8 @@ class OptimConfig:
     eps: Positive
     weight_decay: NotNegative
     warmup_steps: WholeNumber
-    decay: Annotated[str, choice("constant", "cosine")]
+    decay: Annotated[str, choice("constant", "cosine", "linear")]
+    decay_share: Annotated[float, number(above=0, at_most=1)]
     min_lr: NotNegative
     clip: Positive
     ema_decay: BelowOne

@@ -8,7 +8,7 @@ from typing import Any
 
 from bd3_ds.checkpoint.export import Export
 from bd3_ds.config.registries import OBJECTIVES, OPTIMIZERS
-from bd3_ds.config.schema import RunConfig, block_size
+from bd3_ds.config.schema import OptimConfig, RunConfig, block_size
 
 
 def model_card(export: Export, evaluations: list[dict[str, Any]], parameters: int, unlike: str | None) -> str:
@@ -105,7 +105,7 @@ def _recipe(export: Export) -> list[tuple[str, str]]:
         ("optimizer steps", f"{export.step:,} of {train.total_steps:,}"),
         ("sequences a step", f"{train.global_batch:,}"),
         ("tokens seen", f"{tokens:,}"),
-        ("learning rate", f"{optim.lr:g}, {optim.warmup_steps:,} steps of warm-up, then {optim.decay}"),
+        ("learning rate", f"{optim.lr:g}, {optim.warmup_steps:,} steps of warm-up, then {_decay(optim)}"),
         (
             OPTIMIZERS[optim.name].title,
             f"betas {optim.beta1:g} and {optim.beta2:g}, weight decay {optim.weight_decay:g}, clip {optim.clip:g}",
@@ -145,3 +145,7 @@ def _perplexities(evaluations: list[dict[str, Any]]) -> str:
 def _table(head: tuple[str, ...], rows: list[Any]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _decay(optim: OptimConfig) -> str:
+    return optim.decay if optim.decay_share == 1 else f"{optim.decay} decay in the last {optim.decay_share:.0%}"

@@ -190,6 +190,17 @@ def test_learning_rate() -> None:
     assert rates(dataclasses.replace(optim, warmup_steps=0), 2) == [1.0, 1.0]
 
 
+def test_warm_up_stable_decay() -> None:
+    """Falls over the last part only, to min_lr after the last step; the same halves for a cosine."""
+    linear = dataclasses.replace(RUN.optim, lr=1.0, warmup_steps=4, decay="linear", decay_share=0.5, min_lr=0.2)
+    assert rates(linear, 4 + 8) == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4])
+    assert learning_rate(linear, 12, 12) == pytest.approx(0.2)
+    cosine = dataclasses.replace(linear, decay="cosine")
+    assert rates(cosine, 12)[:9] == rates(linear, 12)[:9]
+    assert learning_rate(cosine, 10, 12) == pytest.approx(0.6) and learning_rate(cosine, 12, 12) == pytest.approx(0.2)
+    assert rates(dataclasses.replace(linear, decay_share=1.0, warmup_steps=0, min_lr=0.0), 4) == [1.0, 0.75, 0.5, 0.25]
+
+
 def test_a_warm_up_longer_than_the_run_only_rises() -> None:
     cosine = dataclasses.replace(RUN.optim, lr=1.0, warmup_steps=8, decay="cosine", min_lr=0.1)
     assert rates(cosine, 4) == [0.125, 0.25, 0.375, 0.5]
