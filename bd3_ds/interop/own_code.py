@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import pkgutil
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ _OURS = re.compile(rf"^(\s*)from {PACKAGE}\.[\w.]*?(\w+) import", re.MULTILINE)
 def code_files() -> dict[str, str]:
     """File name -> text: the modelling code first, then all that it needs of this package."""
     root = f"{_HERE}.{_MODELING}"
-    waiting, found = [root], dict[str, str]()
+    waiting, found = [root, *_backends()], dict[str, str]()
     while waiting:
         name = waiting.pop(0)
         if name not in found:
@@ -42,6 +43,14 @@ def write_code(directory: Path) -> None:
     """Put the files into a model's folder."""
     for name, text in code_files().items():
         (directory / name).write_text(text, encoding="utf-8")
+
+
+def _backends() -> list[str]:
+    """Modules of attention backends: a registry imports them, nobody by name. In a copy the modelling code does."""
+    if _HERE.partition(".")[0] != PACKAGE:
+        return []
+    home = importlib.import_module(f"{PACKAGE}.model.attention.backends")
+    return [f"{home.__name__}.{module.name}" for module in pkgutil.iter_modules(home.__path__)]
 
 
 def _source(name: str) -> str:

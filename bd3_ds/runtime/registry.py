@@ -85,6 +85,8 @@ class Registry(Generic[T]):
         if self._loaded:
             return
         self._loaded = True
+        if __name__.partition(".")[0] != self._home.partition(".")[0]:
+            return  # this is the copy in a model's folder, whose modelling code imports the entries' modules itself
         home = importlib.import_module(self._home)
         for module in pkgutil.iter_modules(getattr(home, "__path__", [])):
             importlib.import_module(f"{self._home}.{module.name}")

@@ -17,7 +17,7 @@ def check_hardware(run: RunConfig, ds_json: dict[str, Any] | None = None) -> Non
     """Raises UserError where the run, or its checked DeepSpeed JSON, asks for what the machine does not have."""
     device, asked = "cuda" if torch.cuda.is_available() else "cpu", run.model.attention
     if asked in ATTENTION and device not in ATTENTION[asked].trains_on:
-        able = [AUTO_ATTENTION, *(name for name in ATTENTION if device in ATTENTION[name].trains_on)]
+        able = [AUTO_ATTENTION, *sorted(name for name in ATTENTION if device in ATTENTION[name].trains_on)]
         where = "a GPU" if device == "cuda" else "CPUs"
         raise UserError(f"model.attention={asked} does not train on {where}; use {', '.join(able[:-1])} or {able[-1]}")
     if run.train.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():

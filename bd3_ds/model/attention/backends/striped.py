@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """See `AttentionBackend`; a mask that cannot be cut is sdpa's."""
     if mask.layout is None:
-        from bd3_ds.model.attention.backends import sdpa
+        from bd3_ds.model.attention.backends.sdpa import attend as attend_in_sdpa
 
-        return sdpa.attend(q, k, v, mask)
+        return attend_in_sdpa(q, k, v, mask)
     from bd3_ds.model.attention.stripe_attention import attend_in_stripes
 
     return attend_in_stripes(q, k, v, mask)
