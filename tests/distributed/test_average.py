@@ -3,12 +3,10 @@
 import json
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.helpers.launch import ROOT, environment, free_port
+from tests.helpers.launch import ROOT, environment, launcher
 from tests.helpers.tiny import tiny_run
 
 
@@ -18,9 +16,10 @@ def test_the_sharded_average_is_the_whole_one_to_the_last_bit(tmp_path, ds_confi
     tiny_run(tmp_path)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("precision: fp32", "precision: bf16"))
-    launcher = [Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
     words = ["tests/helpers/average_probe.py", recipe, f"ds_configs/{ds_config}.json"]
-    done = subprocess.run([*launcher, *words], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [*launcher(2), *words], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200
+    )
     found = re.search(r"RESULT (.*)", done.stdout)
     assert found, done.stdout + done.stderr
     difference, held, numbers = json.loads(found[1])

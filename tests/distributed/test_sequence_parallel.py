@@ -3,12 +3,10 @@
 import json
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.helpers.launch import ROOT, curve, environment, free_port, train, train_records
+from tests.helpers.launch import ROOT, curve, environment, launcher, train, train_records
 from tests.helpers.tiny import tiny_run
 
 CASES = [
@@ -24,9 +22,10 @@ CASES = [
 
 @pytest.mark.slow
 def test_two_ranks_have_the_loss_and_the_gradients_of_one():
-    launcher = [Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
     words = ["tests/helpers/sequence_probe.py", json.dumps(CASES)]
-    done = subprocess.run([*launcher, *words], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*launcher(2), *words], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
     found = [json.loads(line) for line in re.findall(r"RESULT (.*)", done.stdout)]
     assert len(found) == len(CASES), done.stdout + done.stderr
     for case, differences in zip(CASES, found, strict=True):
