@@ -116,9 +116,8 @@ case "${1:-}" in
     $venv/bin/ruff format --check .
     $venv/bin/mypy
     say "tests"
-    # A file at a time in one process a core, the files that launch runs first: they take longest.
-    exec "$python" -m pytest --numprocesses "$(env -u OMP_NUM_THREADS nproc)" --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
-      "${selection[@]}" "$@"
+    # In one process a core (tests/conftest.py): one launches runs, the others take what runs in a process.
+    exec "$python" -m pytest --numprocesses "$(env -u OMP_NUM_THREADS nproc)" --maxprocesses 8 "${selection[@]}" "$@"
     ;;
   train)
     shift
