@@ -117,7 +117,8 @@ case "${1:-}" in
     $venv/bin/mypy
     say "tests"
     # In one process a core (tests/conftest.py): one launches runs, the others take what runs in a process.
-    exec "$python" -m pytest --numprocesses "$(env -u OMP_NUM_THREADS nproc)" --maxprocesses 8 "${selection[@]}" "$@"
+    exec "$python" -m pytest --numprocesses "$(env -u OMP_NUM_THREADS nproc)" --maxprocesses 8 --no-loadscope-reorder \
+      "${selection[@]}" "$@"
     ;;
   train)
     shift

@@ -56,8 +56,11 @@ def data_config(train: Path | str, **changes: Any) -> DataConfig:
 
 
 def open_loader(data: DataConfig, share: Share, samples: int = 0) -> Loader:
-    """A loader of the packs that `data` names, whose facts are read for it alone."""
-    return Loader(data, read_data_facts(data), share, samples)
+    """A loader of the packs that `data` names, whose facts are read only for it.
+
+    Their files are not looked at before, as the start of a run does: what happens to them later is the loader's to see.
+    """
+    return Loader(data, read_data_facts(data, check_files=False), share, samples)
 
 
 def numbers(tokens: np.ndarray) -> np.ndarray:
