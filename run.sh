@@ -116,9 +116,13 @@ case "${1:-}" in
     $venv/bin/ruff format --check .
     $venv/bin/mypy
     say "tests"
-    # In one process a core (tests/conftest.py): one launches runs, the others take what runs in a process.
-    exec "$python" -m pytest --numprocesses "$(env -u OMP_NUM_THREADS nproc)" --maxprocesses 8 --no-loadscope-reorder \
-      "${selection[@]}" "$@"
+    if [ $# -gt 0 ]; then exec "$python" -m pytest "${selection[@]}" "$@"; fi
+    # Those of units in one process a core; then those that launch runs, which need the cores themselves.
+    failed=0
+    "$python" -m pytest --numprocesses "$(env -u OMP_NUM_THREADS nproc)" --maxprocesses 8 --dist loadfile \
+      "${selection[@]}" tests/unit || failed=1
+    "$python" -m pytest "${selection[@]}" tests/distributed tests/fault || failed=1
+    exit $failed
     ;;
   train)
     shift

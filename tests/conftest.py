@@ -5,7 +5,6 @@ import random
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -35,16 +34,6 @@ def seed() -> None:
     np.random.seed(0)
 
 
-@pytest.fixture(autouse=True)
-def stand_back(request: pytest.FixtureRequest) -> None:
-    """Where several processes run tests, those of units leave the cores to the ranks of launched runs beside them.
-
-    DeepSpeed's collectives on CPUs wait in a loop: a rank whose partner has no core burns its own.
-    """
-    if "PYTEST_XDIST_WORKER" in os.environ and not _launches(request.node.nodeid) and os.nice(0) == 0:
-        os.nice(10)
-
-
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real text and reference values; tests that need it skip where it is absent."""
@@ -52,22 +41,3 @@ def shared() -> Path:
     if not (path / "golden").is_dir():
         pytest.skip(f"no reference data at {path} (set BD3_SHARED)")
     return path
-
-
-def _launches(nodeid: str) -> bool:
-    return nodeid.startswith(("tests/distributed/", "tests/fault/"))
-
-
-@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One process runs all tests that launch runs, one by one: two runs at once would fight for two cores.
-
-    The others take the files of tests/unit; so a file's fixtures are made once.
-    """
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByRoom(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return "launched" if _launches(nodeid) else nodeid.partition("::")[0]
-
-    return ByRoom(config, log)

@@ -58,24 +58,33 @@ def hold(number: int) -> IO[bytes]:
 
 def _remove_unused() -> set[str]:
     """Returns the directories that live runs have registered."""
-    mapped = set(_mapped_numbers())
+    # First the files, then who uses them: what another run makes meanwhile is not among the files.
+    files = [
+        (path, found[1], _inode(path))
+        for folder in (SHM, Path(tempfile.gettempdir()))
+        for path in folder.iterdir()
+        if (found := _FILE.fullmatch(path.name))
+    ]
+    live = set(_mapped_numbers())
     used: set[str] = set()
-    for folder in (SHM, Path(tempfile.gettempdir())):
-        for path in folder.iterdir():
-            found = _FILE.fullmatch(path.name)
-            if found is None:
-                continue
-            registry = SHM / f"{found[1]}_locals"
-            if found[1] in mapped or _is_held(registry):
-                mapped.add(found[1])
-                used.update(_registered(registry))
-    for folder in (SHM, Path(tempfile.gettempdir())):
-        for path in folder.iterdir():
-            found = _FILE.fullmatch(path.name)
-            with suppress(FileNotFoundError):
-                if found and found[1] not in mapped and path.stat().st_uid == os.getuid():
-                    path.unlink()
+    for number in {number for _, number, _ in files}:
+        registry = SHM / f"{number}_locals"
+        if number in live or _is_held(registry):
+            live.add(number)
+            used.update(_registered(registry))
+    for path, number, inode in files:
+        with suppress(FileNotFoundError):
+            if number not in live and path.stat().st_uid == os.getuid() and _inode(path) == inode:
+                path.unlink()
     return used
+
+
+def _inode(path: Path) -> int:
+    """Which file it is; 0 where there is none."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return 0
 
 
 def _mapped_numbers() -> Iterator[str]:

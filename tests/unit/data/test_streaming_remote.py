@@ -220,6 +220,22 @@ def test_segments_and_locks_of_no_process_are_removed(number, tmp_path, monkeypa
     foreign.unlink()
 
 
+def test_what_another_run_makes_meanwhile_stays(number, tmp_path, monkeypatch):
+    """Its segments come after the look at who maps what, which so says nothing of them."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    made = []
+    look = shared_memory._mapped_numbers
+
+    def look_then_start():
+        yield from look()
+        made.append(segment(number, "locals"))
+
+    monkeypatch.setattr(shared_memory, "_mapped_numbers", look_then_start)
+    shared_memory.clear_stale([])
+    assert made[0].exists()
+    made[0].unlink()
+
+
 def test_what_a_process_maps_or_holds_stays(number, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(shared_memory, "PATIENCE", 0.1)
